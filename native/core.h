@@ -1,0 +1,256 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the parts of the C core share: requests, threads, the share.
+ *
+ * The way of a request: ring.c takes a descriptor chain, device.c makes a
+ * vf_req of it (all of it copied out of guest memory but bulk data),
+ * dispatch.c finds the operation by opcode, the operation (op_*.c) works on
+ * inodes (inode.c) and open files (file.c) and leaves its answer in the
+ * thread's reply buffer or straight in guest memory; device.c puts it on the
+ * used ring.  Operations know nothing of rings.
+ */
+#ifndef VHOSTFS_CORE_H
+#define VHOSTFS_CORE_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "fuse_abi.h"
+
+#define vf_container_of(ptr, type, member) ((type *)((char *)(ptr)-offsetof(type, member)))
+
+/* ---- requests ----------------------------------------------------------- */
+
+/* Largest private copy of a request's arguments: a 64 KiB xattr and its name, with room. */
+#define VF_MAX_ARGS (72u * 1024)
+/* Largest reply that is built in private memory (readdir, listxattr). */
+#define VF_MAX_REPLY (1u << 20)
+/* Largest WRITE payload or READ reply. */
+#define VF_MAX_IO (1u << 20)
+
+struct vf_queue;
+struct vf_mem;
+
+/* One FUSE request.  Memory that the guest can write is reached only through in[] and out[]. */
+struct vf_req {
+	struct vf_share *share;
+	struct vf_queue *queue;
+	struct vf_mem *mem; /* keeps the pages behind in[] and out[] mapped */
+	struct vf_req *next;
+	struct iovec *in;  /* device-readable, after what was copied into header and args */
+	struct iovec *out; /* device-writable, fuse_out_header included */
+	uint32_t n_in, n_out;
+	uint32_t in_room, out_room; /* entries allocated in in[] and out[] */
+	uint32_t in_size;	    /* bytes left in in[] (WRITE and IOCTL payload) */
+	uint32_t out_size;	    /* bytes in out[] */
+	uint16_t head;
+	bool in_place; /* the reply's payload already lies in out[] behind 16 bytes */
+	struct fuse_in_header header; /* private copy */
+	uint8_t *args;		      /* private copy of what follows the header, 8-byte aligned */
+	uint32_t args_size;	      /* for WRITE: sizeof(struct fuse_write_in) */
+	uint32_t args_room;
+	/* What vf_req_out_iov() trimmed from out[], to be put back for the header. */
+	uint32_t trim_head, trim_head_bytes, trim_tail, trim_tail_len;
+	bool trimmed;
+};
+
+/*
+ * A thread that executes operations.  Each has its own file system attributes
+ * (unshare(CLONE_FS), umask 0) and credentials.
+ */
+struct vf_thread {
+	struct vf_share *share;
+	uint8_t *reply; /* private reply buffer, at least VF_REPLY_MIN bytes */
+	uint32_t reply_room;
+	/* cred.c: what this thread's credentials are at the moment */
+	uint32_t cur_uid, cur_gid;
+	uint32_t cur_group; /* one supplementary group, or VF_NO_GROUP */
+	bool fsetid_dropped;
+	uint64_t caps; /* effective and permitted set when it acts as the server */
+	/* share.c: the list of threads, so that a new session can wait for all of them */
+	struct vf_thread *next;
+	atomic_bool busy;	       /* executing an operation */
+	bool may_block;		       /* slow storage may be waited for here */
+	atomic_uint_fast64_t requests; /* answered by this thread */
+};
+#define VF_REPLY_MIN 4096u
+#define VF_NO_GROUP UINT32_MAX
+
+/* Makes room for size bytes in t->reply (contents are lost); NULL: out of memory. */
+uint8_t *vf_thread_reply(struct vf_thread *t, uint32_t size);
+
+/*
+ * An operation returns the payload's size in bytes (it lies in t->reply, or in
+ * r->out when r->in_place is set), a negative errno, or one of these.
+ */
+enum {
+	VF_NO_REPLY = INT32_MIN, /* FORGET and the like: the chain is returned with length 0 */
+	VF_ASYNC =
+	    INT32_MIN + 1, /* the operation has taken the request; vf_req_complete() ends it */
+	/*
+	 * Would block for storage (say, preadv2 with RWF_NOWAIT gave EAGAIN): the operation is run
+	 * again from its start by a pool thread.  Only while t->may_block is false.
+	 */
+	VF_TO_POOL = INT32_MIN + 2,
+};
+typedef int32_t (*vf_op)(struct vf_thread *t, struct vf_req *r);
+
+/*
+ * Ends a request that an operation took with VF_ASYNC, from any thread:
+ * error is 0 or a negative errno; payload is copied.
+ */
+void vf_req_complete(struct vf_req *r, int error, const void *payload, uint32_t size);
+
+/* The fixed-size head of the arguments, or NULL when they are too short. */
+static inline const void *vf_arg(const struct vf_req *r, size_t size)
+{
+	return r->args_size >= size ? r->args : NULL;
+}
+
+/*
+ * The name at offset of the arguments, which must end with NUL inside them;
+ * *end (when not NULL) is the offset behind that NUL.  NULL: there is no such string.
+ */
+const char *vf_arg_string(const struct vf_req *r, uint32_t offset, uint32_t *end);
+/*
+ * Checks a name for one directory entry: not empty, no '/', not "." nor "..",
+ * at most 255 bytes.  Returns 0, -EINVAL or -ENAMETOOLONG.
+ */
+int vf_check_name(const char *name);
+
+/*
+ * The first size bytes of r->in (or of r->out behind offset bytes) as an iovec array
+ * that may be used until the request ends; *n entries.  size must not exceed what is there.
+ * The arrays are changed in place: call it once for a request.
+ */
+struct iovec *vf_req_in_iov(struct vf_req *r, uint32_t size, uint32_t *n);
+struct iovec *vf_req_out_iov(struct vf_req *r, uint32_t offset, uint32_t size, uint32_t *n);
+
+/* ---- the operations, each implemented once ------------------------------ */
+
+enum vf_op_flags {
+	VF_OP_SLOW = 1,	  /* may block for long (storage): goes to the pool where there is one */
+	VF_OP_MODIFY = 2, /* refused with EROFS on a read-only share */
+	VF_OP_NO_SESSION = 4, /* allowed before FUSE_INIT */
+	VF_OP_UPCALL = 8,     /* decided in Python */
+};
+struct vf_op_entry {
+	vf_op run;
+	uint32_t flags;
+};
+/* Indexed by opcode; run is NULL and flags 0: ENOSYS. */
+extern const struct vf_op_entry vf_ops[];
+extern const uint32_t vf_n_ops;
+int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r);
+
+#define VF_DECLARE_OP(name) int32_t vf_op_##name(struct vf_thread *t, struct vf_req *r)
+/* op_names.c: names in directories */
+VF_DECLARE_OP(lookup);
+VF_DECLARE_OP(forget);
+VF_DECLARE_OP(batch_forget);
+VF_DECLARE_OP(readlink);
+VF_DECLARE_OP(symlink);
+VF_DECLARE_OP(mknod);
+VF_DECLARE_OP(mkdir);
+VF_DECLARE_OP(unlink);
+VF_DECLARE_OP(rmdir);
+VF_DECLARE_OP(rename);
+VF_DECLARE_OP(rename2);
+VF_DECLARE_OP(link);
+VF_DECLARE_OP(create);
+VF_DECLARE_OP(tmpfile);
+/* op_attr.c */
+VF_DECLARE_OP(getattr);
+VF_DECLARE_OP(setattr);
+VF_DECLARE_OP(statx);
+VF_DECLARE_OP(access);
+/* op_file.c */
+VF_DECLARE_OP(open);
+VF_DECLARE_OP(read);
+VF_DECLARE_OP(write);
+VF_DECLARE_OP(flush);
+VF_DECLARE_OP(release);
+VF_DECLARE_OP(fsync);
+VF_DECLARE_OP(fallocate);
+VF_DECLARE_OP(lseek);
+VF_DECLARE_OP(copy_file_range); /* COPY_FILE_RANGE and COPY_FILE_RANGE_64 */
+/* op_dir.c */
+VF_DECLARE_OP(opendir);
+VF_DECLARE_OP(readdir);
+VF_DECLARE_OP(readdirplus);
+VF_DECLARE_OP(releasedir);
+VF_DECLARE_OP(fsyncdir);
+/* op_xattr.c */
+VF_DECLARE_OP(setxattr);
+VF_DECLARE_OP(getxattr);
+VF_DECLARE_OP(listxattr);
+VF_DECLARE_OP(removexattr);
+/* op_lock.c */
+VF_DECLARE_OP(getlk);
+VF_DECLARE_OP(setlk);
+VF_DECLARE_OP(setlkw);
+VF_DECLARE_OP(interrupt);
+
+/* ---- the share ---------------------------------------------------------- */
+
+struct vf_inode_table;
+struct vf_file_table;
+struct vf_lock_waiters;
+struct vf_pool;
+struct vf_upcalls;
+
+struct vf_share {
+	struct vf_share_config config;	 /* rules and strings are the share's own copies */
+	atomic_uint_fast64_t init_flags; /* granted, and VF_SESSION; 0: no session */
+	atomic_uint max_write;
+	struct vf_inode_table *inodes;
+	struct vf_file_table *files;
+	struct vf_lock_waiters *locks;
+	struct vf_pool *pool;
+	struct vf_upcalls *upcalls;
+	pthread_mutex_t threads_lock;
+	struct vf_thread *threads;
+	uint64_t requests_done; /* by threads that have ended */
+};
+
+/* share.c: what each thread that executes operations does first and last. */
+int vf_thread_enter(struct vf_thread *t, struct vf_share *share, const char *name);
+void vf_thread_leave(struct vf_thread *t);
+
+/* pool.c */
+struct vf_pool *vf_pool_new(struct vf_share *share, uint32_t n_threads, int *error);
+void vf_pool_free(struct vf_pool *pool);
+void vf_pool_submit(struct vf_pool *pool, struct vf_req *r);
+
+/* upcall.c */
+struct vf_upcalls *vf_upcalls_new(int *error);
+void vf_upcalls_free(struct vf_upcalls *upcalls);
+void vf_upcalls_submit(struct vf_upcalls *upcalls, struct vf_req *r);
+
+/* device.c: runs a request on a thread that is not its queue's. */
+void vf_req_run_in_pool(struct vf_thread *t, struct vf_req *r);
+
+/* Set in init_flags while there is a session; FUSE has no flag of this number. */
+#define VF_SESSION (1ULL << 63)
+
+static inline uint64_t vf_session_flags(const struct vf_share *s)
+{
+	return atomic_load_explicit(&s->init_flags, memory_order_relaxed);
+}
+
+#endif

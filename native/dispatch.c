@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * One table: which function does an opcode, and what must hold before.
+ * An opcode that is not here is Python's to decide (upcall.c), which answers
+ * ENOSYS to what it does not know either.
+ */
+#include "core.h"
+
+const struct vf_op_entry vf_ops[] = {
+    [FUSE_LOOKUP] = {vf_op_lookup, 0},
+    [FUSE_FORGET] = {vf_op_forget, 0},
+    [FUSE_BATCH_FORGET] = {vf_op_batch_forget, 0},
+    [FUSE_GETATTR] = {vf_op_getattr, 0},
+    [FUSE_SETATTR] = {vf_op_setattr, VF_OP_MODIFY},
+    [VF_FUSE_STATX] = {vf_op_statx, 0},
+    [FUSE_READLINK] = {vf_op_readlink, 0},
+    [FUSE_SYMLINK] = {vf_op_symlink, VF_OP_MODIFY},
+    [FUSE_MKNOD] = {vf_op_mknod, VF_OP_MODIFY},
+    [FUSE_MKDIR] = {vf_op_mkdir, VF_OP_MODIFY},
+    [FUSE_UNLINK] = {vf_op_unlink, VF_OP_MODIFY},
+    [FUSE_RMDIR] = {vf_op_rmdir, VF_OP_MODIFY},
+    [FUSE_RENAME] = {vf_op_rename, VF_OP_MODIFY},
+    [FUSE_RENAME2] = {vf_op_rename2, VF_OP_MODIFY},
+    [FUSE_LINK] = {vf_op_link, VF_OP_MODIFY},
+    [FUSE_CREATE] = {vf_op_create, VF_OP_MODIFY},
+    [FUSE_TMPFILE] = {vf_op_tmpfile, VF_OP_MODIFY},
+    [FUSE_ACCESS] = {vf_op_access, 0},
+    [FUSE_OPEN] = {vf_op_open, 0},
+    [FUSE_READ] = {vf_op_read, 0},
+    [FUSE_WRITE] = {vf_op_write, VF_OP_MODIFY},
+    [FUSE_FLUSH] = {vf_op_flush, 0},
+    [FUSE_RELEASE] = {vf_op_release, 0},
+    [FUSE_FSYNC] = {vf_op_fsync, VF_OP_SLOW},
+    [FUSE_FALLOCATE] = {vf_op_fallocate, VF_OP_MODIFY | VF_OP_SLOW},
+    [FUSE_LSEEK] = {vf_op_lseek, 0},
+    [FUSE_COPY_FILE_RANGE] = {vf_op_copy_file_range, VF_OP_MODIFY | VF_OP_SLOW},
+    [VF_FUSE_COPY_FILE_RANGE_64] = {vf_op_copy_file_range, VF_OP_MODIFY | VF_OP_SLOW},
+    [FUSE_OPENDIR] = {vf_op_opendir, 0},
+    [FUSE_READDIR] = {vf_op_readdir, 0},
+    [FUSE_READDIRPLUS] = {vf_op_readdirplus, 0},
+    [FUSE_RELEASEDIR] = {vf_op_releasedir, 0},
+    [FUSE_FSYNCDIR] = {vf_op_fsyncdir, VF_OP_SLOW},
+    [FUSE_SETXATTR] = {vf_op_setxattr, VF_OP_MODIFY},
+    [FUSE_GETXATTR] = {vf_op_getxattr, 0},
+    [FUSE_LISTXATTR] = {vf_op_listxattr, 0},
+    [FUSE_REMOVEXATTR] = {vf_op_removexattr, VF_OP_MODIFY},
+    [FUSE_GETLK] = {vf_op_getlk, 0},
+    [FUSE_SETLK] = {vf_op_setlk, 0},
+    [FUSE_SETLKW] = {vf_op_setlkw, 0},
+    [FUSE_INTERRUPT] = {vf_op_interrupt, 0},
+    [FUSE_INIT] = {NULL, VF_OP_UPCALL | VF_OP_NO_SESSION},
+    [FUSE_DESTROY] = {NULL, VF_OP_UPCALL | VF_OP_NO_SESSION},
+};
+const uint32_t vf_n_ops = sizeof(vf_ops) / sizeof(vf_ops[0]);
+
+int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
+{
+	static const struct vf_op_entry unknown = {NULL, VF_OP_UPCALL};
+	const struct vf_op_entry *op = &unknown;
+	int32_t result;
+
+	if (r->header.opcode < vf_n_ops &&
+	    (vf_ops[r->header.opcode].run || vf_ops[r->header.opcode].flags))
+		op = &vf_ops[r->header.opcode];
+	if (!op->run) {
+		if (!(op->flags & VF_OP_NO_SESSION) && !vf_session_flags(r->share))
+			return -EIO;
+		vf_upcalls_submit(r->share->upcalls, r);
+		return VF_ASYNC;
+	}
+	if ((op->flags & VF_OP_SLOW) && !t->may_block)
+		return VF_TO_POOL;
+	if ((op->flags & VF_OP_MODIFY) && r->share->config.readonly)
+		return -EROFS;
+	/*
+	 * Pairs with vf_share_start_session(): it takes the flags away, then waits for
+	 * busy threads; this thread says that it is busy, then looks at the flags.
+	 */
+	atomic_store(&t->busy, true);
+	if (!atomic_load(&r->share->init_flags))
+		result = -EIO;
+	else
+		result = op->run(t, r);
+	atomic_store_explicit(&t->busy, false, memory_order_release);
+	return result;
+}

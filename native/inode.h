@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The inode table: every object that the guest holds by nodeid.
+ *
+ * A nodeid is (reuse count of the slot << 32 | slot): it is never given to a
+ * second object, and its generation is the reuse count.  The root is slot 1,
+ * reuse 0: FUSE_ROOT_ID.  Slots are type-stable memory, so a stale nodeid is
+ * recognised without a lock.  Objects are found by (device, inode number) and
+ * by file handle where no descriptor pins the inode number.
+ */
+#ifndef VHOSTFS_INODE_H
+#define VHOSTFS_INODE_H
+
+#include "core.h"
+
+struct vf_inode; /* inode.c has the layout (a static inline may be put here where it is hot) */
+
+struct vf_inode_table *vf_inode_table_new(struct vf_share *share, int *error);
+void vf_inode_table_free(struct vf_inode_table *table);
+/* Forgets all but the root (a new session). No request is under way. */
+void vf_inode_table_clear(struct vf_inode_table *table);
+
+/* Takes a reference for the length of an operation; NULL: the guest holds no such nodeid (answer
+ * ESTALE). */
+struct vf_inode *vf_inode_get(struct vf_share *share, uint64_t nodeid);
+void vf_inode_put(struct vf_share *share, struct vf_inode *inode);
+
+uint64_t vf_inode_nodeid(const struct vf_inode *inode);
+uint32_t vf_inode_generation(const struct vf_inode *inode);
+/* S_IFMT bits, fixed for the life of an inode. */
+mode_t vf_inode_type(const struct vf_inode *inode);
+
+/*
+ * An O_PATH descriptor for a referenced inode: the table's own (valid as long as
+ * the reference) or one opened by file handle.  Negative errno (ESTALE: the
+ * object is gone from the host).
+ */
+int vf_inode_path_fd(struct vf_share *share, struct vf_inode *inode);
+/*
+ * Opens the object itself with these open(2) flags (O_CLOEXEC is added,
+ * O_NOFOLLOW and O_CREAT are removed), by /proc/self/fd or by file handle.  Only regular files and
+ * directories: anything else gives -ENXIO, so that no FIFO or device can be opened.
+ */
+int vf_inode_open(struct vf_share *share, struct vf_inode *inode, int flags);
+
+/*
+ * The object `name` in directory dir (whose descriptor is dir_fd): finds or makes its inode, adds
+ * one to its lookup count and fills out (attributes, timeouts, submount flag).  The name has been
+ * checked. Never follows a symlink.  Negative errno.
+ */
+int vf_inode_lookup(struct vf_thread *t, struct vf_inode *dir, int dir_fd, const char *name,
+		    struct fuse_entry_out *out);
+/* The same for an object that path_fd (any descriptor) refers to, as for O_TMPFILE. path_fd stays
+ * the caller's. */
+int vf_inode_lookup_fd(struct vf_thread *t, struct vf_inode *dir, int fd,
+		       struct fuse_entry_out *out);
+/* Takes n from the lookup count; too large an n is cut to what is there. */
+void vf_inode_forget(struct vf_share *share, uint64_t nodeid, uint64_t n);
+
+/* Closes descriptors that inodes hold until `wanted` were freed; the number freed. Called on
+ * EMFILE. */
+uint32_t vf_inode_shed_fds(struct vf_share *share, uint32_t wanted);
+void vf_inode_get_stats(struct vf_share *share, struct vf_share_stats *stats);
+
+/* attr.c: host attributes as the guest sees them (ids mapped). */
+void vf_fill_attr(struct vf_share *share, const struct stat *st, struct fuse_attr *attr);
+
+#endif

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses KVM or emulation, finding out once per boot of the host whether KVM really starts a guest.
+
+Must not know of shares: the trial guest has none, so that no server sees a connection that goes away.
+Specification: docs/guest.md, section on acceleration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from vhostfs.vm.cache import Progress, quiet, write_atomically
+from vhostfs.vm.errors import VmError
+from vhostfs.vm.lifeline import Lifeline
+from vhostfs.vm.machine import Accelerator, Machine, qemu_command, smallest_memory_bytes
+
+SIGN_OF_LIFE_TIMEOUT_S = 8.0
+_KVM = Path("/dev/kvm")
+_POLL_S = 0.05
+
+
+def choose_accelerator(choice: str, machine: Machine, cache: Path, progress: Progress = quiet) -> Accelerator:
+    """The accelerator for `--accel choice`: "kvm", "tcg" or "auto", which takes KVM if it starts a guest here.
+
+    `machine` is what will be launched; its shares and accelerator are passed over. Raises VmError.
+    """
+    if choice == "tcg":
+        return Accelerator.TCG
+    if choice == "kvm":
+        if not os.access(_KVM, os.R_OK | os.W_OK):
+            raise VmError(f"--accel kvm: {_KVM} cannot be opened; join the group kvm, or use --accel tcg")
+        return Accelerator.KVM
+    if choice != "auto":
+        raise VmError(f"--accel {choice}: expected auto, kvm or tcg")
+    if not _KVM.exists():
+        progress("this machine has no KVM: the guest is emulated, which is slower")
+        return Accelerator.TCG
+    if not os.access(_KVM, os.R_OK | os.W_OK):
+        progress(f"{_KVM} is not yours to open (group kvm?): the guest is emulated, which is slower")
+        return Accelerator.TCG
+    record = cache / "kvm" / f"{_boot_id()}.json"
+    problem = _known_problem(record)
+    if problem is None:
+        progress("trying KVM")
+        problem = _try_kvm(machine)
+        for old in record.parent.glob("*.json"):
+            old.unlink(missing_ok=True)
+        write_atomically(record, json.dumps({"problem": problem}))
+        if problem:
+            progress(f"KVM is of no use here ({problem}): the guest is emulated, which is slower")
+    elif problem:
+        progress(f"KVM was of no use before ({problem}), emulating; --accel kvm insists")
+    return Accelerator.TCG if problem else Accelerator.KVM
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _known_problem(record: Path) -> str | None:
+    """What an earlier trial of this boot said: "" for all well, None for no trial."""
+    try:
+        problem = json.loads(record.read_text(encoding="utf-8"))["problem"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return problem if isinstance(problem, str) else None
+
+
+def _try_kvm(machine: Machine) -> str:
+    """Starts a guest without shares under KVM and waits for its first word on the console; "" when it came."""
+    trial = replace(
+        machine,
+        shares=(),
+        qemu_arguments=(),
+        accelerator=Accelerator.KVM,
+        memory_bytes=smallest_memory_bytes(machine.image),
+        cpus=1,
+        # The first of all kernel messages, as early as the kernel can speak.
+        kernel_arguments=(*machine.kernel_arguments, "earlyprintk=ttyS0", "loglevel=7"),
+    )
+    with Lifeline() as lifeline:
+        ours, theirs = socket.socketpair()
+        console, log = lifeline.directory / "console.log", lifeline.directory / "qemu.log"
+        with ours, theirs:
+            command = qemu_command(trial, agent_fd=theirs.fileno(), console_path=console)
+            process = lifeline.start(command, log=log, pass_fds=[theirs.fileno()])
+        deadline = time.monotonic() + SIGN_OF_LIFE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if console.exists() and console.stat().st_size:
+                return ""
+            if process.poll() is not None:
+                said = log.read_text(errors="replace").strip().splitlines()
+                return said[-1] if said else f"QEMU ended with {process.returncode}"
+            time.sleep(_POLL_S)
+        lifeline.stop(process, grace_s=0)
+    return f"a guest showed no sign of life within {SIGN_OF_LIFE_TIMEOUT_S:g} s"

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds a QEMU on this machine, or provides one: a recent Debian build that runs beside any host's own libraries.
+
+Must not know how a guest is put together.
+Specification: docs/guest.md; QEMU docs/system/devices/vhost-user.rst for the devices.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from vhostfs.vm.cache import Progress, locked, published_directory, quiet
+from vhostfs.vm.debian import Release, open_root, package_files
+from vhostfs.vm.errors import VmError
+
+KIT = "kit"
+"""The value of --qemu that asks for the provided QEMU whatever the machine has."""
+SYSTEM = "system"
+"""The value of --qemu that asks for the machine's own."""
+_NAME = "qemu-system-x86_64"
+_PLACES = ("/usr/local/bin", "/usr/bin", "/opt/qemu/bin", "/usr/libexec")
+_FIRST_WITH_TEST_DEVICE = (10, 1, 0)
+_FIRST_WITH_FS_DEVICE = (4, 2, 0)
+_FIRMWARE = frozenset({"bios-256k.bin", "linuxboot_dma.bin", "kvmvapic.bin"})
+_KIT_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Qemu:
+    """A QEMU that can run a guest."""
+
+    command: tuple[str, ...]
+    """What to put before QEMU's own options."""
+    version: tuple[int, int, int]
+    has_fs_device: bool
+    """vhost-user-fs-pci: a virtio-fs device without the notification queue."""
+    has_test_device: bool
+    """vhost-user-test-device-pci: passes any feature of the back end, the notification queue's too."""
+    is_kit: bool
+
+    @property
+    def version_text(self) -> str:
+        """As people write it."""
+        return ".".join(str(number) for number in self.version)
+
+
+def find_qemu(choice: str | None, cache: Path, progress: Progress = quiet) -> Qemu:
+    """The QEMU for `--qemu choice`.
+
+    None: the newest of the machine that has a virtio-fs device, else the kit. "kit": the kit. "system": the machine's
+    own or an error. Anything else is a path or name of a QEMU. Raises VmError.
+    """
+    if choice == KIT:
+        return provide_kit(cache, progress)
+    if choice is not None and choice != SYSTEM:
+        found = shutil.which(choice)
+        if found is None:
+            raise VmError(
+                f"--qemu {choice}: no such program; give the path of a {_NAME}, '{SYSTEM}' or '{KIT}'"
+            )
+        return inspect_qemu(Path(found))
+    candidates = []
+    for path in installed_qemus():
+        try:
+            candidates.append(inspect_qemu(path))
+        except VmError:
+            continue
+    usable = [qemu for qemu in candidates if qemu.has_fs_device]
+    if usable:
+        return max(usable, key=lambda qemu: qemu.version)
+    if choice == SYSTEM:
+        raise VmError(f"no {_NAME} with vhost-user-fs-pci is installed; install qemu-system-x86 or use --qemu {KIT}")
+    return provide_kit(cache, progress)
+
+
+def installed_qemus() -> list[Path]:
+    """The QEMUs for x86-64 guests in PATH and the usual places, each once."""
+    found = [shutil.which(_NAME), *(shutil.which(_NAME, path=place) for place in _PLACES)]
+    return list(dict.fromkeys(Path(path).resolve() for path in found if path))
+
+
+def inspect_qemu(path: Path) -> Qemu:
+    """What the QEMU at `path` is. Raises VmError when it does not run or is not QEMU."""
+    command = (str(path),)
+    version = parse_version(_ask(command, "-version"))
+    devices = parse_devices(_ask(command, "-device", "help"))
+    return Qemu(
+        command, version, "vhost-user-fs-pci" in devices, "vhost-user-test-device-pci" in devices, is_kit=False
+    )
+
+
+def parse_version(text: str) -> tuple[int, int, int]:
+    """The version in the output of `-version`; VmError when there is none."""
+    match = re.search(r"QEMU emulator version (\d+)\.(\d+)(?:\.(\d+))?", text)
+    if match is None:
+        raise VmError(f"expected 'QEMU emulator version', saw {text.strip()[:80]!r}")
+    return int(match[1]), int(match[2]), int(match[3] or 0)
+
+
+def parse_devices(text: str) -> frozenset[str]:
+    """The device names in the output of `-device help`."""
+    return frozenset(re.findall(r'^name "([^"]+)"', text, re.MULTILINE))
+
+
+def _ask(command: tuple[str, ...], *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            [*command, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise VmError(f"{command[0]} {arguments[0]} did not work: {error}") from error
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise VmError(f"{command[0]} {arguments[0]} did not work: {said}")
+    return done.stdout
+
+
+def provide_kit(cache: Path, progress: Progress = quiet) -> Qemu:
+    """A QEMU of Debian's trixie-backports, fetched once, run by its own loader with its own libraries.
+
+    Nothing is installed and the host's libraries are not used. Raises VmError.
+    """
+    folder = cache / "qemu" / f"kit-{_KIT_FORMAT}"
+    if not folder.is_dir():
+        with locked(cache / "qemu" / "lock", progress):
+            if not folder.is_dir():
+                debs = open_root(Release.TRIXIE, cache, progress).resolve(["qemu-system-x86/trixie-backports"])
+                progress("unpacking QEMU")
+                with published_directory(folder) as fresh:
+                    for part in ("lib", "share"):
+                        (fresh / part).mkdir()
+                    for deb in debs:
+                        _take_kit_files(deb, fresh)
+                    for needed in (_NAME, "ld-linux-x86-64.so.2", *(f"share/{name}" for name in _FIRMWARE)):
+                        if not (fresh / needed).exists():
+                            raise VmError(f"Debian's QEMU packages came without {needed}; use --qemu PATH")
+                    _ask(_kit_command(fresh), "-version")
+    command = _kit_command(folder)
+    # Not asked for its devices: that makes QEMU load every module of the host's /usr/lib, made for another QEMU.
+    version = parse_version(_ask(command, "-version"))
+    return Qemu(
+        command, version, version >= _FIRST_WITH_FS_DEVICE, version >= _FIRST_WITH_TEST_DEVICE, is_kit=True
+    )
+
+
+def _kit_command(folder: Path) -> tuple[str, ...]:
+    loader = (str(folder / "ld-linux-x86-64.so.2"), "--library-path", str(folder / "lib"))
+    return (*loader, str(folder / _NAME), "-L", str(folder / "share"))
+
+
+def kit_place(path: str) -> str | None:
+    """Where in the kit a package's file goes, None when it is of no use there."""
+    pure = PurePosixPath("/", path)
+    if pure.name == _NAME:
+        return _NAME
+    if pure.name == "ld-linux-x86-64.so.2":
+        return pure.name
+    if pure.name in _FIRMWARE:
+        return f"share/{pure.name}"
+    if re.search(r"\.so(\.[0-9a-z.]+)?$", pure.name) and str(pure.parent).endswith("/lib/x86_64-linux-gnu"):
+        return f"lib/{pure.name}"
+    return None
+
+
+def _take_kit_files(deb: Path, folder: Path) -> None:
+    with package_files(deb) as stream:
+        for member in stream:
+            place = kit_place(member.name.removeprefix("."))
+            if place is None:
+                continue
+            target = folder / place
+            if member.issym():
+                # Firmware and libraries alike are linked to by other names; all of them end in one folder here.
+                name = PurePosixPath(member.linkname).name
+                if not target.exists() and name != target.name:
+                    target.symlink_to(name)
+            elif member.isreg() and not target.exists():
+                content = stream.extractfile(member)
+                assert content is not None
+                with target.open("wb") as output:
+                    shutil.copyfileobj(content, output)
+                target.chmod(0o755)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the vhost-user server of a share as a process of its own, and knows when it is ready.
+
+Must not know how the server works: its command line and the socket on which it listens are all.
+Specification: `vhostfs serve --help`; $VHOSTFS_SERVER is described in docs/guest.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from vhostfs.vm.errors import VmError
+from vhostfs.vm.guest import read_tail
+from vhostfs.vm.lifeline import Lifeline
+
+TEMPLATE_VARIABLE = "VHOSTFS_SERVER"
+"""Environment variable that replaces our server by another for comparison: a command with {socket} and {dir}."""
+READY_TIMEOUT_S = 20.0
+_POLL_S = 0.01
+_LOG_TAIL_LINES = 15
+_ACCEPTS_CONNECTIONS = 0x10000  # __SO_ACCEPTCON in the Flags column of /proc/net/unix
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """What a share's server is told."""
+
+    directory: Path
+    socket_path: Path
+    tag: str
+    read_only: bool = False
+    options: tuple[str, ...] = ()
+    """Further options of `vhostfs serve`."""
+
+
+def server_command(spec: ServerSpec, template: str | None) -> list[str]:
+    """The command that serves `spec`: ours, or `template` with {socket} and {dir} filled in.
+
+    Raises VmError for a template that lacks them or that cannot do what is asked.
+    """
+    if not template:
+        command = [sys.executable, "-m", "vhostfs", "serve", "--socket-path", str(spec.socket_path)]
+        command += ["--shared-dir", str(spec.directory), "--tag", spec.tag]
+        if spec.read_only:
+            command.append("--readonly")
+        return [*command, *spec.options]
+    if "{socket}" not in template or "{dir}" not in template:
+        raise VmError(f"{TEMPLATE_VARIABLE} must contain {{socket}} and {{dir}}, it is: {template}")
+    try:
+        words = shlex.split(template)
+    except ValueError as error:
+        raise VmError(f"{TEMPLATE_VARIABLE} cannot be split into words ({error}): {template}") from error
+    filled = [
+        word.replace("{socket}", str(spec.socket_path)).replace("{dir}", str(spec.directory)) for word in words
+    ]
+    return [*filled, *spec.options]
+
+
+def template_from_environment() -> str | None:
+    """The user's replacement for our server, None when there is none."""
+    return os.environ.get(TEMPLATE_VARIABLE) or None
+
+
+def is_listening(socket_path: Path) -> bool:
+    """True when some process accepts connections on that path; does not connect."""
+    wanted = str(socket_path)
+    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]:
+        # Num RefCount Protocol Flags Type St Inode Path
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[7] == wanted and int(fields[3], 16) & _ACCEPTS_CONNECTIONS:
+            return True
+    return False
+
+
+class ShareServer:
+    """A running server; ended by its lifeline."""
+
+    def __init__(self, spec: ServerSpec, lifeline: Lifeline, *, log_path: Path | None = None) -> None:
+        """Starts the server and waits until it listens.
+
+        Its messages go to `log_path`, by default a file beside the socket. Raises VmError with their end when it does
+        not come up.
+        """
+        self.spec = spec
+        self.log_path = log_path or spec.socket_path.with_suffix(".log")
+        self._lifeline = lifeline
+        command = server_command(spec, template_from_environment())
+        self.process = lifeline.start(command, log=self.log_path)
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not is_listening(spec.socket_path):
+            if self.process.poll() is not None:
+                raise VmError(self.describe_end())
+            if time.monotonic() > deadline:
+                lifeline.stop(self.process)
+                raise VmError(f"{command[0]} does not listen on {spec.socket_path} after {READY_TIMEOUT_S:g} s")
+            time.sleep(_POLL_S)
+
+    def describe_end(self) -> str:
+        """Why the server ended, for people."""
+        lines = read_tail(self.log_path, _LOG_TAIL_LINES) if self.log_path.is_file() else []
+        said = "".join(f"\n    {line}" for line in lines)
+        return f"the server of {self.spec.directory} ended with status {self.process.returncode}{said and ':' + said}"
+
+    def stop(self) -> int:
+        """Ends the server and returns its exit status."""
+        return self._lifeline.stop(self.process)
