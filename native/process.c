@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the sandbox asks of the kernel and Python 3.11 has no call for:
+ * namespaces, mounts, capabilities, the system call filter.  The order in
+ * which they are used is vhostfs/share/sandbox.py's business.
+ *
+ * Specification: unshare(2), pivot_root(2), mount(2), capabilities(7),
+ * seccomp_rule_add(3).
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <linux/capability.h>
+#include <sched.h>
+#include <seccomp.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "api.h"
+
+int vf_unshare(uint64_t clone_flags)
+{
+	return unshare((int)clone_flags) ? -errno : 0;
+}
+
+int vf_pivot_root(const char *new_root, const char *put_old)
+{
+	return syscall(SYS_pivot_root, new_root, put_old) ? -errno : 0;
+}
+
+int vf_mount(const char *source, const char *target, const char *type, uint64_t flags,
+	     const char *data)
+{
+	return mount(source, target, type, flags, data) ? -errno : 0;
+}
+
+int vf_umount_detach(const char *target)
+{
+	return umount2(target, MNT_DETACH | UMOUNT_NOFOLLOW) ? -errno : 0;
+}
+
+uint64_t vf_effective_capabilities(void)
+{
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = { 0 };
+
+	if (syscall(SYS_capget, &header, data))
+		return 0;
+	return data[0].effective | (uint64_t)data[1].effective << 32;
+}
+
+int vf_keep_capabilities(uint64_t mask)
+{
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = { 0 };
+
+	/*
+	 * The bounding set first: dropping from it takes CAP_SETPCAP, which is
+	 * gone afterwards.  Without that right (an unprivileged server) there is
+	 * nothing that execve(2) could give back either: no_new_privs is set.
+	 */
+	for (int cap = 0; prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++) {
+		if (mask & 1ULL << cap)
+			continue;
+		if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) && errno != EPERM)
+			return -errno;
+	}
+	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
+		return -errno;
+	if (syscall(SYS_capget, &header, data))
+		return -errno;
+	for (size_t i = 0; i < _LINUX_CAPABILITY_U32S_3; i++) {
+		/* Only what the process has can be kept. */
+		data[i].permitted &= (uint32_t)(mask >> 32 * i);
+		data[i].effective = data[i].permitted;
+		data[i].inheritable = 0;
+	}
+	if (syscall(SYS_capset, &header, data))
+		return -errno;
+	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -errno : 0;
+}
+
+/*
+ * System calls that libraries try and do without: answered as an old kernel
+ * would, where killing the process would be too much.
+ */
+static const char *const tried_by_libraries[] = {
+	"io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd", "statmount",
+};
+
+static int add_rules(scmp_filter_ctx filter, uint32_t action, const char *const *names,
+		     uint32_t n_names)
+{
+	for (uint32_t i = 0; i < n_names; i++) {
+		int number = seccomp_syscall_resolve_name(names[i]);
+		int error;
+
+		if (number == __NR_SCMP_ERROR)
+			continue;
+		error = seccomp_rule_add(filter, action, number, 0);
+		/* A name that this architecture does not have gives -EDOM. */
+		if (error && error != -EDOM)
+			return error;
+	}
+	return 0;
+}
+
+int vf_seccomp_allow(const char *const *names, uint32_t n_names, bool log_only)
+{
+	scmp_filter_ctx filter = seccomp_init(log_only ? SCMP_ACT_LOG : SCMP_ACT_KILL_PROCESS);
+	int error;
+
+	if (!filter)
+		return -ENOMEM;
+	error = seccomp_attr_set(filter, SCMP_FLTATR_CTL_TSYNC, 1);
+	if (!error)
+		error = add_rules(filter, SCMP_ACT_ALLOW, names, n_names);
+	if (!error)
+		error = add_rules(filter, SCMP_ACT_ERRNO(ENOSYS), tried_by_libraries,
+				  sizeof(tried_by_libraries) / sizeof(tried_by_libraries[0]));
+	if (!error) {
+		/* A binary search instead of a list: some 150 calls are allowed. */
+		seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2);
+		error = seccomp_load(filter);
+	}
+	seccomp_release(filter);
+	return error;
+}

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the listening socket: made at a path that no other server uses, or taken over from the parent.
+Must not accept connections or know vhost-user.
+Specification: --socket-path, --socket-group and --fd of virtiofsd; unix(7), flock(2)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+# sockaddr_un.sun_path is 108 bytes with its NUL.
+SOCKET_PATH_MAX_BYTES = 107
+_BACKLOG = 8
+
+
+class ListenError(UserError):
+    """A socket that cannot be listened on; the text says what is in the way."""
+
+
+@dataclass(slots=True)
+class Listener:
+    """A listening stream socket and, when it was made here, the files to remove at the end."""
+
+    socket: socket.socket
+    path: str | None = None
+    lock_path: str | None = None
+    lock_fd: int = -1
+    identity: tuple[int, int] | None = None  # device and inode of the socket file
+
+    def remove_files(self) -> None:
+        """Removes socket and lock file, unless another file has taken the socket's place. Never raises."""
+        if self.path is None or self.lock_path is None:
+            return
+        try:
+            found = os.lstat(self.path)
+            if (found.st_dev, found.st_ino) == self.identity:
+                os.unlink(self.path)
+        except OSError:
+            pass
+        with contextlib.suppress(OSError):
+            os.unlink(self.lock_path)
+
+
+def listen_at(path: str, group: str | None) -> Listener:
+    """Makes a socket that only this user (and group) may connect to. Raises ListenError."""
+    size = len(os.fsencode(path))
+    if size > SOCKET_PATH_MAX_BYTES:
+        raise ListenError(
+            f"--socket-path is {size} bytes long; a socket's path has at most {SOCKET_PATH_MAX_BYTES}"
+        )
+    path = os.path.abspath(path)
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise ListenError(f"--socket-path={path}: the directory {directory} does not exist")
+    group_id = _group_id(group) if group is not None else None
+    lock_path = f"{path}.pid"
+    lock_fd = _lock(lock_path, path)
+    try:
+        _remove_dead_socket(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        # The mode must be right from the start: a chmod would come too late.
+        old_umask = os.umask(0o007 if group is not None else 0o077)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(old_umask)
+        if group_id is not None:
+            os.chown(path, -1, group_id)
+        found = os.lstat(path)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        os.unlink(lock_path)
+        os.close(lock_fd)
+        raise ListenError(f"--socket-path={path}: {os.strerror(error.errno or errno.EIO)}") from None
+    except ListenError:
+        os.unlink(lock_path)
+        os.close(lock_fd)
+        raise
+    return Listener(listener, path, lock_path, lock_fd, (found.st_dev, found.st_ino))
+
+
+def take_listener(fd: int) -> Listener:
+    """--fd: a socket that the parent made and that listens already. Raises ListenError."""
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        raise ListenError(f"--fd={fd}: no such descriptor is open; the parent must pass it on") from None
+    if not is_socket:
+        raise ListenError(f"--fd={fd} is not a socket; expected a listening UNIX socket")
+    taken = socket.socket(fileno=fd)
+    if taken.family != socket.AF_UNIX or taken.type != socket.SOCK_STREAM:
+        raise ListenError(f"--fd={fd} is not a UNIX stream socket")
+    if not taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ListenError(f"--fd={fd} does not listen; expected a listening socket, not a connection")
+    taken.set_inheritable(False)
+    return Listener(taken)
+
+
+def _group_id(group: str) -> int:
+    import grp
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        if group.isdecimal():
+            return int(group)
+        raise ListenError(f"--socket-group={group}: there is no such group") from None
+
+
+def _lock(lock_path: str, path: str) -> int:
+    """An exclusive lock that ends with this process, on a file that names it, as virtiofsd writes it."""
+    while True:
+        try:
+            fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ListenError(f"cannot make {lock_path}: {error.strerror}") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(fd, 32).decode(errors="replace").strip()
+            os.close(fd)
+            raise ListenError(
+                f"--socket-path={path}: another server ({f'pid {holder}' if holder else 'just starting'}) "
+                f"uses this path; choose another, or end that one"
+            ) from None
+        try:
+            still_there = os.path.samestat(os.fstat(fd), os.stat(lock_path))
+        except FileNotFoundError:
+            still_there = False
+        if still_there:
+            break
+        os.close(fd)  # its owner removed it in between
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def _remove_dead_socket(path: str) -> None:
+    """What a server that was killed left behind goes; anything else stays."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(
+            f"--socket-path={path}: a file that is not a socket is in the way; it was left alone"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # its queue is full: somebody listens
+    raise ListenError(
+        f"--socket-path={path}: something already listens there; choose another path, or end it"
+    )

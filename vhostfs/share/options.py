@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns what can be asked of `vhostfs serve`: the options as values, their defaults, and which go together.
+Must not know argparse, touch the system (check_shared_dir apart) or act on any option.
+Specification: docs/migrating-from-virtiofsd.md (the option table)."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import stat
+from dataclasses import dataclass
+
+from ..errors import UserError
+from .capabilities import NO_CHANGES, CapabilityChanges
+from .idmap import IdMapError, IdRule, NamespaceRange, check_namespace_ranges, check_translations
+from .xattrmap import XattrRule
+
+TAG_MAX_BYTES = 36  # struct virtio_fs_config.tag
+MAX_REQUEST_QUEUES = 64
+MAX_THREAD_POOL_SIZE = 1024
+MAX_TIMEOUT_S = 366 * 86400.0
+
+
+class OptionError(UserError):
+    """Options that cannot be meant; the text says what was seen and what would be right."""
+
+    exit_status = 2
+
+
+class CacheMode(enum.IntEnum):
+    """--cache; the numbers of enum vf_cache_mode in native/api.h."""
+
+    NEVER = 0
+    METADATA = 1
+    AUTO = 2
+    ALWAYS = 3
+
+
+class HandleMode(enum.IntEnum):
+    """--inode-file-handles; the numbers of enum vf_handle_mode in native/api.h."""
+
+    NEVER = 0
+    PREFER = 1
+    MANDATORY = 2
+
+
+class SandboxMode(enum.Enum):
+    NAMESPACE = "namespace"
+    CHROOT = "chroot"
+    NONE = "none"
+
+
+class SeccompAction(enum.Enum):
+    """What a system call that is not on the list does to the process."""
+
+    NONE = "none"
+    KILL = "kill"
+    LOG = "log"
+    TRAP = "trap"
+
+
+class LogLevel(enum.Enum):
+    OFF = "off"
+    ERROR = "error"
+    WARN = "warn"
+    INFO = "info"
+    DEBUG = "debug"
+    TRACE = "trace"
+
+
+# How long the guest may keep names and attributes, in seconds: virtiofsd's figures.
+CACHE_TIMEOUT_S = {
+    CacheMode.NEVER: 0.0,
+    CacheMode.METADATA: 86400.0,
+    CacheMode.AUTO: 1.0,
+    CacheMode.ALWAYS: 86400.0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Everything that one server was asked for. Raises OptionError when the parts do not go together."""
+
+    shared_dir: str
+    socket_path: str | None = None
+    listen_fd: int | None = None
+    socket_group: str | None = None
+    tag: str | None = None
+    once: bool = False
+    num_request_queues: int = 1
+    thread_pool_size: int = 0
+
+    cache: CacheMode = CacheMode.AUTO
+    timeout_s: float | None = None  # None: by cache mode
+    readdirplus: bool = True
+    writeback: bool = False
+    allow_direct_io: bool = False
+    allow_mmap: bool = False
+    posix_lock: bool = True
+    flock: bool = True
+    killpriv_v2: bool = False
+    announce_submounts: bool = True
+    preserve_noatime: bool = False
+    readonly: bool = False
+
+    xattr: bool = False
+    posix_acl: bool = False
+    security_label: bool = False
+    xattr_rules: tuple[XattrRule, ...] = ()
+
+    sandbox: SandboxMode = SandboxMode.NAMESPACE
+    seccomp: SeccompAction = SeccompAction.KILL
+    modcaps: CapabilityChanges = NO_CHANGES
+    inode_file_handles: HandleMode = HandleMode.PREFER
+    rlimit_nofile: int | None = None  # None: as many as sensible; 0: left as it is
+    uid_map: tuple[NamespaceRange, ...] = ()
+    gid_map: tuple[NamespaceRange, ...] = ()
+    translate_uid: tuple[IdRule, ...] = ()
+    translate_gid: tuple[IdRule, ...] = ()
+
+    log_level: LogLevel = LogLevel.INFO
+    syslog: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_socket()
+        self._check_numbers()
+        self._check_ids()
+
+    def _check_socket(self) -> None:
+        if not self.shared_dir:
+            raise OptionError("no directory to share; give --shared-dir=DIR")
+        if self.socket_path is None and self.listen_fd is None:
+            raise OptionError(
+                "no socket; give --socket-path=PATH, or --fd=N for a socket that already listens"
+            )
+        if self.socket_path is not None and self.listen_fd is not None:
+            raise OptionError("--socket-path and --fd exclude each other; give one of them")
+        if self.socket_path == "":
+            raise OptionError("--socket-path is empty; give the path that the VMM connects to")
+        if self.listen_fd is not None and self.listen_fd < 0:
+            raise OptionError(f"--fd={self.listen_fd}: a descriptor number is 0 or more")
+        if self.socket_group is not None and self.listen_fd is not None:
+            raise OptionError(
+                "--socket-group has no meaning with --fd: whoever made the socket sets its group"
+            )
+        if self.tag is not None and not 1 <= len(os.fsencode(self.tag)) <= TAG_MAX_BYTES:
+            raise OptionError(
+                f"--tag='{self.tag}' has {len(os.fsencode(self.tag))} bytes; it may have 1 to {TAG_MAX_BYTES}"
+            )
+
+    def _check_numbers(self) -> None:
+        if not 1 <= self.num_request_queues <= MAX_REQUEST_QUEUES:
+            raise OptionError(
+                f"--num-request-queues={self.num_request_queues}: 1 to {MAX_REQUEST_QUEUES} are possible"
+            )
+        if not 0 <= self.thread_pool_size <= MAX_THREAD_POOL_SIZE:
+            raise OptionError(
+                f"--thread-pool-size={self.thread_pool_size}: 0 to {MAX_THREAD_POOL_SIZE} are possible"
+            )
+        if self.rlimit_nofile is not None and self.rlimit_nofile < 0:
+            raise OptionError(f"--rlimit-nofile={self.rlimit_nofile}: give a number of descriptors, or 0")
+        if self.timeout_s is not None and not 0 <= self.timeout_s <= MAX_TIMEOUT_S:
+            raise OptionError(f"-o timeout={self.timeout_s:g}: 0 to {MAX_TIMEOUT_S:.0f} seconds are possible")
+
+    def _check_ids(self) -> None:
+        for name, ranges in (("--uid-map", self.uid_map), ("--gid-map", self.gid_map)):
+            if ranges and self.sandbox is not SandboxMode.NAMESPACE:
+                raise OptionError(
+                    f"{name} maps ids by a user namespace, which --sandbox={self.sandbox.value} lacks; "
+                    f"use --sandbox=namespace, or {name.replace('--', '--translate-').removesuffix('-map')}"
+                )
+            try:
+                check_namespace_ranges(ranges)
+            except IdMapError as error:
+                raise OptionError(f"{name}: {error}") from None
+        for name, rules in (("--translate-uid", self.translate_uid), ("--translate-gid", self.translate_gid)):
+            if rules and self.posix_acl:
+                raise OptionError(
+                    f"{name} and --posix-acl exclude each other: ids inside ACLs are not translated"
+                )
+            try:
+                check_translations(rules)
+            except IdMapError as error:
+                raise OptionError(f"{name}: {error}") from None
+
+    @property
+    def xattr_wanted(self) -> bool:
+        """Whether extended attributes are served: asked for, or needed by what was asked for."""
+        return self.xattr or self.posix_acl or self.security_label or bool(self.xattr_rules)
+
+    @property
+    def readdirplus_wanted(self) -> bool:
+        """READDIRPLUS fills caches, so it is off where there are none to keep."""
+        return self.readdirplus and self.cache is not CacheMode.NEVER
+
+    @property
+    def cache_timeout_s(self) -> float:
+        """How long the guest may keep names and attributes, in seconds."""
+        return CACHE_TIMEOUT_S[self.cache] if self.timeout_s is None else self.timeout_s
+
+
+def check_shared_dir(path: str) -> str:
+    """The real path of a directory that can be shared. Raises OptionError saying why not."""
+    try:
+        real = os.path.realpath(path, strict=True)
+        mode = os.stat(real).st_mode
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise OptionError(f"--shared-dir={path}: there is no such directory") from None
+        if error.errno == errno.ENOTDIR:
+            raise OptionError(f"--shared-dir={path}: part of the path is not a directory") from None
+        raise OptionError(f"--shared-dir={path}: {os.strerror(error.errno or errno.EIO)}") from None
+    if not stat.S_ISDIR(mode):
+        raise OptionError(f"--shared-dir={path} is not a directory; only directories can be shared")
+    if not os.access(real, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise OptionError(f"--shared-dir={path}: not readable by uid {os.geteuid()} (needs r and x)")
+    return real
