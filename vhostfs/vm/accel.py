@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from vhostfs.vm.cache import Progress, quiet, write_atomically
 from vhostfs.vm.errors import VmError
-from vhostfs.vm.lifeline import Lifeline
-from vhostfs.vm.machine import Accelerator, Machine, qemu_command, smallest_memory_bytes
+from vhostfs.vm.guest import Guest
+from vhostfs.vm.machine import Accelerator, Machine, smallest_memory_bytes
 
 SIGN_OF_LIFE_TIMEOUT_S = 8.0
 _KVM = Path("/dev/kvm")
-_POLL_S = 0.05
 
 
 def choose_accelerator(choice: str, machine: Machine, cache: Path, progress: Progress = quiet) -> Accelerator:
-    """The accelerator for `--accel choice`: "kvm", "tcg" or "auto", which takes KVM if it starts a guest here.
+    """The accelerator for `--accel choice`: "kvm", "tcg" or "auto", which takes KVM if it starts a guest
+    here.
 
     `machine` is what will be launched; its shares and accelerator are passed over. Raises VmError.
     """
@@ -75,30 +73,20 @@ def _known_problem(record: Path) -> str | None:
 
 
 def _try_kvm(machine: Machine) -> str:
-    """Starts a guest without shares under KVM and waits for its first word on the console; "" when it came."""
+    """Boots a guest without shares under KVM; "" when it came up, else what was seen instead."""
     trial = replace(
         machine,
         shares=(),
         qemu_arguments=(),
         accelerator=Accelerator.KVM,
         memory_bytes=smallest_memory_bytes(machine.image),
-        cpus=1,
-        # The first of all kernel messages, as early as the kernel can speak.
-        kernel_arguments=(*machine.kernel_arguments, "earlyprintk=ttyS0", "loglevel=7"),
+        kernel_arguments=(*machine.kernel_arguments, "loglevel=7"),
     )
-    with Lifeline() as lifeline:
-        ours, theirs = socket.socketpair()
-        console, log = lifeline.directory / "console.log", lifeline.directory / "qemu.log"
-        with ours, theirs:
-            command = qemu_command(trial, agent_fd=theirs.fileno(), console_path=console)
-            process = lifeline.start(command, log=log, pass_fds=[theirs.fileno()])
-        deadline = time.monotonic() + SIGN_OF_LIFE_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if console.exists() and console.stat().st_size:
-                return ""
-            if process.poll() is not None:
-                said = log.read_text(errors="replace").strip().splitlines()
-                return said[-1] if said else f"QEMU ended with {process.returncode}"
-            time.sleep(_POLL_S)
-        lifeline.stop(process, grace_s=0)
-    return f"a guest showed no sign of life within {SIGN_OF_LIFE_TIMEOUT_S:g} s"
+    guest = Guest(trial)
+    try:
+        guest.launch(silence_timeout_s=SIGN_OF_LIFE_TIMEOUT_S)
+    except VmError as error:
+        return str(error).splitlines()[0]
+    finally:
+        guest.close(graceful=False)
+    return ""

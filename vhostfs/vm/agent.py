@@ -35,18 +35,18 @@ from vhostfs.vm.frames import (
 
 _STDIN_CHUNK = 32 * 1024
 OutputSink = Callable[[bytes], None]
-"""Takes output as it comes, on the reading thread: what it takes long over delays every command of the guest."""
+"""Takes output as it comes, on the reading thread: as long as it takes, every command of the guest waits."""
 
 
 class GuestError(Exception):
     """A command could not be run or watched to its end; the text says why."""
 
 
-class GuestGone(GuestError):
+class GuestGoneError(GuestError):
     """The guest ended, or its agent did."""
 
 
-class GuestTimeout(GuestError):
+class GuestTimeoutError(GuestError):
     """Something in the guest did not happen in time; the text has what was seen until then."""
 
 
@@ -92,7 +92,10 @@ class RunningCommand:
         self._connection = connection
         self._number = number
         self._changed = threading.Condition()
-        self._outputs: dict[FrameType, bytearray] = {FrameType.STDOUT: bytearray(), FrameType.STDERR: bytearray()}
+        self._outputs: dict[FrameType, bytearray] = {
+            FrameType.STDOUT: bytearray(),
+            FrameType.STDERR: bytearray(),
+        }
         self._sinks: dict[FrameType, OutputSink | None] = {FrameType.STDOUT: None, FrameType.STDERR: None}
         self._status: ExitStatus | None = None
         self._failure: GuestError | None = None
@@ -121,19 +124,15 @@ class RunningCommand:
         timeout_s: float,
         stream: Literal["stdout", "stderr"] = "stdout",
     ) -> bytes:
-        """Waits until `condition` holds for all that the stream had until now, or until it contains that text.
+        """Waits until `condition` holds for all that the stream had until now, or is contained in it.
 
-        Returns the whole stream. Raises GuestTimeout, or GuestError when the command ended without it.
+        Returns the whole stream. Raises GuestTimeoutError, or GuestError when the command ended without it.
         """
-        if isinstance(condition, str):
-            condition = condition.encode("utf-8", "surrogateescape")
-        if isinstance(condition, bytes):
-            wanted = condition
+        wanted = condition.encode("utf-8", "surrogateescape") if isinstance(condition, str) else condition
 
-            def holds(output: bytes) -> bool:
-                return wanted in output
-        else:
-            holds = condition
+        def holds(output: bytes) -> bool:
+            return wanted in output if isinstance(wanted, bytes) else wanted(output)
+
         kind = FrameType.STDOUT if stream == "stdout" else FrameType.STDERR
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -144,13 +143,15 @@ class RunningCommand:
                 if self._failure is not None:
                     raise self._failure
                 if self._status is not None:
+                    errors = bytes(self._outputs[FrameType.STDERR])
                     raise GuestError(
                         f"{self.command!r} ended with {self._status.shell_status} before its {stream} was as "
-                        f"expected; it was {output!r}, stderr {bytes(self._outputs[FrameType.STDERR])[-2000:]!r}"
+                        f"expected; it was {output!r}, stderr {errors[-2000:]!r}"
                     )
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    raise GuestTimeout(
-                        f"{stream} of {self.command!r} not as expected after {timeout_s:g} s; it was {output!r}"
+                    raise GuestTimeoutError(
+                        f"{stream} of {self.command!r} not as expected after {timeout_s:g} s; "
+                        f"it was {output!r}"
                     )
 
     def wait_for_lines(self, count: int, timeout_s: float) -> list[str]:
@@ -166,10 +167,13 @@ class RunningCommand:
         return self._status
 
     def wait(self, timeout_s: float | None = None) -> CompletedCommand:
-        """Waits for the end. Raises GuestTimeout (the command goes on), GuestGone, GuestError (was not started)."""
+        """Waits for the end. Raises GuestTimeoutError (the command goes on), GuestGoneError, GuestError (was
+        not started)."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._status is not None or self._failure is not None, timeout_s):
-                raise GuestTimeout(
+            if not self._changed.wait_for(
+                lambda: self._status is not None or self._failure is not None, timeout_s
+            ):
+                raise GuestTimeoutError(
                     f"{self.command!r} still runs in the guest after {timeout_s:g} s; stdout ends "
                     f"{bytes(self._outputs[FrameType.STDOUT])[-1000:]!r}, stderr ends "
                     f"{bytes(self._outputs[FrameType.STDERR])[-1000:]!r}"
@@ -205,14 +209,16 @@ class RunningCommand:
     def write_stdin(self, data: bytes) -> None:
         """Gives the command bytes to read; waits while it has not read what it got before.
 
-        What a command leaves unread when it ends is dropped without error. Raises GuestGone.
+        What a command leaves unread when it ends is dropped without error. Raises GuestGoneError.
         """
         with self._stdin_order:
             view = memoryview(data)
             while view:
                 with self._changed:
                     self._changed.wait_for(
-                        lambda: self._stdin_credit > 0 or self._status is not None or self._failure is not None
+                        lambda: (
+                            self._stdin_credit > 0 or self._status is not None or self._failure is not None
+                        )
                     )
                     if self._status is not None or not self._stdin_open:
                         return
@@ -282,13 +288,13 @@ class AgentConnection:
         self._send_order = threading.Lock()
         self._commands: dict[int, RunningCommand] = {}
         self._last_number = 0
-        self._gone: GuestGone | None = None
+        self._gone: GuestGoneError | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._read_all, name="guest-agent", daemon=True)
         self._thread.start()
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """True once the agent has spoken; False if it has not within `timeout_s`. Raises GuestGone."""
+        """True once the agent has spoken; False if it has not within `timeout_s`. Raises GuestGoneError."""
         self._ready.wait(timeout_s)
         if self._gone is not None:
             raise self._gone
@@ -312,7 +318,7 @@ class AgentConnection:
     ) -> RunningCommand:
         """Starts a shell command. `terminal_size` (rows, columns) puts it on a terminal, with stdin.
 
-        Raises GuestGone, or ValueError for texts that cannot be sent.
+        Raises GuestGoneError, or ValueError for texts that cannot be sent.
         """
         flags = StartFlag(0)
         if stdin:
@@ -340,12 +346,12 @@ class AgentConnection:
         self.send(encode_frame(Frame(FrameType.POWEROFF, 0)))
 
     def send(self, data: bytes) -> None:
-        """Sends whole frames. Raises GuestGone."""
+        """Sends whole frames. Raises GuestGoneError."""
         try:
             with self._send_order:
                 self._stream.sendall(data)
         except OSError as error:
-            raise self._gone or GuestGone(f"the guest has ended ({error.strerror})") from error
+            raise self._gone or GuestGoneError(f"the guest has ended ({error.strerror})") from error
 
     def close(self) -> None:
         """Ends the stream; commands that still run are abandoned."""
@@ -365,7 +371,9 @@ class AgentConnection:
                 with self._lock:
                     running = self._commands.get(frame.command)
                 if running is None:
-                    raise ProtocolError(f"{frame.type.name} about command {frame.command}, which does not run")
+                    raise ProtocolError(
+                        f"{frame.type.name} about command {frame.command}, which does not run"
+                    )
                 running.receive(frame)
                 if frame.type in (FrameType.EXIT, FrameType.FAILED):
                     with self._lock:
@@ -375,7 +383,7 @@ class AgentConnection:
         except OSError as error:
             reason = f"the guest has ended ({error.strerror})"
         with self._lock:
-            self._gone = GuestGone(reason)
+            self._gone = GuestGoneError(reason)
             left = list(self._commands.values())
         self._ready.set()
         for running in left:

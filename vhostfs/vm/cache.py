@@ -40,7 +40,8 @@ def cache_root() -> Path:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VmError(
-            f"cannot create the cache directory {root}: {error.strerror}; set VHOSTFS_CACHE to one that you own"
+            f"cannot create the cache directory {root}: {error.strerror}; "
+            "set VHOSTFS_CACHE to one that you own"
         ) from error
     return root
 
@@ -65,8 +66,8 @@ def locked(path: Path, progress: Progress = quiet) -> Iterator[None]:
 def published_directory(target: Path) -> Iterator[Path]:
     """Yields a fresh directory beside `target` that becomes `target` when the body succeeds.
 
-    An older `target` is replaced. When the body raises, or the process dies, `target` is as it was; what a dead
-    process left beside it is removed by the next call. The caller holds a lock that covers `target`.
+    An older `target` is replaced. When the body raises, or the process dies, `target` is as it was; what a
+    dead process left beside it is removed by the next call. The caller holds a lock that covers `target`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".new-{target.name}-"

@@ -50,7 +50,8 @@ def merged_path(path: str) -> str:
 
 @dataclass(slots=True)
 class Tree:
-    """Files by path (no leading slash), and hard links by path to the path that they share their file with."""
+    """Files by path (no leading slash), and hard links by path to the path that they share their file
+    with."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
@@ -85,7 +86,8 @@ class Tree:
         self._put(merged_path(path), Node(mode, device=(major, minor)))
 
     def add_tar(self, stream: tarfile.TarFile, unwanted: tuple[str, ...] = ()) -> None:
-        """Adds every member of an open tar stream but those below an `unwanted` path prefix ("usr/share/doc/")."""
+        """Adds every member of an open tar stream but those below an `unwanted` path prefix
+        ("usr/share/doc/")."""
         for member in stream:
             path = merged_path(member.name)
             if not path or path.startswith(unwanted):
@@ -150,7 +152,8 @@ class Tree:
 
 
 def encode_entry(path: str, node: Node, inode: int, link_count: int, data: bytes) -> bytes:
-    """One archive member: 110 bytes of header in hexadecimal, the name, the data, each padded to four bytes."""
+    """One archive member: 110 bytes of header in hexadecimal, the name, the data, each padded to four
+    bytes."""
     name = path.encode("utf-8", "surrogateescape") + b"\0"
     fields = (
         inode,
@@ -177,7 +180,8 @@ def _padded(data: bytes) -> bytes:
 
 
 def write_archive(tree: Tree, output: BinaryIO) -> None:
-    """Writes the whole tree: parents before what is in them, the name that carries the data before its hard links."""
+    """Writes the whole tree: parents before what is in them, the name that carries the data before its hard
+    links."""
     for chunk in _archive(tree):
         output.write(chunk)
 

@@ -29,11 +29,13 @@ KEYRINGS = (
 )
 LISTS_MAX_AGE_S = 7 * 24 * 3600
 _CODENAMES = frozenset(
-    "buster bullseye bookworm trixie forky duke sid unstable testing stable oldstable oldoldstable".split()
+    {"buster", "bullseye", "bookworm", "trixie", "forky", "duke", "sid"}
+    | {"unstable", "testing", "stable", "oldstable", "oldoldstable"}
 )
+_SCHEMES = frozenset({"http", "https", "file", "mirror+file", "mirror+http"})
 _PACKAGE_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
-# What of the host's own configuration the private root keeps: how to reach the network, nothing else. Hooks, cache
-# folders and pins of the host must not run or apply here.
+# What of the host's own configuration the private root keeps: how to reach the network, nothing else.
+# Hooks, cache folders and pins of the host must not run or apply here.
 _KEPT_OPTIONS = re.compile(
     r"Acquire::(https?|ftp|socks|tor)(::|$)|Acquire::(Retries|ForceIPv[46]|Check-Valid-Until|Check-Date|Proxy)",
     re.IGNORECASE,
@@ -125,17 +127,17 @@ def parse_stanzas(text: str) -> Iterator[dict[str, str]]:
 def choose_mirrors(sources: Iterable[Source]) -> Mirrors:
     """The host's own mirrors of Debian's archives, the official ones where it has none.
 
-    Only sources with a Debian codename as suite count, so that another distribution's or vendor's are not taken.
+    Only sources with a Debian codename as suite count: another distribution's or vendor's are not taken.
     """
     archive = security = None
     for source in sources:
         suite = source.suite.rstrip("/")
         if suite.partition("-")[0].partition("/")[0] not in _CODENAMES:
             continue
-        if urllib.parse.urlsplit(source.uri).scheme not in ("http", "https", "file", "mirror+file", "mirror+http"):
+        if urllib.parse.urlsplit(source.uri).scheme not in _SCHEMES:
             continue
         uri = source.uri.rstrip("/") if not source.uri.startswith("mirror+") else source.uri
-        if suite.endswith("-security") or suite.endswith("/updates"):
+        if suite.endswith(("-security", "/updates")):
             security = security or uri
         elif suite in _CODENAMES and _is_whole_archive(uri):
             archive = archive or uri
@@ -176,7 +178,8 @@ def sources_text(release: Release, mirrors: Mirrors, keyring: Path) -> str:
 
 
 def configuration_text(root: Path, host_dump: str, is_root: bool) -> str:
-    """The private root's apt.conf: all folders inside `root`, the host's network options, nothing else of the host's.
+    """The private root's apt.conf: all folders inside `root`, the host's network options, nothing else of
+    the host's.
 
     `host_dump` is the output of `apt-config dump`.
     """
@@ -256,7 +259,8 @@ class AptRoot:
             return wanted
 
     def dependencies(self, package: str, suite: str | None = None) -> list[str]:
-        """The names in the Depends field of the newest `package` (of `suite`), in order; empty if there is none."""
+        """The names in the Depends field of the newest `package` (of `suite`), in order; empty if there is
+        none."""
         with locked(self.path / "lock", self.progress):
             self._refresh()
             options = ["-t", suite] if suite else []
@@ -292,7 +296,8 @@ class AptRoot:
         return paths
 
     def _uris(self, arguments: list[str]) -> list[str]:
-        # Already downloaded files are left out of --print-uris, hence an empty archive folder for the question.
+        # Already downloaded files are left out of --print-uris, hence an empty archive folder for the
+        # question.
         empty = self.path / "cache" / "nothing"
         (empty / "partial").mkdir(parents=True, exist_ok=True)
         text = self._apt([f"-oDir::Cache::archives={empty}", "--print-uris", *arguments])
@@ -312,7 +317,8 @@ class AptRoot:
         keyring = next((path for path in KEYRINGS if path.exists()), None)
         if keyring is None:
             raise VmError(
-                f"Debian's archive keyring is not at {KEYRINGS[0]}: install the package debian-archive-keyring"
+                f"Debian's archive keyring is not at {KEYRINGS[0]}: "
+                "install the package debian-archive-keyring"
             )
         mirrors = choose_mirrors(host_sources())
         for choice in dict.fromkeys((mirrors, OFFICIAL)):
@@ -343,7 +349,8 @@ def open_root(release: Release, cache: Path, progress: Progress = quiet) -> AptR
     """The private apt root of `release` under `cache`, laid out if it is not there yet; fetches nothing."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise VmError(
-            "apt-get and dpkg-deb are needed to fetch Debian packages: run this on Debian or a system made from it"
+            "apt-get and dpkg-deb are needed to fetch Debian packages: "
+            "run this on Debian or a system made from it"
         )
     path = cache / "apt" / release.value
     with locked(path / "lock", progress):
@@ -360,7 +367,13 @@ def run_tool(command: list[str], *, cwd: Path, environment: Mapping[str, str]) -
     env = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", **environment}
     try:
         done = subprocess.run(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
     except FileNotFoundError as error:
         raise VmError(f"{command[0]} is not installed") from error

@@ -5,7 +5,8 @@ Must not do I/O. rootfs/agent.c is the other end; keep both in step.
 Specification: this file. All integers little-endian; a frame is a 12-byte header and its payload:
 
     u32 length      of the payload, at most MAX_PAYLOAD
-    u32 command     number of the command that the frame is about, chosen by the host, never used again; 0 in HELLO
+    u32 command     number of the command that the frame is about, chosen by the host, never used again; 0
+    in HELLO
     u8  type        FrameType
     u8  reserved[3] 0
 
@@ -18,9 +19,10 @@ Specification: this file. All integers little-endian; a frame is a 12-byte heade
     HELLO      u32 version; the first frame of the guest
     STDOUT     bytes (both outputs of a command on a terminal)
     STDERR     bytes
-    EXIT       u32 kind (0 exited, 1 killed by a signal)  u32 exit status or signal number; the command's last frame.
-               Everything that the command itself wrote has been sent before; what its surviving children write
-               later is not waited for.
+    EXIT       u32 kind (0 exited, 1 killed by a signal)  u32 exit status or signal number; the command's
+    last frame.
+               Everything that the command itself wrote has been sent before; what its surviving children
+               write later is not waited for.
     CREDIT     u32 bytes of STDIN that were taken
     FAILED     text; the command could not be started; its last frame
 """
@@ -133,7 +135,9 @@ def encode_signal(command: int, number: int) -> bytes:
 
 def encode_resize(command: int, rows: int, columns: int) -> bytes:
     """A RESIZE frame."""
-    return encode_frame(Frame(FrameType.RESIZE, command, _RESIZE.pack(min(rows, 0xFFFF), min(columns, 0xFFFF))))
+    return encode_frame(
+        Frame(FrameType.RESIZE, command, _RESIZE.pack(min(rows, 0xFFFF), min(columns, 0xFFFF)))
+    )
 
 
 def decode_number(frame: Frame) -> int:

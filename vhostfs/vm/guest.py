@@ -23,8 +23,8 @@ from vhostfs.vm.agent import (
     AgentConnection,
     CompletedCommand,
     GuestError,
-    GuestGone,
-    GuestTimeout,
+    GuestGoneError,
+    GuestTimeoutError,
     OutputSink,
     RunningCommand,
 )
@@ -32,11 +32,14 @@ from vhostfs.vm.errors import VmError
 from vhostfs.vm.lifeline import Lifeline
 from vhostfs.vm.machine import Machine, Share, qemu_command
 
-BOOT_TIMEOUT_S = 120.0
+BOOT_TIMEOUT_S = 180.0
+SILENCE_TIMEOUT_S = 60.0
 _MOUNT_TIMEOUT_S = 30.0
 _UNMOUNT_TIMEOUT_S = 10.0
 _POWER_OFF_TIMEOUT_S = 5.0
+_POLL_S = 0.1
 _CONSOLE_TAIL_LINES = 25
+_QEMU_LINES = 6
 _CONSOLE_TAIL_BYTES = 64 * 1024
 
 
@@ -68,18 +71,19 @@ class Guest:
 
     # -- life
 
-    def launch(self, boot_timeout_s: float = BOOT_TIMEOUT_S) -> None:
+    def launch(
+        self, boot_timeout_s: float = BOOT_TIMEOUT_S, silence_timeout_s: float = SILENCE_TIMEOUT_S
+    ) -> None:
         """Starts QEMU, waits for the guest and mounts the shares.
 
-        Raises VmError with the console's end when the guest does not come up or a share cannot be mounted.
+        Raises VmError with the console's end when the guest does not come up, when its console says nothing
+        new for `silence_timeout_s` while it boots, or when a share cannot be mounted.
         """
         ours, theirs = socket.socketpair()
         try:
             command = qemu_command(self.machine, agent_fd=theirs.fileno(), console_path=self.console_path)
             started = time.monotonic()
-            self._process = self._lifeline.start(
-                command, log=self._qemu_log_path, pass_fds=[theirs.fileno()]
-            )
+            self._process = self._lifeline.start(command, log=self._qemu_log_path, pass_fds=[theirs.fileno()])
         except BaseException:
             ours.close()
             raise
@@ -87,14 +91,34 @@ class Guest:
             theirs.close()
         self._agent = AgentConnection(ours)
         try:
-            if not self._agent.wait_ready(boot_timeout_s):
-                raise VmError(f"the guest did not come up within {boot_timeout_s:g} s{self.last_words()}")
-        except GuestGone:
+            self._await_agent(self._agent, started + boot_timeout_s, silence_timeout_s)
+        except GuestGoneError:
             raise VmError(f"the guest ended while it was starting{self.last_words()}") from None
         self.boot_time_s = time.monotonic() - started
         for share in self.machine.shares:
             if share.mount_point:
                 self._mount(share)
+
+    def _await_agent(self, agent: AgentConnection, deadline: float, silence_timeout_s: float) -> None:
+        seen_bytes, seen_at = 0, time.monotonic()
+        while not agent.wait_ready(_POLL_S):
+            now = time.monotonic()
+            with contextlib.suppress(OSError):
+                size_bytes = self.console_path.stat().st_size
+                if size_bytes > seen_bytes:
+                    seen_bytes, seen_at = size_bytes, now
+            # QEMU stops the processors at such an error and waits for someone to look.
+            failure = next(
+                (line for line in self._qemu_lines() if line.startswith("KVM internal error")), None
+            )
+            if failure is not None:
+                raise VmError(f"KVM could not run the guest: {failure}{self.last_words()}")
+            if now - seen_at > silence_timeout_s:
+                raise VmError(
+                    f"the guest showed no sign of life for {silence_timeout_s:g} s{self.last_words()}"
+                )
+            if now > deadline:
+                raise VmError(f"the guest was still booting when its time was up{self.last_words()}")
 
     def _mount(self, share: Share) -> None:
         where, tag = shlex.quote(share.mount_point), shlex.quote(share.tag)
@@ -144,11 +168,17 @@ class Guest:
     def last_words(self) -> str:
         """What QEMU said and the last lines of the guest's console, for people; "" when both are silent."""
         text = ""
-        for title, path in (("QEMU said", self._qemu_log_path), ("the guest's console ends", self.console_path)):
-            lines = read_tail(path, _CONSOLE_TAIL_LINES)
+        for title, lines in (
+            ("QEMU said", self._qemu_lines()),
+            ("the guest's console ends", read_tail(self.console_path, _CONSOLE_TAIL_LINES)),
+        ):
             if lines:
                 text += f"\n{title}:\n" + "\n".join(f"    {line}" for line in lines)
         return text
+
+    def _qemu_lines(self) -> list[str]:
+        # The first lines say what happened, a dump of registers may follow.
+        return read_tail(self._qemu_log_path, 1 << 20)[:_QEMU_LINES]
 
     # -- commands
 
@@ -161,10 +191,11 @@ class Guest:
         environment: Mapping[str, str] | None = None,
         stdin: bytes | None = None,
     ) -> CompletedCommand:
-        """Runs a shell command to its end and returns what it wrote and how it ended; does not judge its status.
+        """Runs a shell command to its end and returns what it wrote and how it ended; does not judge its
+        status.
 
-        At `timeout_s` the command and its children in the guest are killed and GuestTimeout is raised. Raises
-        GuestGone when the guest ends meanwhile.
+        At `timeout_s` the command and its children in the guest are killed and GuestTimeoutError is raised.
+        Raises GuestGoneError when the guest ends meanwhile.
         """
         running = self.start(command, cwd=cwd, environment=environment, stdin=stdin is not None)
         if stdin is not None:
@@ -174,7 +205,7 @@ class Guest:
             timeout_s = max(0.0, deadline - time.monotonic())
         try:
             return running.wait(timeout_s)
-        except GuestTimeout:
+        except GuestTimeoutError:
             running.send_signal(signal.SIGKILL)
             raise
 
@@ -195,11 +226,11 @@ class Guest:
     ) -> RunningCommand:
         """Starts a shell command and returns at once; for watchers and anything that goes on side by side.
 
-        Output is kept in the returned object unless a sink takes it. `stdin=True` lets you write_stdin, else it reads
-        end of file. Raises GuestGone.
+        Output is kept in the returned object unless a sink takes it. `stdin=True` lets you write_stdin,
+        else it reads end of file. Raises GuestGoneError.
         """
         if self._agent is None:
-            raise GuestGone("the guest is closed")
+            raise GuestGoneError("the guest is closed")
         return self._agent.start(
             command,
             cwd=cwd,
@@ -213,8 +244,8 @@ class Guest:
     async def stream(self, command: str, *, cwd: str = "/") -> AsyncIterator[OutputChunk]:
         """Runs a shell command and yields its output as it comes, until it ends with status 0.
 
-        Leaving the loop early kills the command (close the iterator, see contextlib.aclosing). Raises GuestError when
-        it ends otherwise.
+        Leaving the loop early kills the command (close the iterator, see contextlib.aclosing). Raises
+        GuestError when it ends otherwise.
         """
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[OutputChunk | None] = asyncio.Queue()

@@ -158,7 +158,18 @@ def _add_packages(tree: Tree, extra: tuple[str, ...], cache: Path, progress: Pro
 
 
 def _add_skeleton(tree: Tree, folder: Path) -> None:
-    for path in ("dev", "proc", "sys", "run", "root", "mnt", "share", "usr/local/bin", "usr/local/sbin", "var/log"):
+    for path in (
+        "dev",
+        "proc",
+        "sys",
+        "run",
+        "root",
+        "mnt",
+        "share",
+        "usr/local/bin",
+        "usr/local/sbin",
+        "var/log",
+    ):
         tree.add_directory(path)
     tree.add_directory("tmp", 0o1777)
     tree.add_device("dev/console", stat.S_IFCHR | 0o600, 5, 1)
@@ -203,7 +214,9 @@ def compile_agent(folder: Path) -> bytes:
         raise VmError(f"{compiler} is not installed, it is needed to build the guest: install gcc") from error
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["no message"])[0]
-        raise VmError(f"{compiler} could not build the guest's agent (is libc6-dev installed?): {said}") from error
+        raise VmError(
+            f"{compiler} could not build the guest's agent (is libc6-dev installed?): {said}"
+        ) from error
     content = program.read_bytes()
     source.unlink()
     program.unlink()
@@ -226,6 +239,8 @@ def _add_modules(tree: Tree, spec: ImageSpec, kernel: Kernel) -> None:
 
 def _forget_old_images(folder: Path) -> None:
     # A running QEMU has read its image already, so that none is pulled from under a guest.
-    images = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    images = sorted(
+        (path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime
+    )
     for path in images[:-_KEPT_IMAGES]:
         shutil.rmtree(path, ignore_errors=True)

@@ -32,7 +32,9 @@ class KernelSeries:
 SERIES = {
     "6.1": KernelSeries(Release.BOOKWORM, "linux-image-amd64", None, r"linux-image-6\.1\.0-.*-amd64"),
     "6.12": KernelSeries(Release.BOOKWORM, "linux-image-6.12-amd64", None, r"linux-image-6\.12\..*-amd64"),
-    "7.2": KernelSeries(Release.TRIXIE, "linux-image-amd64", "trixie-backports", r"linux-image-7\.2\..*-amd64"),
+    "7.2": KernelSeries(
+        Release.TRIXIE, "linux-image-amd64", "trixie-backports", r"linux-image-7\.2\..*-amd64"
+    ),
 }
 DEFAULT_SERIES = "6.12"
 
@@ -72,7 +74,7 @@ def _fetch(series: KernelSeries, folder: Path, cache: Path, progress: Progress) 
     image = next((name for name in dependencies if re.fullmatch(series.image_pattern, name)), None)
     if image is None:
         raise VmError(
-            f"Debian {series.release.value}'s {series.meta_package} is now {' '.join(dependencies) or 'gone'}, "
+            f"Debian {series.release.value}'s {series.meta_package} is {' '.join(dependencies) or 'gone'}, "
             f"not /{series.image_pattern}/: choose another --kernel ({', '.join(SERIES)} or a vmlinuz)"
         )
     # Since 7.x the files are in packages of their own beside the image package.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes and a scratch directory that never outlive this process, however it dies.
 
-A tiny shell waits on a pipe from us; when the pipe closes without a farewell it kills what we had started and removes
-the directory. Must not know what the processes are.
+A tiny shell waits on a pipe from us; when the pipe closes without a farewell it kills what we had started
+and removes the directory. Must not know what the processes are.
 Specification: pipe(7), kill(2). Not PR_SET_PDEATHSIG: that follows the starting thread, not the process.
 """
 
@@ -39,7 +39,8 @@ _TERMINATE_GRACE_S = 3.0
 
 
 class Lifeline:
-    """Starts processes, each in a session of its own (a terminal's Ctrl-C reaches only us), and ends them all."""
+    """Starts processes, each in a session of its own (a terminal's Ctrl-C reaches only us), and ends them
+    all."""
 
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="vhostfs-"))
@@ -64,7 +65,8 @@ class Lifeline:
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Starts `command` with its stdout and stderr appended to `log`. Raises VmError when it cannot be started."""
+        """Starts `command` with its stdout and stderr appended to `log`. Raises VmError when it cannot be
+        started."""
         with log.open("ab") as output:
             try:
                 process = subprocess.Popen(

@@ -63,7 +63,7 @@ class Machine:
     accelerator: Accelerator
     shares: tuple[Share, ...] = ()
     memory_bytes: int = 1 << 30
-    cpus: int = 2
+    cpus: int = 1
     kernel_arguments: tuple[str, ...] = ()
     qemu_arguments: tuple[str, ...] = ()
 
@@ -83,7 +83,8 @@ def smallest_memory_bytes(image: Image) -> int:
 
 
 def qemu_command(machine: Machine, *, agent_fd: int, console_path: Path) -> list[str]:
-    """The command that runs `machine`, its agent's port on the inherited socket `agent_fd`. Raises VmError."""
+    """The command that runs `machine`, its agent's port on the inherited socket `agent_fd`. Raises
+    VmError."""
     least = smallest_memory_bytes(machine.image)
     if machine.memory_bytes < least:
         raise VmError(
@@ -92,13 +93,15 @@ def qemu_command(machine: Machine, *, agent_fd: int, console_path: Path) -> list
         )
     size = f"{machine.memory_bytes >> 20}M"
     kvm = machine.accelerator is Accelerator.KVM
+    # One thread for all emulated processors: with one each, a processor now and then runs a breakpoint that
+    # another has already patched away, and the kernel dies of it (int3 in sched_clock_cpu, QEMU 7.2).
     command = [
         *machine.qemu.command,
         *("-name", "vhostfs"),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none"),
         *("-machine", "q35,memory-backend=mem"),
-        *("-accel", machine.accelerator.value),
+        *("-accel", "kvm" if kvm else "tcg,thread=single"),
         *("-cpu", "host" if kvm else "max"),
         *("-smp", str(machine.cpus)),
         *("-m", size),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a QEMU on this machine, or provides one: a recent Debian build that runs beside any host's own libraries.
+"""Finds a QEMU on this machine, or provides one: a recent Debian build that runs beside any host's own
+libraries.
 
 Must not know how a guest is put together.
 Specification: docs/guest.md; QEMU docs/system/devices/vhost-user.rst for the devices.
@@ -51,8 +52,8 @@ class Qemu:
 def find_qemu(choice: str | None, cache: Path, progress: Progress = quiet) -> Qemu:
     """The QEMU for `--qemu choice`.
 
-    None: the newest of the machine that has a virtio-fs device, else the kit. "kit": the kit. "system": the machine's
-    own or an error. Anything else is a path or name of a QEMU. Raises VmError.
+    None: the newest of the machine that has a virtio-fs device, else the kit. "kit": the kit. "system": the
+    machine's own or an error. Anything else is a path or name of a QEMU. Raises VmError.
     """
     if choice == KIT:
         return provide_kit(cache, progress)
@@ -73,7 +74,9 @@ def find_qemu(choice: str | None, cache: Path, progress: Progress = quiet) -> Qe
     if usable:
         return max(usable, key=lambda qemu: qemu.version)
     if choice == SYSTEM:
-        raise VmError(f"no {_NAME} with vhost-user-fs-pci is installed; install qemu-system-x86 or use --qemu {KIT}")
+        raise VmError(
+            f"no {_NAME} with vhost-user-fs-pci is installed; install qemu-system-x86 or use --qemu {KIT}"
+        )
     return provide_kit(cache, progress)
 
 
@@ -89,7 +92,11 @@ def inspect_qemu(path: Path) -> Qemu:
     version = parse_version(_ask(command, "-version"))
     devices = parse_devices(_ask(command, "-device", "help"))
     return Qemu(
-        command, version, "vhost-user-fs-pci" in devices, "vhost-user-test-device-pci" in devices, is_kit=False
+        command,
+        version,
+        "vhost-user-fs-pci" in devices,
+        "vhost-user-test-device-pci" in devices,
+        is_kit=False,
     )
 
 
@@ -128,7 +135,9 @@ def provide_kit(cache: Path, progress: Progress = quiet) -> Qemu:
     if not folder.is_dir():
         with locked(cache / "qemu" / "lock", progress):
             if not folder.is_dir():
-                debs = open_root(Release.TRIXIE, cache, progress).resolve(["qemu-system-x86/trixie-backports"])
+                debs = open_root(Release.TRIXIE, cache, progress).resolve(
+                    ["qemu-system-x86/trixie-backports"]
+                )
                 progress("unpacking QEMU")
                 with published_directory(folder) as fresh:
                     for part in ("lib", "share"):
@@ -140,7 +149,8 @@ def provide_kit(cache: Path, progress: Progress = quiet) -> Qemu:
                             raise VmError(f"Debian's QEMU packages came without {needed}; use --qemu PATH")
                     _ask(_kit_command(fresh), "-version")
     command = _kit_command(folder)
-    # Not asked for its devices: that makes QEMU load every module of the host's /usr/lib, made for another QEMU.
+    # Not asked for its devices: that makes QEMU load every module of the host's /usr/lib, made for another
+    # QEMU.
     version = parse_version(_ask(command, "-version"))
     return Qemu(
         command, version, version >= _FIRST_WITH_FS_DEVICE, version >= _FIRST_WITH_TEST_DEVICE, is_kit=True
@@ -174,7 +184,8 @@ def _take_kit_files(deb: Path, folder: Path) -> None:
                 continue
             target = folder / place
             if member.issym():
-                # Firmware and libraries alike are linked to by other names; all of them end in one folder here.
+                # Firmware and libraries alike are linked to by other names; all of them end in one folder
+                # here.
                 name = PurePosixPath(member.linkname).name
                 if not target.exists() and name != target.name:
                     target.symlink_to(name)

@@ -19,7 +19,8 @@ from vhostfs.vm.guest import read_tail
 from vhostfs.vm.lifeline import Lifeline
 
 TEMPLATE_VARIABLE = "VHOSTFS_SERVER"
-"""Environment variable that replaces our server by another for comparison: a command with {socket} and {dir}."""
+"""Environment variable that replaces our server by another for comparison: a command with {socket} and
+{dir}."""
 READY_TIMEOUT_S = 20.0
 _POLL_S = 0.01
 _LOG_TAIL_LINES = 15
@@ -56,7 +57,8 @@ def server_command(spec: ServerSpec, template: str | None) -> list[str]:
     except ValueError as error:
         raise VmError(f"{TEMPLATE_VARIABLE} cannot be split into words ({error}): {template}") from error
     filled = [
-        word.replace("{socket}", str(spec.socket_path)).replace("{dir}", str(spec.directory)) for word in words
+        word.replace("{socket}", str(spec.socket_path)).replace("{dir}", str(spec.directory))
+        for word in words
     ]
     return [*filled, *spec.options]
 
@@ -83,8 +85,8 @@ class ShareServer:
     def __init__(self, spec: ServerSpec, lifeline: Lifeline, *, log_path: Path | None = None) -> None:
         """Starts the server and waits until it listens.
 
-        Its messages go to `log_path`, by default a file beside the socket. Raises VmError with their end when it does
-        not come up.
+        Its messages go to `log_path`, by default a file beside the socket. Raises VmError with their end
+        when it does not come up.
         """
         self.spec = spec
         self.log_path = log_path or spec.socket_path.with_suffix(".log")
@@ -97,14 +99,17 @@ class ShareServer:
                 raise VmError(self.describe_end())
             if time.monotonic() > deadline:
                 lifeline.stop(self.process)
-                raise VmError(f"{command[0]} does not listen on {spec.socket_path} after {READY_TIMEOUT_S:g} s")
+                raise VmError(
+                    f"{command[0]} does not listen on {spec.socket_path} after {READY_TIMEOUT_S:g} s"
+                )
             time.sleep(_POLL_S)
 
     def describe_end(self) -> str:
         """Why the server ended, for people."""
         lines = read_tail(self.log_path, _LOG_TAIL_LINES) if self.log_path.is_file() else []
         said = "".join(f"\n    {line}" for line in lines)
-        return f"the server of {self.spec.directory} ended with status {self.process.returncode}{said and ':' + said}"
+        what = f"the server of {self.spec.directory} ended with status {self.process.returncode}"
+        return f"{what}:{said}" if said else what
 
     def stop(self) -> int:
         """Ends the server and returns its exit status."""
