@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vhost-user front end and virtio-fs guest in Python, to test and explore servers without a VM.
+
+Layers: vhost_user (wire), memory, ring, vmm (QEMU's part), session (FUSE over queues), client; server starts one.
+"""
+
+from tests.frontend.client import FuseClient
+from tests.frontend.fuse_abi import ROOT, FileLock, InitFlag, Opcode, OpenReply, SetattrValid
+from tests.frontend.operations import Call, SecurityContext
+from tests.frontend.ring import RingFull, Segment, Virtqueue
+from tests.frontend.server import ServerProcess, awaited
+from tests.frontend.session import Caller, Framing, FuseError, Pending, Session
+from tests.frontend.vhost_user import (
+    BackendGone,
+    Connection,
+    Feature,
+    Message,
+    MessageRefused,
+    ProtocolFeature,
+    ProtocolViolation,
+    Status,
+)
+from tests.frontend.vmm import Machine, Vmm
+
+__all__ = [
+    "ROOT",
+    "BackendGone",
+    "Call",
+    "Caller",
+    "Connection",
+    "Feature",
+    "FileLock",
+    "Framing",
+    "FuseClient",
+    "FuseError",
+    "InitFlag",
+    "Machine",
+    "Message",
+    "MessageRefused",
+    "Opcode",
+    "OpenReply",
+    "Pending",
+    "ProtocolFeature",
+    "ProtocolViolation",
+    "RingFull",
+    "SecurityContext",
+    "Segment",
+    "ServerProcess",
+    "Session",
+    "SetattrValid",
+    "Status",
+    "Virtqueue",
+    "Vmm",
+    "awaited",
+]
