@@ -6,13 +6,13 @@
 #include "core.h"
 
 #include <limits.h>
-#include <stdio.h>
 #include <sys/file.h>
 #include <sys/vfs.h>
 
 #include "cred.h"
 #include "file.h"
 #include "inode.h"
+#include "proc_name.h"
 
 #ifndef RWF_NOAPPEND
 #define RWF_NOAPPEND 0x20 /* Linux 6.9 */
@@ -261,12 +261,11 @@ int32_t vf_op_read(struct vf_thread *t, struct vf_req *r)
 static ssize_t write_at_reopened(const struct vf_share *share, int fd, const struct iovec *iov,
 				 int n, off_t offset)
 {
-	char name[12];
+	char name[PROC_NAME_SIZE];
 	ssize_t done;
 	int plain;
 
-	snprintf(name, sizeof(name), "%d", fd);
-	plain = openat(share->config.proc_fd_dir, name, O_WRONLY | O_CLOEXEC);
+	plain = openat(share->config.proc_fd_dir, proc_name(name, fd), O_WRONLY | O_CLOEXEC);
 	if (plain < 0)
 		return -1;
 	done = pwritev(plain, iov, n, offset);

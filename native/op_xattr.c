@@ -2,16 +2,16 @@
 /*
  * Extended attributes.  O_PATH descriptors have none of their own, so each
  * operation names the object by its link in /proc/self/fd, which is the
- * working directory of every thread that comes here: the link leads to the
+ * working directory of every thread that comes here (vf_thread_init()): the link leads to the
  * object itself, also when that is a symlink, and no guest can change it.
  */
 #include "core.h"
 
-#include <stdio.h>
 #include <sys/xattr.h>
 
 #include "cred.h"
 #include "inode.h"
+#include "proc_name.h"
 #include "xattr.h"
 
 /* ---- names -------------------------------------------------------------- */
@@ -102,32 +102,17 @@ size_t vf_xattr_map_list(struct vf_share *share, char *list, size_t size)
 
 /* ---- the object --------------------------------------------------------- */
 
-/* One inode as a path relative to the thread's working directory. */
+/* One inode as a path relative to the thread's working directory. Not to be copied. */
 struct target {
 	struct vf_inode *inode;
-	char path[12];
+	const char *path;
+	char name[PROC_NAME_SIZE];
 };
-
-/* Threads that execute operations have a working directory of their own and no other use for it. */
-static int enter_fd_dir(const struct vf_share *share)
-{
-	static _Thread_local bool entered;
-
-	if (!entered) {
-		if (fchdir(share->config.proc_fd_dir) < 0)
-			return -errno;
-		entered = true;
-	}
-	return 0;
-}
 
 static int find_target(struct vf_req *r, struct target *target)
 {
 	int fd;
 
-	fd = enter_fd_dir(r->share);
-	if (fd < 0)
-		return fd;
 	target->inode = vf_inode_get(r->share, r->header.nodeid);
 	if (!target->inode)
 		return -ESTALE;
@@ -136,7 +121,7 @@ static int find_target(struct vf_req *r, struct target *target)
 		vf_inode_put(r->share, target->inode);
 		return fd;
 	}
-	snprintf(target->path, sizeof(target->path), "%d", fd);
+	target->path = proc_name(target->name, fd);
 	return 0;
 }
 
