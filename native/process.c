@@ -12,11 +12,13 @@
 #endif
 #include <errno.h>
 #include <linux/capability.h>
+#include <linux/fs.h>
 #include <sched.h>
 #include <seccomp.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -47,8 +49,8 @@ int vf_umount_detach(const char *target)
 
 uint64_t vf_effective_capabilities(void)
 {
-	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
-	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = { 0 };
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {0};
 
 	if (syscall(SYS_capget, &header, data))
 		return 0;
@@ -57,8 +59,8 @@ uint64_t vf_effective_capabilities(void)
 
 int vf_keep_capabilities(uint64_t mask)
 {
-	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
-	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = { 0 };
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {0};
 
 	/*
 	 * The bounding set first: dropping from it takes CAP_SETPCAP, which is
@@ -91,8 +93,28 @@ int vf_keep_capabilities(uint64_t mask)
  * would, where killing the process would be too much.
  */
 static const char *const tried_by_libraries[] = {
-	"io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd", "statmount",
+    "io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd", "statmount",
 };
+
+/* ioctl(2) is allowed for these only: TIOCSTI, for one, would type into the user's terminal. */
+static const uint32_t allowed_ioctls[] = {
+    FIONBIO,	     FIOCLEX,	      FIONCLEX,		 FIONREAD,	    TCGETS,
+    FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR, FS_IOC_GETVERSION,
+    FICLONE,	     FICLONERANGE,
+};
+
+static int add_ioctl_rules(scmp_filter_ctx filter)
+{
+	for (size_t i = 0; i < sizeof(allowed_ioctls) / sizeof(allowed_ioctls[0]); i++) {
+		/* The kernel looks at the low 32 bits alone. */
+		int error =
+		    seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(ioctl), 1,
+				     SCMP_A1(SCMP_CMP_MASKED_EQ, UINT32_MAX, allowed_ioctls[i]));
+		if (error)
+			return error;
+	}
+	return 0;
+}
 
 static int add_rules(scmp_filter_ctx filter, uint32_t action, const char *const *names,
 		     uint32_t n_names)
@@ -124,6 +146,8 @@ int vf_seccomp_allow(const char *const *names, uint32_t n_names, bool log_only)
 	if (!error)
 		error = add_rules(filter, SCMP_ACT_ERRNO(ENOSYS), tried_by_libraries,
 				  sizeof(tried_by_libraries) / sizeof(tried_by_libraries[0]));
+	if (!error)
+		error = add_ioctl_rules(filter);
 	if (!error) {
 		/* A binary search instead of a list: some 150 calls are allowed. */
 		seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2);

@@ -35,17 +35,20 @@ class Listener:
     identity: tuple[int, int] | None = None  # device and inode of the socket file
 
     def remove_files(self) -> None:
-        """Removes socket and lock file, unless another file has taken the socket's place. Never raises."""
+        """
+        Removes socket and lock file, and nothing else that has taken their place. Never raises.
+
+        Harmless inside a sandbox too, where the paths lead into the share and lock_fd is closed.
+        """
         if self.path is None or self.lock_path is None:
             return
-        try:
+        with contextlib.suppress(OSError):
             found = os.lstat(self.path)
             if (found.st_dev, found.st_ino) == self.identity:
                 os.unlink(self.path)
-        except OSError:
-            pass
         with contextlib.suppress(OSError):
-            os.unlink(self.lock_path)
+            if os.path.samestat(os.fstat(self.lock_fd), os.lstat(self.lock_path)):
+                os.unlink(self.lock_path)
 
 
 def listen_at(path: str, group: str | None) -> Listener:
@@ -161,6 +164,4 @@ def _remove_dead_socket(path: str) -> None:
             return
         except BlockingIOError:
             pass  # its queue is full: somebody listens
-    raise ListenError(
-        f"--socket-path={path}: something already listens there; choose another path, or end it"
-    )
+    raise ListenError(f"--socket-path={path}: something listens there; choose another path, or end it")

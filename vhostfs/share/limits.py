@@ -34,7 +34,7 @@ class LimitError(UserError):
 
 def _nr_open() -> int:
     try:
-        with open("/proc/sys/fs/nr_open", encoding="ascii") as file:
+        with open("/proc/sys/fs/nr_open", "rb") as file:
             return int(file.read())
     except (OSError, ValueError):
         return 1024 * 1024

@@ -131,9 +131,7 @@ class ServeOptions:
         if not self.shared_dir:
             raise OptionError("no directory to share; give --shared-dir=DIR")
         if self.socket_path is None and self.listen_fd is None:
-            raise OptionError(
-                "no socket; give --socket-path=PATH, or --fd=N for a socket that already listens"
-            )
+            raise OptionError("no socket; give --socket-path=PATH, or --fd=N for one that already listens")
         if self.socket_path is not None and self.listen_fd is not None:
             raise OptionError("--socket-path and --fd exclude each other; give one of them")
         if self.socket_path == "":

@@ -95,14 +95,17 @@ def enter_sandbox(
     _drop_supplementary_groups()
     match options.sandbox:
         case SandboxMode.NAMESPACE:
-            _unshare(options.uid_map, options.gid_map)
+            _unshare_for_child(options.uid_map, options.gid_map)
         case SandboxMode.CHROOT if not _effective(Capability.SYS_CHROOT):
             raise SandboxError(
                 "--sandbox=chroot needs root (CAP_SYS_CHROOT); use --sandbox=namespace or none"
             )
     supervised = options.sandbox is not SandboxMode.NONE
     if supervised:
-        _fork_supervised(listener_fd, when_ended)
+        alive_fd = _fork_supervised(listener_fd, when_ended)
+        if options.sandbox is SandboxMode.NAMESPACE:
+            _unshare_in_child(options.uid_map, options.gid_map)
+        _die_with_parent(alive_fd)
         _close_all_but({0, 1, 2, listener_fd, *keep_fds})
     match options.sandbox:
         case SandboxMode.NAMESPACE:
@@ -153,9 +156,9 @@ def _drop_supplementary_groups() -> None:
 # ---- namespaces
 
 
-def _unshare(uid_map: tuple[NamespaceRange, ...], gid_map: tuple[NamespaceRange, ...]) -> None:
-    """New mount, pid (for children) and network namespaces; in a new user namespace where needed."""
-    flags = _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWNET
+def _unshare_for_child(uid_map: tuple[NamespaceRange, ...], gid_map: tuple[NamespaceRange, ...]) -> None:
+    """A new pid namespace for the child to be; a new user namespace around it where needed."""
+    flags = _CLONE_NEWPID
     if os.geteuid() == 0 and not uid_map and not gid_map:
         hint = "; in a container use --sandbox=chroot" if not _effective(Capability.SYS_ADMIN) else ""
         _check(lib.vf_unshare(flags), "--sandbox=namespace: cannot make namespaces", hint)
@@ -184,15 +187,23 @@ def _unshare(uid_map: tuple[NamespaceRange, ...], gid_map: tuple[NamespaceRange,
     os.waitpid(mapper, 0)
     _check(result, "--sandbox=namespace: cannot make namespaces", hint)
     if answer != b"ok":
-        raise SandboxError(
-            f"--sandbox=namespace: cannot map ids: {answer.decode(errors='replace') or 'unknown'}"
-        )
-    # Namespace ids 0 where they exist; else the ids stay what they were (the default map).
-    if any(r.inside == 0 for r in gid_ranges):
+        raise SandboxError(f"--sandbox=namespace: cannot map ids: {answer.decode(errors='replace')}")
+
+
+def _unshare_in_child(uid_map: tuple[NamespaceRange, ...], gid_map: tuple[NamespaceRange, ...]) -> None:
+    """
+    New mount and network namespaces, and id 0 where a map has it.
+
+    Not in the parent: pivot_root(2) moves every process of the mount namespace into the share, and the
+    parent must still reach the socket's path.
+    """
+    _check(lib.vf_unshare(_CLONE_NEWNS | _CLONE_NEWNET), "--sandbox=namespace: cannot make namespaces")
+    if any(r.inside == 0 for r in gid_map):
         os.setresgid(0, 0, 0)
-    if any(r.inside == 0 for r in uid_ranges):
+    if any(r.inside == 0 for r in uid_map):
         os.setresuid(0, 0, 0)
-    _drop_supplementary_groups()
+    if uid_map or gid_map:
+        _drop_supplementary_groups()
 
 
 def _map_ids_of_parent(
@@ -202,13 +213,14 @@ def _map_ids_of_parent(
     gid_ranges: tuple[NamespaceRange, ...],
 ) -> NoReturn:
     """In a child that stayed in the old user namespace: waits for a byte, writes both maps, reports."""
-    answer = "ok"
+    answer = "stopped on the way"
     try:
         if os.read(go_read, 1):
             pid = os.getppid()
             _write_id_map(pid, "uid", uid_ranges, os.geteuid())
             _write_id_map(pid, "gid", gid_ranges, os.getegid())
-    except (OSError, SandboxError) as error:
+            answer = "ok"
+    except Exception as error:
         answer = str(error)
     finally:
         os.write(done_write, answer.encode(errors="replace"))
@@ -231,7 +243,7 @@ def _write_id_map(pid: int, kind: str, ranges: tuple[NamespaceRange, ...], own_i
         command += [str(r.inside), str(r.outside), str(r.size)]
     try:
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise SandboxError(
             f"{command[0]} is not installed (Debian: uidmap); without it only your own id can be mapped, "
             f"as --{kind}-map=:0:{own_id}:1:"
@@ -254,8 +266,8 @@ def _write_proc(path: str, text: str) -> None:
 # ---- the parent outside
 
 
-def _fork_supervised(listener_fd: int, when_ended: Callable[[], None]) -> None:
-    """Returns in the child; the parent never returns."""
+def _fork_supervised(listener_fd: int, when_ended: Callable[[], None]) -> int:
+    """Returns in the child, with a descriptor that turns readable when the parent is gone."""
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
     alive_read, alive_write = os.pipe()
     child = os.fork()
@@ -264,14 +276,19 @@ def _fork_supervised(listener_fd: int, when_ended: Callable[[], None]) -> None:
         os.close(listener_fd)  # else the socket would look alive when the server is not
         _supervise(child, when_ended)
     os.close(alive_write)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if select.select([alive_read], [], [], 0)[0]:
-        os._exit(1)  # the parent was gone before it could be followed
-    os.close(alive_read)
     # Process 1 of a pid namespace gets no signal that it has no handler for.
     for number in _STOP_SIGNALS:
         signal.signal(number, _quit)
     signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+    return alive_read
+
+
+def _die_with_parent(alive_fd: int) -> None:
+    """Must come after the last change of ids, which undoes it (PR_SET_PDEATHSIG(2const))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if select.select([alive_fd], [], [], 0)[0]:
+        os._exit(1)  # the parent was gone before it could be followed
+    os.close(alive_fd)
 
 
 def _quit(number: int, _frame: object) -> None:
@@ -281,8 +298,8 @@ def _quit(number: int, _frame: object) -> None:
 def _supervise(child: int, when_ended: Callable[[], None]) -> NoReturn:
     status = 1
     try:
-        # What removing the socket and the lock file may take.
-        lib.vf_keep_capabilities(1 << Capability.DAC_OVERRIDE)
+        # What removing the socket and the lock file, and a signal to another user, may take.
+        lib.vf_keep_capabilities(capability_mask(frozenset({Capability.DAC_OVERRIDE, Capability.KILL})))
         status = _await_child(child)
         when_ended()
     except BaseException:
@@ -325,7 +342,8 @@ def _await_child(child: int) -> int:
 def _close_all_but(keep: set[int]) -> None:
     first = 0
     for fd in sorted(keep):
-        os.closerange(first, fd)
+        if first < fd:  # CPython 3.11 takes an empty range for all descriptors
+            os.closerange(first, fd)
         first = fd + 1
     os.closerange(first, 0x7FFF_FFFF)
 
