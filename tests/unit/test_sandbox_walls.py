@@ -18,23 +18,13 @@ from typing import Any
 
 import pytest
 
+import vhostfs
+from tests.conftest import lacking
 from vhostfs.share.capabilities import SERVER_CAPABILITIES, Capability, capability_mask
 
 SCRIPT = Path(__file__).with_name("sandboxed_process.py")
 NOBODY = 65534
 TIMEOUT_S = 30.0
-
-
-def lacking(what: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"this machine cannot run the test: {what}")
-    pytest.skip(what)
-
-
-@pytest.fixture
-def as_root() -> None:
-    if os.geteuid() != 0:
-        lacking("the sandbox's tests need root")
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -55,6 +45,7 @@ class Sandboxed:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(vhostfs.__file__).parents[1])},
             **settings,
         )
         line = self._line()
@@ -134,14 +125,14 @@ def mask_in(status: dict[str, str], name: str) -> int:
 # ---- what is seen from inside
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 @pytest.mark.parametrize("sandbox", ["namespace", "chroot"])
 def test_the_share_is_the_root_directory_and_nothing_is_above_it(enter: Enter, sandbox: str) -> None:
     inside = enter(sandbox).report
     assert inside["root"] == inside["share"] == inside["above_share"] == ["inside"]
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_nothing_is_above_the_descriptors_of_proc(enter: Enter) -> None:
     inside = enter("namespace").report
     assert set(inside["above_proc_fd"]) - set(inside["proc_fd"]) <= {str(n) for n in range(10)}
@@ -155,21 +146,21 @@ def test_without_a_sandbox_the_descriptors_are_the_same(enter: Enter) -> None:
     assert str(inside["known"][0]) in inside["proc_fd"]
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_mounts_below_the_share_are_inside_too(enter: Enter, place: Path) -> None:
     shell = 'mount -t tmpfs none "$1" && touch "$1/mounted" && shift && exec "$@"'
     prefix = ("unshare", "--mount", "sh", "-ec", shell, "sh", str(place / "share"))
     assert enter("namespace", prefix=prefix).report["share"] == ["mounted"]
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_the_whole_host_can_be_shared(enter: Enter) -> None:
     entered = enter("namespace", share="/")
     assert entered.report["share"] == sorted(os.listdir("/"))
     assert entered.has_own_namespace("mnt")
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 @pytest.mark.parametrize("sandbox", ["namespace", "chroot"])
 def test_python_imports_nothing_that_the_guest_wrote(enter: Enter, place: Path, sandbox: str) -> None:
     library = Path(json.__file__).parents[1]
@@ -179,7 +170,7 @@ def test_python_imports_nothing_that_the_guest_wrote(enter: Enter, place: Path, 
     assert enter(sandbox, **{"import": "planted"}).report["import"] == "refused"
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_descriptors_that_were_inherited_are_closed(enter: Enter, place: Path) -> None:
     leak, kept = os.open("/", os.O_RDONLY), os.open(place, os.O_RDONLY)
     try:
@@ -197,7 +188,7 @@ def test_descriptors_that_were_inherited_are_closed(enter: Enter, place: Path) -
 # ---- what is seen from outside
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_namespace_gives_own_mounts_processes_and_an_empty_network(enter: Enter, place: Path) -> None:
     entered = enter("namespace")
     assert entered.report["pid"] == 1
@@ -210,14 +201,14 @@ def test_namespace_gives_own_mounts_processes_and_an_empty_network(enter: Enter,
     assert [line.split()[4] for line in mounts] == ["/"]
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_chroot_makes_no_namespaces(enter: Enter, place: Path) -> None:
     entered = enter("chroot")
     assert os.path.samefile(f"/proc/{entered.pid}/root", place / "share")
     assert not any(entered.has_own_namespace(kind) for kind in ("mnt", "pid", "net"))
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 @pytest.mark.parametrize("sandbox", ["namespace", "chroot", "none"])
 def test_only_the_servers_capabilities_are_left_and_a_filter_is_loaded(enter: Enter, sandbox: str) -> None:
     entered = enter(sandbox)
@@ -232,14 +223,14 @@ def test_only_the_servers_capabilities_are_left_and_a_filter_is_loaded(enter: En
     assert entered.report["capabilities_while_privileged"] & 1 << Capability.SYS_ADMIN
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_file_handles_and_modcaps_change_the_capabilities(enter: Enter) -> None:
     status = enter("chroot", handles=True, modcaps="+sys_admin:-mknod").status()
     wanted = SERVER_CAPABILITIES | {Capability.DAC_READ_SEARCH, Capability.SYS_ADMIN}
     assert mask_in(status, "CapEff") == capability_mask(wanted - {Capability.MKNOD})
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_the_process_outside_keeps_no_more_rights_than_it_needs(enter: Enter) -> None:
     entered = enter("namespace")
     entered.pid = entered.process.pid
@@ -251,7 +242,7 @@ def test_the_process_outside_keeps_no_more_rights_than_it_needs(enter: Enter) ->
 # ---- the system call filter
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 @pytest.mark.parametrize("command", ["socket", "thread-socket", "mount"])
 @pytest.mark.parametrize("seccomp", ["kill", "trap"])
 def test_a_forbidden_system_call_ends_the_server(enter: Enter, command: str, seccomp: str) -> None:
@@ -263,7 +254,7 @@ def test_a_forbidden_system_call_ends_the_server(enter: Enter, command: str, sec
     assert entered.ended.exists()
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 @pytest.mark.parametrize("seccomp", ["log", "none"])
 def test_a_forbidden_system_call_may_be_let_through(enter: Enter, seccomp: str) -> None:
     assert enter("namespace", seccomp=seccomp).tell("socket") == '"done"'
@@ -278,7 +269,7 @@ def test_nothing_can_be_typed_into_the_users_terminal(enter: Enter) -> None:
 # ---- the process outside
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_signal_ends_both_processes_at_once(enter: Enter, number: signal.Signals) -> None:
     entered = enter("namespace")
@@ -290,7 +281,7 @@ def test_a_stop_signal_ends_both_processes_at_once(enter: Enter, number: signal.
     assert not Path(f"/proc/{entered.pid}").exists()
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_the_server_dies_with_the_process_outside(enter: Enter) -> None:
     entered = enter("namespace")
     entered.process.kill()
@@ -298,7 +289,7 @@ def test_the_server_dies_with_the_process_outside(enter: Enter) -> None:
     until(lambda: not Path(f"/proc/{entered.pid}").exists(), "the server's end")
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_a_server_that_does_not_stop_is_killed(enter: Enter) -> None:
     entered = enter("namespace", stop_timeout_s=0.2)
     assert entered.tell("ignore-stop") == '"done"'
@@ -309,7 +300,7 @@ def test_a_server_that_does_not_stop_is_killed(enter: Enter) -> None:
     assert entered.ended.exists()
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_the_exit_status_is_the_servers(enter: Enter) -> None:
     entered = enter("namespace")
     entered.tell("exit")
@@ -317,7 +308,7 @@ def test_the_exit_status_is_the_servers(enter: Enter) -> None:
     assert entered.ended.exists()
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_an_exception_is_told_without_reading_files_of_the_guest(enter: Enter, place: Path) -> None:
     planted = place / "share" / SCRIPT.relative_to("/")
     planted.parent.mkdir(parents=True)
@@ -334,11 +325,11 @@ def test_an_exception_is_told_without_reading_files_of_the_guest(enter: Enter, p
 
 def entered_or_lacking(entered: Sandboxed) -> Sandboxed:
     if "cannot make namespaces" in entered.report.get("error", ""):
-        lacking("user namespaces are switched off")
+        lacking("user namespaces for users")
     return entered
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_without_root_a_user_namespace_with_ones_own_ids_does(enter: Enter, place: Path) -> None:
     entered = entered_or_lacking(enter("namespace", uid=NOBODY))
     assert entered.report["root"] == ["inside"]
@@ -351,7 +342,7 @@ def test_without_root_a_user_namespace_with_ones_own_ids_does(enter: Enter, plac
     assert entered.status()["Seccomp"] == "2"
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_without_root_ones_own_id_may_be_root_inside(enter: Enter) -> None:
     entered = entered_or_lacking(
         enter("namespace", uid=NOBODY, uid_map=[f":0:{NOBODY}:1:"], gid_map=[f":0:{NOBODY}:1:"])
@@ -360,7 +351,7 @@ def test_without_root_ones_own_id_may_be_root_inside(enter: Enter) -> None:
     assert Path(f"/proc/{entered.pid}/gid_map").read_text().split() == ["0", str(NOBODY), "1"]
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_root_may_map_ids_as_it_likes(enter: Enter) -> None:
     entered = entered_or_lacking(
         enter("namespace", uid_map=[":0:100000:1000:", ":1000:7:1:"], gid_map=[":0:200000:65536:"])
@@ -377,7 +368,7 @@ def test_root_may_map_ids_as_it_likes(enter: Enter) -> None:
     assert Path(f"/proc/{entered.pid}/status").read_text().count("100000") == 4
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 @pytest.mark.parametrize("installed", [True, False])
 def test_more_ids_take_newuidmap(enter: Enter, place: Path, installed: bool, monkeypatch: Any) -> None:
     directory = place / "bin"
@@ -389,17 +380,17 @@ def test_more_ids_take_newuidmap(enter: Enter, place: Path, installed: bool, mon
     monkeypatch.setenv("PATH", str(directory))
     error = enter("namespace", uid=NOBODY, uid_map=[":0:100000:1000:", ":1000:7:1:"]).report["error"]
     if "cannot make namespaces" in error:
-        lacking("user namespaces are switched off")
+        lacking("user namespaces for users")
     expected = (
         "refused: 0 100000 1000 1000 7 1 (see /etc/subuid)" if installed else "newuidmap is not installed"
     )
     assert expected in error
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_newuidmap_itself_maps_the_ids(enter: Enter, place: Path) -> None:
     if shutil.which("newuidmap") is None or shutil.which("newgidmap") is None:
-        lacking("newuidmap is not installed (Debian: uidmap)")
+        lacking("newuidmap (Debian: uidmap)")
     (place / "sub").write_text(f"{NOBODY}:100000:1000\n")
     shell = 'for f in /etc/subuid /etc/subgid; do mount --bind "$0" $f; done; exec "$@"'
     entered = entered_or_lacking(
@@ -416,7 +407,7 @@ def test_newuidmap_itself_maps_the_ids(enter: Enter, place: Path) -> None:
         assert [line.split() for line in lines] == [["0", str(NOBODY), "1"], ["1", "100000", "1000"]]
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("needs_root")
 def test_what_takes_root_says_so(enter: Enter) -> None:
     error = enter("chroot", uid=NOBODY).report["error"]
     assert error.startswith("--sandbox=chroot needs")
