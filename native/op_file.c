@@ -28,19 +28,26 @@ static struct vf_file *regular_file(const struct vf_req *r, uint64_t fh)
 
 /* ---- OPEN, RELEASE, FLUSH ----------------------------------------------- */
 
-static int open_inode(struct vf_thread *t, struct vf_inode *inode, int flags, bool kill_suidgid)
+/*
+ * CAP_FSETID as the operation needs it.  It stays as it is until another operation of this thread
+ * needs it otherwise, since a row of writes by one user is the common case.
+ */
+static int set_fsetid(struct vf_thread *t, bool kill_suidgid)
 {
-	int fd, error;
+	return kill_suidgid ? vf_cred_drop_fsetid(t) : vf_cred_need_fsetid(t);
+}
 
-	if (kill_suidgid) {
-		error = vf_cred_drop_fsetid(t);
+static int open_inode(struct vf_thread *t, struct vf_inode *inode, int flags, uint32_t open_flags)
+{
+	if (flags & O_TRUNC) {
+		int error =
+		    set_fsetid(t, (open_flags & FUSE_OPEN_KILL_SUIDGID) &&
+				      (vf_session_flags(t->share) & FUSE_HANDLE_KILLPRIV_V2));
+
 		if (error)
 			return error;
 	}
-	fd = vf_inode_open(t->share, inode, flags);
-	if (kill_suidgid)
-		vf_cred_need_fsetid(t);
-	return fd;
+	return vf_inode_open(t->share, inode, flags);
 }
 
 int32_t vf_op_open(struct vf_thread *t, struct vf_req *r)
@@ -61,10 +68,7 @@ int32_t vf_op_open(struct vf_thread *t, struct vf_req *r)
 		return -ESTALE;
 	switch (vf_inode_type(inode)) {
 	case S_IFREG:
-		result =
-		    open_inode(t, inode, flags,
-			       (flags & O_TRUNC) && (in->open_flags & FUSE_OPEN_KILL_SUIDGID) &&
-				   (vf_session_flags(share) & FUSE_HANDLE_KILLPRIV_V2));
+		result = open_inode(t, inode, flags, in->open_flags);
 		break;
 	case S_IFDIR:
 		result = -EISDIR;
@@ -323,7 +327,6 @@ int32_t vf_op_write(struct vf_thread *t, struct vf_req *r)
 	const struct fuse_write_in *in = vf_arg(r, sizeof(*in));
 	struct fuse_write_out *out = (struct fuse_write_out *)t->reply;
 	struct vf_file *file;
-	bool kill_suidgid;
 	int32_t result;
 
 	if (!in || in->offset > INT64_MAX || in->size > VF_MAX_IO || in->size != r->in_size)
@@ -331,13 +334,10 @@ int32_t vf_op_write(struct vf_thread *t, struct vf_req *r)
 	file = regular_file(r, in->fh);
 	if (!file)
 		return -EBADF;
-	kill_suidgid = in->write_flags & FUSE_WRITE_KILL_SUIDGID;
-	result = kill_suidgid ? vf_cred_drop_fsetid(t) : 0;
+	result = set_fsetid(t, in->write_flags & FUSE_WRITE_KILL_SUIDGID);
 	if (!result)
 		result = write_from_guest(r, vf_file_fd(file), in->offset, in->size,
 					  append_flags(r->share, file, in));
-	if (kill_suidgid)
-		vf_cred_need_fsetid(t);
 	vf_file_put(r->share, file);
 	if (result < 0)
 		return result;
@@ -374,9 +374,12 @@ int32_t vf_op_fallocate(struct vf_thread *t, struct vf_req *r)
 	struct vf_file *file;
 	int32_t result;
 
-	(void)t;
 	if (!in || in->offset > INT64_MAX || in->length > INT64_MAX || in->mode > INT_MAX)
 		return -EINVAL;
+	/* The guest has dealt with set-id bits; the host must leave them. */
+	result = set_fsetid(t, false);
+	if (result)
+		return result;
 	file = regular_file(r, in->fh);
 	if (!file)
 		return -EBADF;
@@ -423,11 +426,14 @@ int32_t vf_op_copy_file_range(struct vf_thread *t, struct vf_req *r)
 	const struct fuse_copy_file_range_in *in = vf_arg(r, sizeof(*in));
 	struct vf_file *from, *to = NULL;
 	loff_t from_offset, to_offset;
-	int32_t result = 0;
 	ssize_t copied = 0;
+	int32_t result;
 
 	if (!in || in->flags > UINT_MAX || in->off_in > INT64_MAX || in->off_out > INT64_MAX)
 		return -EINVAL;
+	result = set_fsetid(t, false);
+	if (result)
+		return result;
 	from = regular_file(r, in->fh_in);
 	if (from)
 		to = vf_file_get_kind(r->share, in->nodeid_out, in->fh_out, false);

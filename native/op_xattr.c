@@ -166,15 +166,15 @@ int32_t vf_op_setxattr(struct vf_thread *t, struct vf_req *r)
 			if (error)
 				vf_cred_restore(t);
 		}
-		if (error)
-			goto out;
+	} else {
+		error = vf_cred_need_fsetid(t);
 	}
+	if (error)
+		goto out;
 	if (setxattr(target.path, host_name, r->args + value, in->size, (int)in->flags) < 0)
 		error = -errno;
-	if (kill_sgid) {
-		vf_cred_need_fsetid(t);
+	if (kill_sgid)
 		vf_cred_restore(t);
-	}
 out:
 	vf_inode_put(share, target.inode);
 	return error;
