@@ -78,8 +78,10 @@ struct vf_thread {
 	uint8_t *reply; /* private reply buffer, at least VF_REPLY_MIN bytes */
 	uint32_t reply_room;
 	/* cred.c: what this thread's credentials are at the moment */
+	uint32_t home_uid, home_gid; /* the server's own */
 	uint32_t cur_uid, cur_gid;
 	uint32_t cur_group; /* one supplementary group, or VF_NO_GROUP */
+	uint32_t cur_umask;
 	bool fsetid_dropped;
 	uint64_t caps; /* effective and permitted set when it acts as the server */
 	/* share.c: the list of threads, so that a new session can wait for all of them */
@@ -179,6 +181,9 @@ VF_DECLARE_OP(getattr);
 VF_DECLARE_OP(setattr);
 VF_DECLARE_OP(statx);
 VF_DECLARE_OP(access);
+/* op_fs.c */
+VF_DECLARE_OP(statfs);
+VF_DECLARE_OP(syncfs);
 /* op_file.c */
 VF_DECLARE_OP(open);
 VF_DECLARE_OP(read);

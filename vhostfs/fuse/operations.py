@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FUSE operations that Python decides: INIT, DESTROY, IOCTL.
+
+Must not know rings or how requests arrive (upcalls.py); everything else is done in native/.
+Source: include/uapi/linux/fuse.h; ioctl numbers: include/uapi/linux/fs.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from .abi import InitIn, IoctlIn, Opcode, pack_ioctl
+from .init import SessionOptions, negotiate
+
+_log = logging.getLogger("vhostfs.fuse")
+
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_IOC32_GETFLAGS = 0x80046601
+FS_IOC32_SETFLAGS = 0x40046602
+FS_IOC_FSGETXATTR = 0x801C581F
+FS_IOC_FSSETXATTR = 0x401C5820
+# Bytes that the host's kernel reads or writes, whatever the number's size field says of a long.
+_IOCTL_READS = {FS_IOC_GETFLAGS: 4, FS_IOC32_GETFLAGS: 4, FS_IOC_FSGETXATTR: 28}
+_IOCTL_WRITES = {FS_IOC_SETFLAGS: 4, FS_IOC32_SETFLAGS: 4, FS_IOC_FSSETXATTR: 28}
+# The host's kernel is 64-bit and knows the long forms; a 32-bit guest process asks by the others.
+_HOST_NUMBER = {FS_IOC32_GETFLAGS: FS_IOC_GETFLAGS, FS_IOC32_SETFLAGS: FS_IOC_SETFLAGS}
+
+
+class Tree(Protocol):
+    """What operations need of the share."""
+
+    def start_session(self, init_flags: int, max_write_bytes: int) -> None: ...
+    def end_session(self) -> None: ...
+    def open_file(self, nodeid: int, fh: int) -> int: ...
+
+
+class Request(Protocol):
+    """What an operation sees of its request."""
+
+    @property
+    def opcode(self) -> int: ...
+    @property
+    def nodeid(self) -> int: ...
+    @property
+    def args(self) -> bytes: ...
+
+
+Operation = Callable[[Request], bytes]
+"""Returns the reply's payload or raises OSError with the errno to answer. May block."""
+
+
+class Operations:
+    """The table of operations for one share."""
+
+    def __init__(self, tree: Tree, options: SessionOptions, *, readonly: bool) -> None:
+        self._tree = tree
+        self._options = options
+        self._readonly = readonly
+        self.table: Mapping[int, Operation] = {
+            Opcode.INIT: self.init,
+            Opcode.DESTROY: self.destroy,
+            Opcode.IOCTL: self.ioctl,
+        }
+
+    def init(self, request: Request) -> bytes:
+        """Begins a session; the one before ends."""
+        try:
+            offer = InitIn.unpack(request.args)
+        except ValueError as error:
+            _log.warning("%s", error)
+            raise OSError(errno.EINVAL, "FUSE_INIT") from None
+        answer = negotiate(offer, self._options)
+        for note in answer.notes:
+            _log.info("%s", note)
+        if answer.error:
+            raise OSError(answer.error, "FUSE_INIT")
+        if answer.max_write_bytes:
+            self._tree.start_session(answer.reply.flags, answer.max_write_bytes)
+            _log.info("guest mounted the share (FUSE 7.%d)", offer.minor)
+        return answer.reply.pack()
+
+    def destroy(self, request: Request) -> bytes:
+        """The guest unmounted: what it held is forgotten."""
+        self._tree.end_session()
+        _log.info("guest unmounted the share")
+        return b""
+
+    def ioctl(self, request: Request) -> bytes:
+        """Attribute flags and project ids of files; anything else is for devices, which the guest has."""
+        try:
+            call = IoctlIn.unpack(request.args)
+        except ValueError:
+            raise OSError(errno.EINVAL, "FUSE_IOCTL") from None
+        number = _HOST_NUMBER.get(call.cmd, call.cmd)
+        reads, writes = _IOCTL_READS.get(call.cmd), _IOCTL_WRITES.get(call.cmd)
+        if reads is None and writes is None:
+            raise OSError(errno.ENOTTY, "FUSE_IOCTL")
+        if writes is not None and self._readonly:
+            raise OSError(errno.EROFS, "FUSE_IOCTL")
+        if (writes is not None and len(call.data) < writes) or (
+            reads is not None and call.out_size_bytes < reads
+        ):
+            raise OSError(errno.EINVAL, "FUSE_IOCTL")
+        # The kernel would write a whole int, also where a long was declared.
+        buffer = bytearray(call.data[:writes] if writes is not None else bytes(reads or 0))
+        with _closing(self._tree.open_file(request.nodeid, call.fh)) as fd:
+            result = fcntl.ioctl(fd, number, buffer)
+        if reads is None:
+            return pack_ioctl(result, b"")
+        # A declared long is copied out whole; what the kernel left untouched is zero.
+        return pack_ioctl(result, bytes(buffer).ljust(min(call.out_size_bytes, 32), b"\0"))
+
+
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
