@@ -19,7 +19,13 @@ void vf_thread_finish(struct vf_thread *t);
  * sent it (FUSE_CREATE_SUPP_GROUP) or VF_NO_GROUP.  Negative errno.  vf_cred_restore() must follow.
  */
 int vf_cred_become_caller(struct vf_thread *t, const struct fuse_in_header *header, uint32_t group);
+/* The same without the allowance that vf_cred_become_caller() makes for groups that are not known.
+ */
+int vf_cred_become_exactly(struct vf_thread *t, const struct fuse_in_header *header,
+			   uint32_t group);
 void vf_cred_restore(struct vf_thread *t);
+/* The file mode creation mask of this thread, for creations only. */
+void vf_cred_umask(struct vf_thread *t, uint32_t mask);
 /* CAP_FSETID off for a write or truncation that must clear set-id bits; on again. Cheap when
  * nothing changes. */
 int vf_cred_drop_fsetid(struct vf_thread *t);

@@ -54,13 +54,42 @@ int vf_inode_lookup(struct vf_thread *t, struct vf_inode *dir, int dir_fd, const
  * the caller's. */
 int vf_inode_lookup_fd(struct vf_thread *t, struct vf_inode *dir, int fd,
 		       struct fuse_entry_out *out);
+/* The same for a name that was made just now, which is not likely to be known. */
+int vf_inode_lookup_new(struct vf_thread *t, struct vf_inode *dir, int dir_fd, const char *name,
+			struct fuse_entry_out *out);
+/* The same for a name that getdents64(2) gave, with its d_ino: that saves a system call. */
+int vf_inode_lookup_entry(struct vf_thread *t, struct vf_inode *dir, int dir_fd, const char *name,
+			  uint64_t ino, struct fuse_entry_out *out);
+/* The same for a referenced inode, as a new name in dir (the inode itself when there is none). */
+int vf_inode_lookup_self(struct vf_thread *t, struct vf_inode *dir, struct vf_inode *inode,
+			 struct fuse_entry_out *out);
+/* The parent of a referenced directory, which must lie in the share: -ESTALE. */
+int vf_inode_lookup_parent(struct vf_thread *t, struct vf_inode *inode, struct fuse_entry_out *out);
+/*
+ * Before a name is removed or replaced: when its object is held by file handle only, it gets its
+ * descriptor back, without which its last link would take it from the guest.  Returns a reference
+ * to be given back after the removal, or NULL.
+ */
+struct vf_inode *vf_inode_guard_removal(struct vf_share *share, struct vf_inode *dir, int dir_fd,
+					const char *name);
 /* Takes n from the lookup count; too large an n is cut to what is there. */
 void vf_inode_forget(struct vf_share *share, uint64_t nodeid, uint64_t n);
 
 /* Closes descriptors that inodes hold until `wanted` were freed; the number freed. Called on
  * EMFILE. */
 uint32_t vf_inode_shed_fds(struct vf_share *share, uint32_t wanted);
+/*
+ * After an open has failed with this errno: true when descriptors were freed, so that it is worth
+ * another try.  errno is left as it was.  Not while acting as the guest's caller.
+ */
+bool vf_fd_shortage(struct vf_share *share, int error);
 void vf_inode_get_stats(struct vf_share *share, struct vf_share_stats *stats);
+
+/*
+ * op_names.c: the directory of this nodeid, referenced, and its descriptor.  -ESTALE, -ENOTDIR, or
+ * what the host says; then there is no reference.
+ */
+int vf_dir_get(struct vf_share *share, uint64_t nodeid, struct vf_inode **dir);
 
 /* attr.c: host attributes as the guest sees them (ids mapped). */
 void vf_fill_attr(struct vf_share *share, const struct stat *st, struct fuse_attr *attr);
