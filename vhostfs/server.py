@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns one running server: a share, its upcalls and the front ends that come to a listening socket.
+
+Must not know command lines, sandboxes, or any protocol's details.
+Specification: docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from dataclasses import dataclass
+
+import uvloop
+
+from .fuse.init import SessionOptions
+from .fuse.operations import Operations
+from .fuse.upcalls import Upcalls
+from .share.native_share import Share
+from .vhost_user.device import DeviceOptions
+from .vhost_user.transport import Listener
+from .virtio.config import FsConfig
+from .virtio.queues import NativeDevice
+
+_log = logging.getLogger("vhostfs.server")
+
+MIN_QUEUES = 66
+"""hiprio, notification and 64 request queues: the VMM chooses how many of them it uses."""
+
+GRACE_S = 10.0
+"""After a stop signal, for requests under way (a dead network file system may hold one for ever)."""
+
+STUCK_EXIT_STATUS = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """What one server offers.
+
+    tag: for a VMM that fetches the configuration space; None: the VMM has its own, and
+    VHOST_USER_PROTOCOL_F_CONFIG is not offered. num_request_queues is what that space says.
+    """
+
+    session: SessionOptions
+    tag: str | None = None
+    num_request_queues: int = 1
+    readonly: bool = False
+    once: bool = False
+
+
+def device_options(options: ServerOptions) -> DeviceOptions:
+    """What a front end is offered."""
+    config = b""
+    if options.tag is not None:
+        config = FsConfig(options.tag, options.num_request_queues).pack()
+    return DeviceOptions(max_queues=max(MIN_QUEUES, 2 + options.num_request_queues), config=config)
+
+
+async def serve(
+    listen_socket: socket.socket, share: Share, options: ServerOptions, stop: asyncio.Event
+) -> None:
+    """Serves until stop is set or, with once, until the first front end has left.
+
+    listen_socket listens already; it and share stay the caller's. Raises TagError.
+    """
+    offer = device_options(options)
+    upcalls = Upcalls(share, Operations(share, options.session, readonly=options.readonly).table)
+    listener = Listener(
+        listen_socket,
+        offer,
+        new_back_end=lambda: NativeDevice(share, offer.max_queues),
+        end_session=share.end_session,
+        once=options.once,
+    )
+    relay = asyncio.ensure_future(stop.wait())
+    relay.add_done_callback(lambda _task: listener.stop())
+    try:
+        await listener.run()
+    finally:
+        relay.cancel()
+        # Only now: a queue that stops waits for its requests, these among them.
+        upcalls.close()
+
+
+def run_server(listen_socket: socket.socket, share: Share, options: ServerOptions) -> int:
+    """serve() with uvloop until SIGTERM, SIGINT or SIGHUP. Returns the exit status.
+
+    Requests that do not end within GRACE_S end with the process: their threads cannot be joined.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_until_signal(listen_socket, share, options))
+    return 0
+
+
+async def _until_signal(listen_socket: socket.socket, share: Share, options: ServerOptions) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def end() -> None:
+        if not stop.is_set():
+            stop.set()
+            loop.call_later(GRACE_S, _leave_stuck_requests)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, end)
+    await serve(listen_socket, share, options, stop)
+
+
+def _leave_stuck_requests() -> None:
+    _log.error("requests are still under way %g s after the signal; leaving them", GRACE_S)
+    logging.shutdown()
+    os._exit(STUCK_EXIT_STATUS)
