@@ -112,8 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] DIR [-- COMMAND ...]"
     parser.description = (
         "Boot a small Debian guest, mount DIR there at /share and run COMMAND on it, or a shell. "
-        "One COMMAND word is shell text; several are a program and its arguments. The exit status is COMMAND's, "
-        f"{EXIT_FAILED} when it could not be run."
+        "One COMMAND word is shell text; several are a program and its arguments. "
+        f"The exit status is COMMAND's, {EXIT_FAILED} when it could not be run."
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="directory to share")
     guest = parser.add_argument_group("guest")

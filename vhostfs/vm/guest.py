@@ -280,7 +280,7 @@ class Guest:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(graceful=kind is None or not issubclass(kind, (KeyboardInterrupt, SystemExit)))
+        self.close(graceful=kind is None)
 
 
 def read_tail(path: Path, line_count: int) -> list[str]:

@@ -24,15 +24,19 @@ from vhostfs.vm.errors import VmError
 
 _WATCH = """
 trap '' INT HUP TERM QUIT
-groups=' '
+groups=
 while read -r verb number; do
     case $verb in
-    add) groups="$groups$number " ;;
-    del) groups="${groups%% "$number" *} ${groups#* "$number" }" ;;
+    add) groups="$groups $number" ;;
+    del)
+        kept=
+        for group in $groups; do [ "$group" = "$number" ] || kept="$kept $group"; done
+        groups=$kept
+        ;;
     bye) exit 0 ;;
     esac
 done
-for number in $groups; do kill -KILL -- "-$number" 2>/dev/null; done
+for number in $groups; do kill -s KILL -- "-$number" 2>/dev/null; done
 rm -rf -- "$1"
 """
 _TERMINATE_GRACE_S = 3.0
