@@ -16,7 +16,7 @@ Lacking = Callable[[str], NoReturn]
 
 
 def lacking(what: str) -> NoReturn:
-    """Skips loudly, naming what the machine lacks; where CI=true the machine must have it, so that is a failure."""
+    """Skips loudly, naming what the machine lacks; where CI=true that is a failure."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"this machine lacks {what}")
     pytest.skip(f"this machine lacks {what}")

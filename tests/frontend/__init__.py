@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vhost-user front end and virtio-fs guest in Python, to test and explore servers without a VM.
 
-Layers: vhost_user (wire), memory, ring, vmm (QEMU's part), session (FUSE over queues), client; server starts one.
+Layers: vhost_user (wire), memory, ring, vmm (QEMU's part), session (FUSE over queues), client.
+`server` starts the server to talk to.
 """
 
 from tests.frontend.client import FuseClient
 from tests.frontend.fuse_abi import ROOT, FileLock, InitFlag, Opcode, OpenReply, SetattrValid
 from tests.frontend.operations import Call, SecurityContext
-from tests.frontend.ring import RingFull, Segment, Virtqueue
+from tests.frontend.ring import RingFullError, Segment, Virtqueue
 from tests.frontend.server import ServerProcess, awaited
 from tests.frontend.session import Caller, Framing, FuseError, Pending, Session
 from tests.frontend.vhost_user import (
-    BackendGone,
+    BackendGoneError,
     Connection,
     Feature,
     Message,
-    MessageRefused,
+    MessageRefusedError,
+    ProtocolError,
     ProtocolFeature,
-    ProtocolViolation,
     Status,
 )
 from tests.frontend.vmm import Machine, Vmm
 
 __all__ = [
     "ROOT",
-    "BackendGone",
+    "BackendGoneError",
     "Call",
     "Caller",
     "Connection",
@@ -36,13 +37,13 @@ __all__ = [
     "InitFlag",
     "Machine",
     "Message",
-    "MessageRefused",
+    "MessageRefusedError",
     "Opcode",
     "OpenReply",
     "Pending",
+    "ProtocolError",
     "ProtocolFeature",
-    "ProtocolViolation",
-    "RingFull",
+    "RingFullError",
     "SecurityContext",
     "Segment",
     "ServerProcess",

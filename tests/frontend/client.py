@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest's view of the file system: one method per FUSE operation, errors as OSError with the server's errno.
+"""A guest's view of the file system: one method per FUSE operation, errors as OSError.
 
 Knows nothing of rings; `operations` has the requests, `session` sends them.
 Specification: include/uapi/linux/fuse.h of Linux.
@@ -14,9 +14,9 @@ from typing import TypeVar
 from tests.frontend import fuse_abi as abi
 from tests.frontend import operations as op
 from tests.frontend.fuse_abi import InitFlag, SetattrValid
-from tests.frontend.operations import Call, Name, SecurityContext
+from tests.frontend.operations import NOTHING_MORE, Call, Name, SecurityContext
 from tests.frontend.ring import Virtqueue
-from tests.frontend.session import Caller, Pending, Session
+from tests.frontend.session import ROOT_USER, Caller, Pending, Session
 from tests.frontend.vmm import Machine, Vmm
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ T = TypeVar("T")
 class FuseClient:
     """Operations by one caller through one request queue; `by` and `through` give other views."""
 
-    def __init__(self, session: Session, caller: Caller = Caller(), queue: Virtqueue | None = None) -> None:
+    def __init__(self, session: Session, caller: Caller = ROOT_USER, queue: Virtqueue | None = None) -> None:
         self.session = session
         self.caller = caller
         self.queue = queue
@@ -73,7 +73,7 @@ class FuseClient:
         queue = self.queue if call.has_reply else None
         return self.session.submit(call, self.caller, queue=queue)
 
-    # ---- session ------------------------------------------------------------------------------------------
+    # ---- session ---------------------------------------------------------------------------------------
 
     def init(
         self, flags: int = abi.LINUX_7_FLAGS, *, major: int = abi.MAJOR, minor: int = abi.MINOR
@@ -92,7 +92,7 @@ class FuseClient:
     def interrupt(self, pending: Pending[T]) -> None:
         self.call(op.interrupt(pending.unique))
 
-    # ---- names ------------------------------------------------------------------------------------------
+    # ---- names -----------------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: Name) -> abi.Entry:
         return self.call(op.lookup(parent, name))
@@ -147,7 +147,7 @@ class FuseClient:
     def link(self, nodeid: int, new_parent: int, new_name: Name) -> abi.Entry:
         return self.call(op.link(nodeid, new_parent, new_name))
 
-    # ---- attributes ---------------------------------------------------------------------------------------
+    # ---- attributes ------------------------------------------------------------------------------------
 
     def getattr(self, nodeid: int, fh: int | None = None) -> abi.Attr:
         return self.call(op.getattr_(nodeid, fh)).attr
@@ -163,7 +163,7 @@ class FuseClient:
         size: int | None = None,
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
-        valid: SetattrValid = SetattrValid(0),
+        valid: SetattrValid = NOTHING_MORE,
     ) -> abi.Attr:
         request = op.setattr_(
             nodeid,
@@ -184,7 +184,7 @@ class FuseClient:
     def access(self, nodeid: int, mask: int) -> None:
         self.call(op.access(nodeid, mask))
 
-    # ---- files --------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------------
 
     def open(self, nodeid: int, flags: int = os.O_RDONLY, open_flags: int = 0) -> abi.Opened:
         return self.call(op.open_(nodeid, flags, open_flags))
@@ -276,7 +276,7 @@ class FuseClient:
     def poll(self, nodeid: int, fh: int, events: int) -> int:
         return self.call(op.poll(nodeid, fh, events))
 
-    # ---- directories --------------------------------------------------------------------------------------
+    # ---- directories -----------------------------------------------------------------------------------
 
     def opendir(self, nodeid: int) -> abi.Opened:
         return self.call(op.opendir(nodeid))
@@ -293,7 +293,7 @@ class FuseClient:
     def fsyncdir(self, nodeid: int, fh: int, *, data_only: bool = False) -> None:
         self.call(op.fsyncdir(nodeid, fh, data_only=data_only))
 
-    # ---- extended attributes ------------------------------------------------------------------------------
+    # ---- extended attributes ---------------------------------------------------------------------------
 
     def setxattr(
         self, nodeid: int, name: Name, value: bytes, flags: int = 0, setxattr_flags: int = 0
@@ -310,7 +310,7 @@ class FuseClient:
     def removexattr(self, nodeid: int, name: Name) -> None:
         self.call(op.removexattr(nodeid, name))
 
-    # ---- locks --------------------------------------------------------------------------------------------
+    # ---- locks -----------------------------------------------------------------------------------------
 
     def getlk(self, nodeid: int, fh: int, owner: int, lock: abi.FileLock) -> abi.FileLock:
         return self.call(op.getlk(nodeid, fh, owner, lock))
@@ -321,7 +321,7 @@ class FuseClient:
     def setlkw(self, nodeid: int, fh: int, owner: int, lock: abi.FileLock, *, flock: bool = False) -> None:
         self.call(op.setlkw(nodeid, fh, owner, lock, flock=flock))
 
-    # ---- several operations at once -----------------------------------------------------------------------
+    # ---- several operations at once --------------------------------------------------------------------
 
     def walk(self, path: str) -> abi.Entry:
         """Looks a path up from `root`, component by component."""

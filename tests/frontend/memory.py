@@ -122,7 +122,7 @@ class GuestMemory:
         """The memory at a guest address; ValueError when it is not wholly in one region."""
         for region, view in zip(self.regions, self._maps, strict=True):
             start = guest_addr - region.guest_addr
-            if 0 <= start and start + size_bytes <= region.size_bytes:
+            if start >= 0 and start + size_bytes <= region.size_bytes:
                 return view[start : start + size_bytes]
         raise ValueError(f"{size_bytes} bytes at {guest_addr:#x} are in no region")
 

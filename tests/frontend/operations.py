@@ -18,6 +18,7 @@ from tests.frontend.fuse_abi import Opcode, SetattrValid
 
 T = TypeVar("T")
 Name = str | bytes
+NOTHING_MORE = SetattrValid(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ ENTRY_ROOM = abi.ENTRY_SIZE
 ATTR_ROOM = abi.ATTR_HEAD.size + abi.ATTR.size
 
 
-# ---- session ----------------------------------------------------------------------------------------------
+# ---- session ------------------------------------------------------------------------------------------
 
 
 def init(
@@ -105,7 +106,7 @@ def interrupt(unique: int) -> Call[None]:
     return Call(Opcode.INTERRUPT, 0, nothing, struct.pack("<Q", unique), has_reply=False)
 
 
-# ---- names ------------------------------------------------------------------------------------------------
+# ---- names --------------------------------------------------------------------------------------------
 
 
 def lookup(parent: int, name: Name) -> Call[abi.Entry]:
@@ -193,7 +194,7 @@ def link(nodeid: int, new_parent: int, new_name: Name) -> Call[abi.Entry]:
     return Call(Opcode.LINK, new_parent, abi.unpack_entry, args, reply_room=ENTRY_ROOM)
 
 
-# ---- attributes -------------------------------------------------------------------------------------------
+# ---- attributes ---------------------------------------------------------------------------------------
 
 
 def getattr_(nodeid: int, fh: int | None = None) -> Call[abi.AttrReply]:
@@ -211,7 +212,7 @@ def setattr_(
     size: int | None = None,
     atime_ns: int | None = None,
     mtime_ns: int | None = None,
-    valid: SetattrValid = SetattrValid(0),
+    valid: SetattrValid = NOTHING_MORE,
     lock_owner: int = 0,
 ) -> Call[abi.AttrReply]:
     """`valid` adds bits (ATIME_NOW, KILL_SUIDGID, ...) to those that the given values set."""
@@ -259,7 +260,7 @@ def access(nodeid: int, mask: int) -> Call[None]:
     return Call(Opcode.ACCESS, nodeid, nothing, struct.pack("<II", mask, 0))
 
 
-# ---- files ------------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------------
 
 
 def open_(nodeid: int, flags: int = os.O_RDONLY, open_flags: int = 0) -> Call[abi.Opened]:
@@ -394,7 +395,7 @@ def poll(nodeid: int, fh: int, events: int, kh: int = 0, flags: int = 0) -> Call
     return Call(Opcode.POLL, nodeid, _u32, args, reply_room=8)
 
 
-# ---- directories ------------------------------------------------------------------------------------------
+# ---- directories --------------------------------------------------------------------------------------
 
 
 def opendir(nodeid: int, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> Call[abi.Opened]:
@@ -421,7 +422,7 @@ def fsyncdir(nodeid: int, fh: int, *, data_only: bool = False) -> Call[None]:
     return Call(Opcode.FSYNCDIR, nodeid, nothing, args)
 
 
-# ---- extended attributes ----------------------------------------------------------------------------------
+# ---- extended attributes ------------------------------------------------------------------------------
 
 
 def setxattr(
@@ -448,7 +449,7 @@ def removexattr(nodeid: int, name: Name) -> Call[None]:
     return Call(Opcode.REMOVEXATTR, nodeid, nothing, encode(name))
 
 
-# ---- locks ------------------------------------------------------------------------------------------------
+# ---- locks --------------------------------------------------------------------------------------------
 
 
 def _lock_args(fh: int, owner: int, lock: abi.FileLock, flags: int) -> bytes:

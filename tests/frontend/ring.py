@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.frontend.memory import GuestBuffer, GuestMemory
-from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, BackendGone, ProtocolViolation
+from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, BackendGoneError, ProtocolError
 
 DESCRIPTOR = struct.Struct("<QIHH")
 F_NEXT = 1
@@ -44,7 +44,7 @@ class Used:
     length_bytes: int
 
 
-class RingFull(Exception):
+class RingFullError(Exception):
     """There are not enough free descriptors for a chain."""
 
 
@@ -82,7 +82,7 @@ class Virtqueue:
         for fd in (self.kick_fd, self.call_fd, self.err_fd):
             os.close(fd)
 
-    # ---- the raw ring, for those who break the rules ----------------------------------------------------
+    # ---- the raw ring, for those who break the rules ---------------------------------------------------
 
     def put_descriptor(
         self, index: int, guest_addr: int, size_bytes: int, flags: int = 0, nxt: int = 0
@@ -124,7 +124,7 @@ class Virtqueue:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(fd)
 
-    # ---- the driver ---------------------------------------------------------------------------------------
+    # ---- the driver ------------------------------------------------------------------------------------
 
     @property
     def free_descriptors(self) -> int:
@@ -138,7 +138,7 @@ class Virtqueue:
         """Puts a chain into the table and returns its head; it is not yet visible to the device."""
         if self.indirect and not direct and len(segments) > 1:
             if not self._free:
-                raise RingFull
+                raise RingFullError
             table = self.memory.allocate(16 * len(segments))
             last = len(segments) - 1
             for i, part in enumerate(segments):
@@ -151,7 +151,7 @@ class Virtqueue:
             self._chains[head] = ([head], table)
             return head
         if len(self._free) < len(segments):
-            raise RingFull
+            raise RingFullError
         indices = [self._free.pop() for _ in segments]
         for i, part in enumerate(segments):
             more = i + 1 < len(segments)
@@ -186,16 +186,16 @@ class Virtqueue:
             self.kick()
 
     def pop_used(self) -> Used | None:
-        """The next chain that the device has returned; ProtocolViolation when it was never given."""
+        """The next chain that the device has returned; ProtocolError when it was never given."""
         ahead = (self._used16[1] - self.used_index) & 0xFFFF
         if not ahead:
             return None
         if ahead > self.size or ahead > len(self._chains):
-            raise ProtocolViolation(f"used index is {ahead} ahead with {len(self._chains)} chains in flight")
+            raise ProtocolError(f"used index is {ahead} ahead with {len(self._chains)} chains in flight")
         slot = self.used_index % self.size
         head, length = self._used32[2 * slot], self._used32[2 * slot + 1]
         if head not in self._chains:
-            raise ProtocolViolation(f"used ring names head {head}, which is not in flight")
+            raise ProtocolError(f"used ring names head {head}, which is not in flight")
         indices, table = self._chains.pop(head)
         self._free.extend(reversed(indices))
         if table is not None:
@@ -204,7 +204,7 @@ class Virtqueue:
         return Used(head, length)
 
     def wait_used(self, socket_fd: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> Used:
-        """Sleeps on the call eventfd; TimeoutError, or BackendGone when the connection ends meanwhile."""
+        """Sleeps on the call eventfd; TimeoutError, or BackendGoneError when the connection ends."""
         found = self.pop_used()
         if found is not None:
             return found
@@ -227,10 +227,10 @@ class Virtqueue:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self.call_fd)
             elif socket_fd in ready:
-                raise BackendGone("the back end hung up while a chain was in flight")
+                raise BackendGoneError("the back end hung up while a chain was in flight")
             elif left_s <= 0:
                 if self.pop_used() is not None:
-                    raise ProtocolViolation("a chain was returned without the interrupt that was asked for")
+                    raise ProtocolError("a chain was returned without the interrupt that was asked for")
                 raise TimeoutError(f"no chain came back within {timeout_s} s ({self.in_flight} in flight)")
 
     def error_signalled(self, timeout_s: float) -> bool:

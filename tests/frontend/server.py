@@ -29,7 +29,7 @@ BAD_LOG = re.compile(
 )
 
 
-class UnsupportedByServer(Exception):
+class UnsupportedByServerError(Exception):
     """VHOSTFS_SERVER's command takes no options, and the test needs some."""
 
 
@@ -66,7 +66,7 @@ class ServerProcess:
         self._idle_descriptors: int | None = None
         self.start()
 
-    # ---- life ---------------------------------------------------------------------------------------------
+    # ---- life ------------------------------------------------------------------------------------------
 
     @staticmethod
     def is_foreign() -> bool:
@@ -81,7 +81,7 @@ class ServerProcess:
             return fixed + list(self.options)
         words = shlex.split(template)
         if self.options and "{options}" not in words:
-            raise UnsupportedByServer(f"VHOSTFS_SERVER takes no {' '.join(self.options)}")
+            raise UnsupportedByServerError(f"VHOSTFS_SERVER takes no {' '.join(self.options)}")
         command: list[str] = []
         for word in words:
             if word == "{options}":
@@ -149,7 +149,7 @@ class ServerProcess:
         self.kill()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    # ---- what can be seen from outside ----------------------------------------------------------------------
+    # ---- what can be seen from outside -----------------------------------------------------------------
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
@@ -180,7 +180,7 @@ class ServerProcess:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def note_idle_descriptors(self) -> None:
-        """Takes the number of descriptors now, with no front end connected, as what a session must go back to."""
+        """Takes what is open now, with no front end connected, as what a session must go back to."""
         if self._idle_descriptors is None:
             self._idle_descriptors = self.descriptors()
 

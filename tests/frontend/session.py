@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FUSE over virtqueues: lays requests out as a guest does, keeps several in flight, checks every reply.
 
-Knows nothing of what the operations mean. One thread a queue; requests of one queue may be waited for in any order.
+Knows nothing of what the operations mean. One thread a queue; its requests may be waited for in any order.
 Specification: virtio 1.2, section 5.11.6, and fs/fuse/virtio_fs.c of Linux for the usual framing.
 """
 
@@ -20,7 +20,7 @@ from tests.frontend.fuse_abi import InitFlag, InitReply, Opcode
 from tests.frontend.memory import GuestBuffer
 from tests.frontend.operations import Call, SecurityContext
 from tests.frontend.ring import Segment, Used, Virtqueue
-from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, ProtocolViolation
+from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, ProtocolError
 from tests.frontend.vmm import Vmm
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ class Framing:
     every_bytes: int | None = None
 
 
+ROOT_USER = Caller()
 LINUX_FRAMING = Framing()
 
 
@@ -86,15 +87,13 @@ class Pending(Generic[T]):
         return self.used is not None
 
     def wait(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> T:
-        """The reply; raises FuseError, TimeoutError, BackendGone, or ProtocolViolation for a bad reply."""
+        """The reply; raises FuseError, TimeoutError, BackendGoneError, or ProtocolError for a bad reply."""
         data = self.payload(timeout_s)
         try:
             return self.call.decode(data)
         except (struct.error, ValueError, TypeError) as error:
             name = describe(self.call.opcode)
-            raise ProtocolViolation(
-                f"{name}: a reply of {len(data)} bytes cannot be read: {error}"
-            ) from error
+            raise ProtocolError(f"{name}: a reply of {len(data)} bytes cannot be read: {error}") from error
 
     def payload(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> bytes:
         """What followed the reply's header."""
@@ -106,8 +105,8 @@ class Pending(Generic[T]):
         """The chain came back: copies the reply out and frees the guest memory."""
         self.used = used
         if used.length_bytes > sum(map(len, self.writable)):
-            raise ProtocolViolation(
-                f"{describe(self.call.opcode)}: used length {used.length_bytes} is more than there was room for"
+            raise ProtocolError(
+                f"{describe(self.call.opcode)}: used length {used.length_bytes} is beyond the room for it"
             )
         parts, left = [], used.length_bytes
         for buffer in self.writable:
@@ -121,19 +120,19 @@ class Pending(Generic[T]):
         name = describe(self.call.opcode)
         if not self.call.has_reply:
             if length:
-                raise ProtocolViolation(f"{name}: {length} bytes were written where no reply is wanted")
+                raise ProtocolError(f"{name}: {length} bytes were written where no reply is wanted")
             return b""
         if length < abi.OUT_HEADER.size:
-            raise ProtocolViolation(f"{name}: reply of {length} bytes is shorter than its header")
+            raise ProtocolError(f"{name}: reply of {length} bytes is shorter than its header")
         size, error, unique = abi.OUT_HEADER.unpack_from(self._raw)
         if size != length:
-            raise ProtocolViolation(f"{name}: header says {size} bytes, used ring says {length}")
+            raise ProtocolError(f"{name}: header says {size} bytes, used ring says {length}")
         if unique != self.unique:
-            raise ProtocolViolation(f"{name}: reply to request {unique}, expected {self.unique}")
+            raise ProtocolError(f"{name}: reply to request {unique}, expected {self.unique}")
         if error > 0 or error <= -1000:
-            raise ProtocolViolation(f"{name}: error field {error} is no errno")
+            raise ProtocolError(f"{name}: error field {error} is no errno")
         if error and size != abi.OUT_HEADER.size:
-            raise ProtocolViolation(f"{name}: error {error} with {size - 16} bytes of payload")
+            raise ProtocolError(f"{name}: error {error} with {size - 16} bytes of payload")
         if error:
             raise FuseError(-error, f"{name} on node {self.call.nodeid}")
         return self._raw[abi.OUT_HEADER.size :]
@@ -159,7 +158,7 @@ class Session:
         self._next_unique += 2
         return self._next_unique
 
-    # ---- sending ------------------------------------------------------------------------------------------
+    # ---- sending ---------------------------------------------------------------------------------------
 
     def extensions(self, call: Call[Any], caller: Caller) -> tuple[bytes, int]:
         """What follows the arguments of a creation, and header.total_extlen in 8-byte units."""
@@ -177,7 +176,7 @@ class Session:
     def submit(
         self,
         call: Call[T],
-        caller: Caller = Caller(),
+        caller: Caller = ROOT_USER,
         *,
         queue: Virtqueue | None = None,
         publish: bool = True,
@@ -250,7 +249,7 @@ class Session:
             queue.publish(pending.head)
         return pending
 
-    # ---- completion -----------------------------------------------------------------------------------------
+    # ---- completion ------------------------------------------------------------------------------------
 
     def _deliver(self, queue: Virtqueue, used: Used) -> None:
         self._in_flight.pop((id(queue), used.head)).take(used)
@@ -267,11 +266,11 @@ class Session:
                 used = pending.queue.wait_used(self.vmm.connection.fileno(), max(0.0, left_s))
             except TimeoutError:
                 raise TimeoutError(
-                    f"no reply to {describe(pending.call.opcode)} on node {pending.call.nodeid} in {timeout_s} s"
+                    f"no reply to {describe(pending.call.opcode)} of {pending.call.nodeid} in {timeout_s} s"
                 ) from None
             self._deliver(pending.queue, used)
 
-    def call(self, call: Call[T], caller: Caller = Caller(), *, queue: Virtqueue | None = None) -> T:
+    def call(self, call: Call[T], caller: Caller = ROOT_USER, *, queue: Virtqueue | None = None) -> T:
         return self.submit(call, caller, queue=queue).wait(self.vmm.machine.timeout_s)
 
     def use(self, framing: Framing) -> None:

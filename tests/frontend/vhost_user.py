@@ -136,15 +136,15 @@ class Status(enum.IntFlag):
     FAILED = 128
 
 
-class BackendGone(ConnectionError):
+class BackendGoneError(ConnectionError):
     """The back end closed the vhost-user connection."""
 
 
-class ProtocolViolation(AssertionError):
+class ProtocolError(AssertionError):
     """The back end answered with something that the specifications do not allow."""
 
 
-class MessageRefused(OSError):
+class MessageRefusedError(OSError):
     """The back end answered a message that asked for an acknowledgement with a non-zero value."""
 
 
@@ -197,7 +197,7 @@ class Connection:
         self.close()
 
     def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Sends bytes as they are; BackendGone when the other side has closed."""
+        """Sends bytes as they are; BackendGoneError when the other side has closed."""
         try:
             if fds:
                 sent = socket.send_fds(self._stream, [data], list(fds))
@@ -205,7 +205,7 @@ class Connection:
             if data:
                 self._stream.sendall(data)
         except (BrokenPipeError, ConnectionResetError) as error:
-            raise BackendGone(str(error)) from error
+            raise BackendGoneError(str(error)) from error
 
     def send(
         self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, need_reply: bool = False
@@ -219,14 +219,14 @@ class Connection:
             try:
                 part, ancillary, _, _ = self._stream.recvmsg(size_bytes - len(data), socket.CMSG_SPACE(8 * 4))
             except ConnectionResetError as error:
-                raise BackendGone(str(error)) from error
+                raise BackendGoneError(str(error)) from error
             for level, kind, content in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     received = array.array("i")
                     received.frombytes(content[: len(content) - len(content) % received.itemsize])
                     fds.extend(received)
             if not part:
-                raise BackendGone(
+                raise BackendGoneError(
                     f"connection closed with {len(data)} of {size_bytes} bytes of a message read"
                 )
             data += part
@@ -236,7 +236,7 @@ class Connection:
         fds: list[int] = []
         request, flags, size = HEADER.unpack(self._receive_exactly(HEADER.size, fds))
         if size > 1 << 20:
-            raise ProtocolViolation(f"reply to message {request} claims {size} bytes")
+            raise ProtocolError(f"reply to message {request} claims {size} bytes")
         return Reply(request, flags, self._receive_exactly(size, fds), tuple(fds))
 
     def query(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
@@ -247,28 +247,26 @@ class Connection:
     def _expect(self, request: int) -> Reply:
         reply = self.receive()
         if reply.request != request:
-            raise ProtocolViolation(f"reply to message {reply.request} while {request} was asked")
+            raise ProtocolError(f"reply to message {reply.request} while {request} was asked")
         if reply.flags & 0x3 != VERSION or not reply.flags & FLAG_REPLY:
-            raise ProtocolViolation(f"reply to message {request} has flags {reply.flags:#x}")
+            raise ProtocolError(f"reply to message {request} has flags {reply.flags:#x}")
         return reply
 
     def query_u64(self, request: int, payload: bytes = b"") -> int:
         answer = self.query(request, payload)
         if len(answer) != 8:
-            raise ProtocolViolation(f"reply to message {request} has {len(answer)} bytes, expected 8")
+            raise ProtocolError(f"reply to message {request} has {len(answer)} bytes, expected 8")
         return int(U64.unpack(answer)[0])
 
     def acknowledged(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """Sends with NEED_REPLY and waits for the u64; MessageRefused when it is not 0 (REPLY_ACK only)."""
+        """Sends with NEED_REPLY and waits for the u64; MessageRefusedError when it is not 0."""
         self.send(request, payload, fds, need_reply=True)
         reply = self._expect(request)
         if len(reply.payload) != 8:
-            raise ProtocolViolation(
-                f"acknowledgement of {request} has {len(reply.payload)} bytes, expected 8"
-            )
+            raise ProtocolError(f"acknowledgement of {request} has {len(reply.payload)} bytes, expected 8")
         (value,) = U64.unpack(reply.payload)
         if value:
-            raise MessageRefused(value & 0x7FFFFFFF, f"message {request} was refused with {value:#x}")
+            raise MessageRefusedError(value & 0x7FFFFFFF, f"message {request} was refused with {value:#x}")
 
     def closed_by_backend(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
         """True when the back end hangs up within the time; replies that come before are thrown away."""

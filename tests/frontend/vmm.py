@@ -28,8 +28,8 @@ from tests.frontend.vhost_user import (
     Connection,
     Feature,
     Message,
+    ProtocolError,
     ProtocolFeature,
-    ProtocolViolation,
     Status,
 )
 
@@ -134,7 +134,7 @@ class Vmm:
         self.queues.clear()
         self.memory.close()
 
-    # ---- negotiation ----------------------------------------------------------------------------------------
+    # ---- negotiation -----------------------------------------------------------------------------------
 
     def negotiate(self) -> None:
         link = self.connection
@@ -153,7 +153,7 @@ class Vmm:
         self.tell(Message.SET_OWNER)
 
     def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """Sends a message without a reply of its own; waits for its acknowledgement where that is negotiated."""
+        """Sends a message that has no reply of its own; waits for the acknowledgement where negotiated."""
         if self.protocol & ProtocolFeature.REPLY_ACK:
             self.connection.acknowledged(request, payload, fds)
         else:
@@ -168,8 +168,9 @@ class Vmm:
             return b""
         seen_offset, seen_size, _ = CONFIG_HEAD.unpack_from(answer)
         if (seen_offset, seen_size) != (offset, size_bytes) or len(answer) != CONFIG_HEAD.size + size_bytes:
-            raise ProtocolViolation(
-                f"GET_CONFIG({offset}, {size_bytes}) answered ({seen_offset}, {seen_size}), {len(answer)} bytes"
+            raise ProtocolError(
+                f"GET_CONFIG({offset}, {size_bytes}) answered ({seen_offset}, {seen_size}),"
+                f" {len(answer)} bytes"
             )
         return answer[CONFIG_HEAD.size :]
 
@@ -180,7 +181,7 @@ class Vmm:
         tag, queues = CONFIG.unpack(self.config_bytes(0, CONFIG.size))
         return FsConfig(tag.rstrip(b"\0"), queues, None)
 
-    # ---- roles -----------------------------------------------------------------------------------------------
+    # ---- roles -----------------------------------------------------------------------------------------
 
     @property
     def has_notification_queue(self) -> bool:
@@ -207,7 +208,7 @@ class Vmm:
     def request_queue(self, number: int = 0) -> Virtqueue:
         return self.queues[self.first_request_queue + number]
 
-    # ---- start and stop -------------------------------------------------------------------------------------
+    # ---- start and stop --------------------------------------------------------------------------------
 
     def start(self, bases: dict[int, int] | None = None) -> None:
         """The messages of DRIVER_OK. `bases`: next available index by queue, from an earlier `stop`."""
@@ -246,7 +247,7 @@ class Vmm:
         if self.protocol & ProtocolFeature.CONFIGURE_MEM_SLOTS:
             slots = self.connection.query_u64(Message.GET_MAX_MEM_SLOTS)
             if slots < len(self.memory.regions):
-                raise ProtocolViolation(f"the back end has {slots} memory slots")
+                raise ProtocolError(f"the back end has {slots} memory slots")
             for region in self.memory.regions:
                 self.add_region(region)
             return
@@ -294,7 +295,7 @@ class Vmm:
         answer = self.connection.query(Message.GET_VRING_BASE, VRING_STATE.pack(index, 0))
         seen, base = VRING_STATE.unpack(answer)
         if seen != index:
-            raise ProtocolViolation(f"GET_VRING_BASE of queue {index} answered for queue {seen}")
+            raise ProtocolError(f"GET_VRING_BASE of queue {index} answered for queue {seen}")
         return int(base)
 
     def stop(self) -> dict[int, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.frontend import FuseClient, ServerProcess
-from tests.frontend.server import UnsupportedByServer
+from tests.frontend.server import UnsupportedByServerError
 from tests.ring.share import ServerPool, Share
 
 MakeShare = Callable[..., Share]
@@ -52,7 +52,7 @@ def make_share(server_pool: ServerPool) -> Iterator[MakeShare]:
             else:
                 server = server_pool.shared(options, descriptor_limit)
                 share = Share(server, server_pool.new_test_directory(server))
-        except UnsupportedByServer as error:
+        except UnsupportedByServerError as error:
             pytest.skip(str(error))
         shares.append(share)
         return share

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory that one ring test works in, the server that exports it, and the checks when the test is over.
+"""The directory that one ring test works in, the server that exports it, and the checks at the end.
 
-Must not know what a test does. Servers are kept between tests with the same options, as each test has a directory
-of its own below the exported one; a server that comes out of a test in bad shape fails that test.
+Must not know what a test does. Servers are kept between tests with the same options, as each test has a
+directory of its own below the exported one; a server that comes out of a test in bad shape fails that test.
 """
 
 from __future__ import annotations

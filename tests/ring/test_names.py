@@ -46,12 +46,12 @@ def test_a_file_of_the_host_is_found_with_its_attributes(share: Share, fs: FuseC
 
 
 def test_a_missing_name_is_enoent_or_a_negative_entry(fs: FuseClient) -> None:
+    number, nodeid = 0, 0
     try:
-        entry = fs.lookup(fs.root, "missing")
+        nodeid = fs.lookup(fs.root, "missing").nodeid
     except FuseError as error:
-        assert error.errno == errno.ENOENT
-    else:
-        assert entry.nodeid == 0
+        number = error.errno or 0
+    assert (number, nodeid) in ((errno.ENOENT, 0), (0, 0))
 
 
 def test_lookup_below_a_file_is_enotdir(share: Share, fs: FuseClient) -> None:
@@ -146,12 +146,8 @@ def test_a_held_inode_deleted_on_the_host_never_becomes_its_successor(share: Sha
     for i in range(64):
         new = fs.lookup(fs.root, f"new{i}")
         assert (new.nodeid, new.generation) != (old.nodeid, old.generation)
-    try:
-        attr = fs.getattr(old.nodeid)
-    except FuseError as error:
-        assert error.errno == errno.ESTALE
-    else:
-        assert (attr.nlink, attr.size) == (0, 3)
+    attr = fs.getattr(old.nodeid)
+    assert (attr.nlink, attr.size) == (0, 3)
 
 
 def test_a_nodeid_is_good_until_its_last_forget(share: Share, fs: FuseClient, ours: None) -> None:
@@ -242,7 +238,7 @@ def test_a_name_of_256_bytes_is_refused_by_every_operation(share: Share, fs: Fus
     assert os.listdir(share.path) == ["a"]
 
 
-# ---- making and removing ----------------------------------------------------------------------------------
+# ---- making and removing ------------------------------------------------------------------------------
 
 
 def test_mkdir_makes_a_directory_with_its_mode(share: Share, fs: FuseClient) -> None:
@@ -322,7 +318,7 @@ def test_creating_in_a_removed_directory_is_enoent(share: Share, fs: FuseClient)
         fs.create(directory.nodeid, "x")
 
 
-# ---- renaming ---------------------------------------------------------------------------------------------
+# ---- renaming -----------------------------------------------------------------------------------------
 
 
 def test_rename_moves_and_replaces(share: Share, fs: FuseClient) -> None:
@@ -394,7 +390,7 @@ def test_rename_flags_that_contradict_or_are_unknown_are_einval(share: Share, fs
     assert (share.path / "b").read_bytes() == b"b"
 
 
-# ---- what the host does meanwhile ----------------------------------------------------------------------------
+# ---- what the host does meanwhile ---------------------------------------------------------------------
 
 
 def test_what_the_host_changes_is_seen_by_the_next_lookup(share: Share, fs: FuseClient) -> None:
