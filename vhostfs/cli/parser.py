@@ -6,7 +6,6 @@ Specification: argparse; house style "errors to people"."""
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +22,8 @@ class UsageError(UserError):
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'X'?`, or nothing when no word is near."""
+    import difflib  # for mistakes alone
+
     found = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean '{found[0]}'?" if found else ""
 

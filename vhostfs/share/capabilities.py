@@ -5,7 +5,6 @@ Specification: capabilities(7), linux/capability.h; --modcaps of virtiofsd(1).""
 
 from __future__ import annotations
 
-import difflib
 import enum
 from dataclasses import dataclass
 
@@ -96,6 +95,8 @@ def parse_modcaps(text: str) -> CapabilityChanges:
             raise CapabilityError(f"'{word}': expected +NAME or -NAME, joined by ':' (+sys_admin:-chown)")
         capability = Capability.__members__.get(name)
         if capability is None:
+            import difflib  # for mistakes alone
+
             near = difflib.get_close_matches(name, Capability.__members__, n=1)
             hint = f"; did you mean '{near[0].lower()}'?" if near else "; see capabilities(7)"
             raise CapabilityError(f"'{word[1:]}' is no capability{hint}")

@@ -125,6 +125,10 @@ class HandleProbe:
     def usable(self) -> bool:
         return not self.encode_errno and not self.open_errno
 
+    def without_permission(self) -> HandleProbe:
+        """What it would be without CAP_DAC_READ_SEARCH."""
+        return HandleProbe(self.file_system, self.encode_errno, self.open_errno or errno.EPERM)
+
     @property
     def reason(self) -> str:
         if self.usable:

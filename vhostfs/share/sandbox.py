@@ -42,8 +42,9 @@ _MS_REC = 0x4000
 _MS_SLAVE = 0x8_0000
 _PR_SET_PDEATHSIG = 1
 
-# How long a serving process may take to end after SIGTERM before it is killed.
-STOP_TIMEOUT_S = 5.0
+# How long a serving process may take to end after SIGTERM before it is killed: longer than it gives
+# itself (GRACE_S in vhostfs/server.py).
+STOP_TIMEOUT_S = 12.0
 
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 

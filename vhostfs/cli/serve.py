@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns `vhostfs serve`: the order in which a server comes up, and how it ends.
+Must not know the protocols (vhostfs/server.py) or what the walls are made of (share/sandbox.py).
+Specification: docs/migrating-from-virtiofsd.md; the steps of share.sandbox.enter_sandbox."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from ..share.options import CacheMode, check_shared_dir
+from .logs import start_logging
+from .parser import Parser
+from .serve_options import add_arguments as add_serve_arguments
+from .serve_options import ignored_options, options_from
+
+if TYPE_CHECKING:
+    from ..fuse.init import SessionOptions
+    from ..share.limits import DescriptorBudget
+    from ..share.native_share import ShareConfig
+    from ..share.options import HandleMode, ServeOptions
+    from ..share.sandbox import SandboxedShare
+    from .listen import Listener
+
+_log = logging.getLogger("vhostfs.serve")
+
+
+class _StopRequested(BaseException):
+    """A stop signal before (or after) the event loop takes them."""
+
+
+def add_arguments(parser: Parser) -> None:
+    add_serve_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until told to stop; 0 then, else an exception says why not."""
+    options = options_from(args)
+    log_fds = start_logging(options.log_level, to_syslog=options.syslog, program="vhostfsd")
+    for line in ignored_options(args):
+        _log.warning("%s", line)
+    shared_dir = check_shared_dir(options.shared_dir)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        listener = _listener(options)
+        try:
+            return _serve(options, shared_dir, listener, log_fds)
+        finally:
+            listener.remove_files()
+    except _StopRequested:
+        return 0
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise _StopRequested
+
+
+def _listener(options: ServeOptions) -> Listener:
+    from .listen import listen_at, take_listener
+
+    if options.listen_fd is not None:
+        return take_listener(options.listen_fd)
+    assert options.socket_path is not None  # ServeOptions has one of the two
+    return listen_at(options.socket_path, options.socket_group)
+
+
+def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: frozenset[int]) -> int:
+    # libuv would try io_uring, which the system call filter answers with ENOSYS.
+    os.environ["UV_USE_IO_URING"] = "0"
+    # Everything that serving will ever need is imported here: enter_sandbox ends imports.
+    import concurrent.futures.thread  # noqa: F401 (asyncio looks it up when the first thread is wanted)
+    import encodings.idna  # noqa: F401 (socket's, for any address)
+
+    from ..server import ServerOptions, run_server
+    from ..share.capabilities import Capability
+    from ..share.limits import (
+        decide_handle_mode,
+        describe_inodes,
+        file_system_name,
+        probe_file_handles,
+        raise_nofile_limit,
+        split_descriptors,
+    )
+    from ..share.native_share import Share
+    from ..share.options import HandleMode
+    from ..share.sandbox import enter_sandbox
+
+    limit, warning = raise_nofile_limit(options.rlimit_nofile)
+    if warning is not None:
+        _log.info("%s", warning)
+    file_system = file_system_name(shared_dir)
+    settled: list[tuple[HandleMode, DescriptorBudget]] = []
+
+    def while_privileged(root_fd: int) -> frozenset[Capability]:
+        probe = probe_file_handles(root_fd, file_system)
+        if Capability.DAC_READ_SEARCH in options.modcaps.removed:
+            probe = probe.without_permission()
+        mode = decide_handle_mode(options.inode_file_handles, probe)
+        budget = split_descriptors(limit, mode, options.thread_pool_size)
+        settled.append((mode, budget))
+        _log.info("%s", describe_inodes(options.inode_file_handles, mode, probe, budget))
+        return frozenset() if mode is HandleMode.NEVER else frozenset({Capability.DAC_READ_SEARCH})
+
+    walls = enter_sandbox(
+        options,
+        shared_dir,
+        keep_fds=log_fds,
+        listener_fd=listener.socket.fileno(),
+        when_ended=listener.remove_files,
+        while_privileged=while_privileged,
+    )
+    ((mode, budget),) = settled
+    share = Share(_share_config(options, walls, mode, budget))
+    # The share has its own duplicates.
+    os.close(walls.root_fd)
+    os.close(walls.proc_fd_dir)
+    server_options = ServerOptions(
+        session=_session_options(options),
+        tag=options.tag,
+        num_request_queues=options.num_request_queues,
+        readonly=options.readonly,
+        once=options.once,
+    )
+    place = options.socket_path or f"descriptor {options.listen_fd}"
+    _log.info("serving %s at %s (sandbox: %s)", options.shared_dir, place, options.sandbox.value)
+    try:
+        return run_server(listener.socket, share, server_options)
+    finally:
+        share.close()
+
+
+def _session_options(options: ServeOptions) -> SessionOptions:
+    from ..fuse.init import SessionOptions
+
+    return SessionOptions(
+        posix_lock=options.posix_lock,
+        flock=options.flock,
+        readdirplus=options.readdirplus_wanted,
+        writeback=options.writeback,
+        posix_acl=options.posix_acl,
+        killpriv_v2=options.killpriv_v2,
+        announce_submounts=options.announce_submounts,
+        security_label=options.security_label,
+        allow_mmap=options.allow_mmap,
+        cache_always=options.cache is CacheMode.ALWAYS,
+    )
+
+
+def _share_config(
+    options: ServeOptions, walls: SandboxedShare, mode: HandleMode, budget: DescriptorBudget
+) -> ShareConfig:
+    from ..share.native_share import ShareConfig
+
+    return ShareConfig(
+        root_fd=walls.root_fd,
+        proc_fd_dir=walls.proc_fd_dir,
+        handle_mode=mode,
+        inode_fd_budget=budget.inode_fds,
+        open_budget=budget.open_files,
+        pool_threads=options.thread_pool_size,
+        cache=options.cache,
+        timeout_s=options.cache_timeout_s,
+        readonly=options.readonly,
+        xattr=options.xattr_wanted,
+        allow_direct_io=options.allow_direct_io,
+        allow_mmap=options.allow_mmap,
+        preserve_noatime=options.preserve_noatime,
+        uid_rules=options.translate_uid,
+        gid_rules=options.translate_gid,
+        xattr_rules=options.xattr_rules,
+    )
