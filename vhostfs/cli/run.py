@@ -318,9 +318,16 @@ def _run(args: argparse.Namespace, steps: Steps) -> int:
             guest_shares.append(Share(share.tag, socket_path, share.mount_point, share.read_only))
         steps(f"starting Linux {image.kernel_release} with QEMU {qemu.version_text} ({accelerator.value})")
         guest = Guest(_machine(args, qemu, image, accelerator, tuple(guest_shares)), lifeline=lifeline)
-        with guest:
-            steps.done()
-            return _run_command(args, guest, servers, interactive)
+        try:
+            with guest:
+                steps.done()
+                if args.verbose:
+                    print(f"vhostfs: ran {shlex.join(guest.command)}", file=sys.stderr)
+                return _run_command(args, guest, servers, interactive)
+        except VmError as error:
+            # A server that failed is the cause, whatever QEMU or the guest then said.
+            failed = next((server for server in servers if server.process.poll()), None)
+            raise VmError(failed.describe_end()) if failed else error from error
 
 
 def _share_options(args: argparse.Namespace) -> list[ShareOption]:

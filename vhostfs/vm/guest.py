@@ -12,6 +12,7 @@ import contextlib
 import shlex
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Guest:
         self._own_lifeline = lifeline is None
         self._lifeline = lifeline or Lifeline()
         self._agent: AgentConnection | None = None
+        self.command: list[str] = []
+        """QEMU's command line, once launched."""
         self.boot_time_s: float | None = None
         """From the start of QEMU to the agent's first word."""
         self.console_path = self._lifeline.directory / f"console-{id(self):x}.log"
@@ -199,19 +202,13 @@ class Guest:
         """
         running = self.start(command, cwd=cwd, environment=environment, stdin=stdin is not None)
         if stdin is not None:
-            # A full pipe must not keep us from the timeout.
-            deadline = time.monotonic() + timeout_s
-            self._feed(running, stdin)
-            timeout_s = max(0.0, deadline - time.monotonic())
+            # On a thread of its own: a command that does not read must not keep us from the timeout.
+            threading.Thread(target=_feed, args=(running, stdin), name="guest-stdin", daemon=True).start()
         try:
             return running.wait(timeout_s)
         except GuestTimeoutError:
             running.send_signal(signal.SIGKILL)
             raise
-
-    def _feed(self, running: RunningCommand, data: bytes) -> None:
-        running.write_stdin(data)
-        running.close_stdin()
 
     def start(
         self,
@@ -281,6 +278,12 @@ class Guest:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(graceful=kind is None)
+
+
+def _feed(running: RunningCommand, data: bytes) -> None:
+    with contextlib.suppress(GuestError):  # the waiting side is told
+        running.write_stdin(data)
+        running.close_stdin()
 
 
 def read_tail(path: Path, line_count: int) -> list[str]:
