@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import FuseClient, Machine, ServerProcess
+from tests.frontend import FuseClient, Machine, ServerProcess, Session, Vmm
 from tests.frontend import fuse_abi as abi
 from tests.frontend.server import BAD_LOG
 
@@ -62,6 +62,12 @@ class Share:
         if self.relative:
             client.root = client.walk(self.relative).nodeid
         return client
+
+    def boot(self, machine: Machine | None = None) -> Session:
+        """Connects a guest that has not sent FUSE_INIT."""
+        client = FuseClient(Session(Vmm.boot(self.server.socket_path, machine)))
+        self._mounts.append(client)
+        return client.session
 
     def log(self) -> str:
         """What the server has written since the test began."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.frontend import ROOT, FuseClient, InitFlag, Machine, Session, Vmm
+from tests.frontend import ROOT, FuseClient, InitFlag, Machine, Session
 from tests.frontend import fuse_abi as abi
 from tests.frontend import operations as op
 from tests.ring.conftest import MakeShare
@@ -54,9 +54,7 @@ NEVER_TAKEN = (
 @pytest.fixture
 def session(share: Share) -> Session:
     """A running device before FUSE_INIT."""
-    fs = share.mount()
-    fs.destroy()
-    return fs.session
+    return share.boot()
 
 
 def _init(session: Session, flags: int, minor: int = abi.MINOR, major: int = abi.MAJOR) -> abi.InitReply:
@@ -148,12 +146,11 @@ def test_readahead_is_no_more_than_was_asked(session: Session) -> None:
 
 def test_nothing_is_served_before_init(make_share: MakeShare, ours: None) -> None:
     share = make_share(private=True)
-    with Vmm.boot(share.server.socket_path) as vmm:
-        session = Session(vmm)
-        with refused(errno.EIO, errno.EPERM, errno.ENOTCONN, errno.EINVAL):
-            session.call(op.getattr_(ROOT))
-        _init(session, abi.LINUX_7_FLAGS)
+    session = share.boot()
+    with refused(errno.EIO, errno.EPERM, errno.ENOTCONN, errno.EINVAL):
         session.call(op.getattr_(ROOT))
+    _init(session, abi.LINUX_7_FLAGS)
+    session.call(op.getattr_(ROOT))
 
 
 def test_destroy_ends_the_session_and_forgets_everything(share: Share, ours: None) -> None:
