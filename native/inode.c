@@ -300,7 +300,6 @@ static int add_root(struct vf_inode_table *table)
 	table->root->type = S_IFDIR >> 12;
 	table->root->mount = mount_get(&table->mounts, table->root_dev, table->root_mnt_id);
 	atomic_store(&table->root->fd, share->config.root_fd);
-	atomic_store(&table->root->flags, INODE_KEEP_FD);
 	hash = inode_hash(table->root->mount, table->root->ino);
 	shard = inode_shard(table, hash);
 	pthread_mutex_lock(&shard->lock);

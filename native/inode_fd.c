@@ -5,7 +5,8 @@
  *
  * A known limit, as with NFS: when the host removes the last link of an object
  * that is held by handle only and that nobody has open, it is gone (ESTALE).
- * Removals by the guest itself are caught, see vf_inode_guard_removal().
+ * Removals by the guest itself are caught, see vf_inode_guard_removal(), as long as there are
+ * descriptors to keep for them.
  */
 #include <sys/mman.h>
 
@@ -153,7 +154,10 @@ static int open_handle(struct vf_share *share, struct vf_inode *inode, int flags
 	do {
 		fd = open_by_handle_at(atomic_load(&mount->fd), (void *)&handle, flags | O_CLOEXEC);
 	} while (fd < 0 && vf_fd_shortage(share, errno));
-	return fd < 0 ? -errno : fd;
+	if (fd >= 0)
+		return fd;
+	/* iget_locked() of Linux says so while the number is being given to another object. */
+	return errno == ENOMEM ? -ESTALE : -errno;
 }
 
 /* Opens the object's own handle and looks whether that gives the object. */
@@ -170,7 +174,7 @@ static enum mount_handles try_handles(struct mount *mount, int fd)
 		/* The kernel looks for a free descriptor last, when the handle was good. */
 		if (errno == EMFILE || errno == ENFILE)
 			return HANDLES_WORK;
-		return errno == ESTALE ? HANDLES_UNTRIED : HANDLES_DO_NOT_WORK;
+		return errno == ESTALE || errno == ENOMEM ? HANDLES_UNTRIED : HANDLES_DO_NOT_WORK;
 	}
 	if (statx_fd(fd, &sx) || statx_fd(opened, &back)) {
 		close(opened);
@@ -197,8 +201,12 @@ bool mount_handles_work(struct vf_share *share, struct mount *mount, int fd)
 
 /* ---- giving descriptors up ---------------------------------------------- */
 
-/* The caller holds evict_lock and one reference.  True: a descriptor was closed. */
-static bool evict(struct vf_share *share, struct vf_inode *inode)
+/*
+ * The caller holds evict_lock and one reference.  An object without a link can be opened by handle
+ * only while something else has it open, so it gives its descriptor up by force only.  True: a
+ * descriptor was closed.
+ */
+static bool evict(struct vf_share *share, struct vf_inode *inode, bool by_force)
 {
 	struct vf_inode_table *table = share->inodes;
 	unsigned int only_held = INODE_HELD + 1;
@@ -217,9 +225,9 @@ static bool evict(struct vf_share *share, struct vf_inode *inode)
 	}
 	if (!atomic_compare_exchange_strong(&inode->refs, &only_held, INODE_LOCKED))
 		return false;
-	/* An object without a link cannot be opened by handle: looked at while it cannot change
-	 * by this guest, see vf_inode_guard_removal(). */
-	if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_NLINK, &sx) || !sx.stx_nlink) {
+	/* Asked while no operation of the guest can remove it, see vf_inode_guard_removal(). */
+	if (!by_force && (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_NLINK, &sx) ||
+			  !sx.stx_nlink)) {
 		atomic_fetch_or(&inode->flags, INODE_KEEP_FD);
 		atomic_store_explicit(&inode->refs, INODE_HELD + 1, memory_order_release);
 		return false;
@@ -232,7 +240,11 @@ static bool evict(struct vf_share *share, struct vf_inode *inode)
 	return true;
 }
 
-/* The hand goes twice round at most: the first time takes the mark of use from each. */
+/*
+ * The hand goes round at most three times: the first takes the mark of use from each, and the
+ * third, when all are without a link, uses force: that one of these is lost to the guest (unless it
+ * has it open) is better than that nothing new can be looked up.
+ */
 uint32_t vf_inode_shed_fds(struct vf_share *share, uint32_t wanted)
 {
 	struct vf_inode_table *table = share->inodes;
@@ -242,7 +254,8 @@ uint32_t vf_inode_shed_fds(struct vf_share *share, uint32_t wanted)
 		return 0;
 	pthread_mutex_lock(&table->evict_lock);
 	end = atomic_load(&table->top_fd) + 1;
-	for (steps = 0; freed < wanted && steps < 2 * end; steps++) {
+	for (steps = 0; freed < wanted && steps < (freed ? 2 : 3) * end; steps++) {
+		bool by_force = steps >= 2 * end;
 		struct vf_inode *inode;
 		uint32_t slot;
 
@@ -252,9 +265,9 @@ uint32_t vf_inode_shed_fds(struct vf_share *share, uint32_t wanted)
 		if (!inode)
 			continue;
 		if (atomic_load(&inode->fd) == (int)table->hand &&
-		    !(atomic_load(&inode->flags) & INODE_KEEP_FD) &&
-		    !atomic_exchange(&inode->hot, 0))
-			freed += evict(share, inode);
+		    !atomic_exchange(&inode->hot, 0) &&
+		    (by_force || !(atomic_load(&inode->flags) & INODE_KEEP_FD)))
+			freed += evict(share, inode, by_force);
 		vf_inode_put(share, inode);
 	}
 	pthread_mutex_unlock(&table->evict_lock);

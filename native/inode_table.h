@@ -36,7 +36,7 @@
 enum inode_flags {
 	/* The last lookup in this directory met an inode that was known (see entry.c). */
 	INODE_CHILDREN_KNOWN = 1,
-	/* There is no way back by handle: the descriptor stays. */
+	/* Had no link when last looked at, so there may be no way back by handle. */
 	INODE_KEEP_FD = 2,
 };
 

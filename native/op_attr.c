@@ -177,6 +177,9 @@ static int change_owner(struct vf_thread *t, const struct object *o,
 		error = owner_id(config->uid_rules, config->n_uid_rules, in->uid, &uid);
 	if (!error && (in->valid & FATTR_GID))
 		error = owner_id(config->gid_rules, config->n_gid_rules, in->gid, &gid);
+	/* A set-group-id bit may survive it. */
+	if (!error)
+		error = vf_cred_need_fsetid(t);
 	if (error)
 		return error;
 	return fchownat(o->fd, "", uid, gid, AT_EMPTY_PATH) ? -errno : 0;
@@ -212,15 +215,10 @@ static int truncate_object(const struct vf_req *r, const struct object *o, uint6
 static int change_size(struct vf_thread *t, const struct vf_req *r, const struct object *o,
 		       const struct fuse_setattr_in *in)
 {
-	bool kill = in->valid & FATTR_KILL_SUIDGID;
-	int error = kill ? vf_cred_drop_fsetid(t) : vf_cred_need_fsetid(t);
+	int error =
+	    in->valid & FATTR_KILL_SUIDGID ? vf_cred_drop_fsetid(t) : vf_cred_need_fsetid(t);
 
-	if (!error)
-		error = truncate_object(r, o, in->size);
-	/* Others that write rely on it. */
-	if (kill)
-		vf_cred_need_fsetid(t);
-	return error;
+	return error ? error : truncate_object(r, o, in->size);
 }
 
 static struct timespec time_for(uint32_t valid, uint32_t set, uint32_t now, uint64_t s, uint32_t ns)

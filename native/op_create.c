@@ -306,8 +306,6 @@ static int open_existing(struct vf_thread *t, const struct vf_req *r, struct vf_
 		fd = kill ? vf_cred_drop_fsetid(t) : vf_cred_need_fsetid(t);
 	if (!fd)
 		fd = vf_inode_open(share, inode, vf_open_flags(share, in->flags));
-	if (kill)
-		vf_cred_need_fsetid(t);
 	vf_inode_put(share, inode);
 	if (fd < 0)
 		vf_inode_forget(share, entry->nodeid, 1);
