@@ -22,14 +22,14 @@ int32_t vf_op_statfs(struct vf_thread *t, struct vf_req *r)
 	if (result < 0)
 		return result;
 	*out = (struct fuse_statfs_out){
-		.st.blocks = st.f_blocks,
-		.st.bfree = st.f_bfree,
-		.st.bavail = st.f_bavail,
-		.st.files = st.f_files,
-		.st.ffree = st.f_ffree,
-		.st.bsize = (uint32_t)st.f_bsize,
-		.st.namelen = (uint32_t)st.f_namemax,
-		.st.frsize = (uint32_t)st.f_frsize,
+	    .st.blocks = st.f_blocks,
+	    .st.bfree = st.f_bfree,
+	    .st.bavail = st.f_bavail,
+	    .st.files = st.f_files,
+	    .st.ffree = st.f_ffree,
+	    .st.bsize = (uint32_t)st.f_bsize,
+	    .st.namelen = (uint32_t)st.f_namemax,
+	    .st.frsize = (uint32_t)st.f_frsize,
 	};
 	return sizeof(*out);
 }
