@@ -17,6 +17,11 @@ packages=(
 	debian-archive-keyring dpkg gpgv             # to fetch the guest's packages, verified
 	qemu-system-x86                              # to run guests
 )
+test_packages=(
+	uidmap                                       # to test the sandbox without root
+)
+
+[[ $extra == test ]] && packages+=("${test_packages[@]}")
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
