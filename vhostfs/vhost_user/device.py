@@ -437,6 +437,7 @@ class Device:
             yield from self._stop(vring)
             yield from self._drop_kick(vring)
             vring.is_enabled = False
+            vring.waits_for_memory = False
             if not keeps_base:
                 vring.base = 0
                 vring.size = 0
@@ -454,12 +455,15 @@ class Device:
 
     def _set_memory(self, regions: tuple[MemoryRegion, ...]) -> Steps:
         for vring in self._vrings:
-            yield from self._stop(vring)
+            if vring.is_running:
+                yield from self._stop(vring)
+                vring.waits_for_memory = True
         self._regions = ()
         result = yield MapMemory(regions, tuple(self._message_fds))
         if result < 0:
             raise RefusedError(f"mapping {len(regions)} regions failed: {_error_text(result)}")
         self._regions = regions
+        yield from self._log_waiting()
 
     def _add_region(self, region: MemoryRegion) -> Steps:
         if len(self._regions) >= MAX_MEMORY_SLOTS:
@@ -487,11 +491,17 @@ class Device:
         for vring in self._vrings:
             if vring.is_running and not vring.is_mapped(remaining):
                 yield from self._stop(vring)
-                yield LogLine(f"queue {vring.index} waits: its rings are in no memory region")
+                vring.waits_for_memory = True
         self._regions = remaining
         result = yield RemoveRegion(mapped)
         if result < 0:
             raise RefusedError(f"unmapping a region failed: {_error_text(result)}")
+        yield from self._log_waiting()
+
+    def _log_waiting(self) -> Steps:
+        for vring in self._vrings:
+            if vring.waits_for_memory and not vring.is_mapped(self._regions):
+                yield LogLine(f"queue {vring.index} waits: its rings are in no memory region now")
 
     # ---- vrings -------------------------------------------------------------------------------------
 
@@ -509,8 +519,13 @@ class Device:
             if vring.is_running:
                 if self._facts(vring) != ALL_FACTS:
                     yield from self._stop(vring)
-            elif vring.kick_fd != NO_FD and self._facts(vring) == ALL_FACTS:
+                continue
+            facts = self._facts(vring)
+            if facts == ALL_FACTS:
                 yield from self._start(vring)
+            elif facts == ALL_FACTS & ~VringFact.MAPPED and not vring.waits_for_memory:
+                yield from self._drop_kick(vring)
+                raise RefusedError(f"queue {vring.index} cannot start: it is in no memory region")
 
     def _start(self, vring: Vring) -> Steps:
         assert vring.address is not None
@@ -534,6 +549,7 @@ class Device:
             yield from self._drop_kick(vring)  # or every later message would try again
             raise RefusedError(f"queue {vring.index} cannot start: {_error_text(result)}")
         vring.is_running = True
+        vring.waits_for_memory = False
 
     def _stop(self, vring: Vring) -> Steps:
         if not vring.is_running:
@@ -547,6 +563,7 @@ class Device:
 
     def _get_vring_base(self, vring: Vring) -> Steps:
         yield from self._stop(vring)
+        vring.waits_for_memory = False
         yield from self._drop_kick(vring)
         yield self._reply(_R.GET_VRING_BASE, VringState(vring.index, vring.base))
 

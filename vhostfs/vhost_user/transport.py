@@ -171,11 +171,11 @@ class Connection:
         """Serves until the front end leaves or breaks the protocol, or stop is set; logs which."""
         _log.info("front end connected%s", _peer_text(self._socket))
         back_end: BackEnd | None = None
-        reason = "an error in the server"
+        reason, level = "an error in the server", logging.WARNING
         try:
             back_end = self._new_back_end()
             self._loop.add_reader(back_end.fault_fd, self._log_faults, back_end)
-            reason = await self._serve(back_end, stop)
+            reason, level = await self._serve(back_end, stop), logging.INFO
         except ProtocolError as error:
             reason = f"protocol error: {error}"
         except OSError as error:
@@ -184,7 +184,7 @@ class Connection:
             _log.exception("connection failed inside the server")
         finally:
             await self._end(back_end)
-            _log.info("front end disconnected: %s", reason)
+            _log.log(level, "front end disconnected: %s", reason)
 
     async def _end(self, back_end: BackEnd | None) -> None:
         if back_end is not None:

@@ -18,7 +18,8 @@ that no driver ever set up. So there is no sequence to follow but a set of facts
 
 A vring runs exactly while all six hold. After every message the device compares the rule with what
 is and starts or stops vrings (device.py). The base survives a stop, so that a vring which is
-disabled, or whose memory is exchanged under it, carries on where it was.
+disabled, or whose memory is exchanged under it, carries on where it was. A vring that lacks nothing
+but MAPPED and never ran there is refused: its front end is wrong about its own memory.
 
 The specification starts a ring at the first kick. Ours starts when a kick descriptor is there: the
 C core looks at the ring once and then waits on it, which also serves kicks that came early.
@@ -72,6 +73,8 @@ class Vring:
     err_fd: int = NO_FD
     is_enabled: bool = False
     is_running: bool = False
+    waits_for_memory: bool = False
+    """It ran until a memory message took its place away, and goes on when it is back."""
 
     def facts(self, regions: Iterable[MemoryRegion], *, is_negotiated: bool) -> VringFact:
         """What holds, with this guest memory."""
