@@ -118,6 +118,7 @@ class InitFlag(enum.IntFlag):
     ALLOW_IDMAP = 1 << 40
     OVER_IO_URING = 1 << 41
     REQUEST_TIMEOUT = 1 << 42
+    HAS_SYNCFS = 1 << 43
 
 
 _INIT_IN = struct.Struct("<IIII")

@@ -20,6 +20,8 @@ from .operations import Operation
 _log = logging.getLogger("vhostfs.fuse")
 
 THREADS = 4
+TURN = 64
+"""Requests taken in one turn of the loop: a guest that floods must not keep it from signals and messages."""
 # A session begins and ends alone: two at once would each wait for the other's requests.
 _SESSION = frozenset({Opcode.INIT, Opcode.DESTROY})
 
@@ -39,7 +41,11 @@ class Upcalls:
         self._loop.add_reader(share.upcall_fd, self._take)
 
     def _take(self) -> None:
-        while (upcall := self._share.next_upcall()) is not None:
+        # The descriptor stays readable until next_upcall() has found nothing.
+        for _ in range(TURN):
+            upcall = self._share.next_upcall()
+            if upcall is None:
+                return
             operation = self._table.get(upcall.opcode)
             if operation is None:
                 self._share.reply(upcall, errno.ENOSYS)
