@@ -224,6 +224,8 @@ static int32_t read_now(const struct vf_thread *t, const struct vf_req *r, struc
 
 	if (t->may_block)
 		return read_to_guest(r, fd, offset, size, 0);
+	if (vf_file_flags(file) & O_DIRECT) /* RWF_NOWAIT does not keep it from waiting */
+		return VF_TO_POOL;
 	if (vf_file_wait_mode(file) == VF_WAIT_UNKNOWN) {
 		result = read_to_guest(r, fd, offset, size, RWF_NOWAIT);
 		if (result == -EAGAIN)
@@ -334,7 +336,10 @@ int32_t vf_op_write(struct vf_thread *t, struct vf_req *r)
 	file = regular_file(r, in->fh);
 	if (!file)
 		return -EBADF;
-	result = set_fsetid(t, in->write_flags & FUSE_WRITE_KILL_SUIDGID);
+	if (!t->may_block && (vf_file_flags(file) & (O_DIRECT | O_SYNC | O_DSYNC)))
+		result = VF_TO_POOL;
+	else
+		result = set_fsetid(t, in->write_flags & FUSE_WRITE_KILL_SUIDGID);
 	if (!result)
 		result = write_from_guest(r, vf_file_fd(file), in->offset, in->size,
 					  append_flags(r->share, file, in));
