@@ -14,7 +14,7 @@ _FILES = (
     "llistxattr lremovexattr lseek lsetxattr lstat mkdirat mknodat name_to_handle_at newfstatat open "
     "open_by_handle_at openat openat2 pread64 preadv preadv2 pwrite64 pwritev pwritev2 read readahead "
     "readlink readlinkat readv removexattr renameat renameat2 sendfile setxattr splice stat statfs statx "
-    "symlinkat sync_file_range syncfs truncate umask unlinkat utimensat write writev"
+    "symlinkat sync_file_range syncfs truncate umask unlink unlinkat utimensat write writev"
 )
 # Acting as the guest's callers: per-thread credentials.
 _CREDENTIALS = (
