@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tests.frontend.vhost_user import Connection, Message
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
@@ -96,6 +98,7 @@ class ServerProcess:
         """Starts the process; returns once its socket is there."""
         self.kill()
         self.socket_path.unlink(missing_ok=True)
+        mark = self.log_size()
         command = self.command()
         if self._descriptor_limit is not None:
             limit = self._descriptor_limit
@@ -116,6 +119,8 @@ class ServerProcess:
         if not self.running:
             status = self._process.returncode
             raise AssertionError(f"the server ended at once with status {status}; log:\n{self.log()}")
+        if not self.is_foreign() and not awaited(lambda: b"serving" in self.log_path.read_bytes()[mark:]):
+            raise AssertionError(f"the server does not say that it serves; log:\n{self.log()}")
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -180,9 +185,18 @@ class ServerProcess:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def note_idle_descriptors(self) -> None:
-        """Takes what is open now, with no front end connected, as what a session must go back to."""
-        if self._idle_descriptors is None:
-            self._idle_descriptors = self.descriptors()
+        """Takes what is open with no front end connected as what a session must go back to.
+
+        A short connection makes sure that the server has finished its start.
+        """
+        if self._idle_descriptors is not None:
+            return
+        with Connection.open(self.socket_path) as connection:
+            connection.query_u64(Message.GET_FEATURES)
+            connected = self.descriptors()
+        if not awaited(lambda: self.descriptors() < connected):
+            raise AssertionError(f"a closed connection stays open; log:\n{self.log()}")
+        self._idle_descriptors = self.descriptors()
 
     def leaked_descriptors(self, timeout_s: float = 5.0) -> list[str]:
         """Waits for the descriptors of a session to be closed; what is open when they are not."""

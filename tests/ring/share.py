@@ -48,7 +48,8 @@ class Share:
         # A foreign server may end with its connection, at any moment from now.
         if server.is_foreign() or not server.running:
             server.start()
-        server.note_idle_descriptors()
+        if not server.is_foreign() and "--once" not in server.options:
+            server.note_idle_descriptors()
 
     @property
     def relative(self) -> str:
@@ -150,7 +151,7 @@ class ServerPool:
                 # 0, or the signal itself: libvirt and systemd take either as an orderly end.
                 if status not in (0, -15) and not server.is_foreign():
                     complaints.append(
-                        f"server {options}: status {status} after SIGTERM; log:\n{server.log()}"
+                        f"server {options}: status {status} after SIGTERM; log ends:\n{server.log()[-500:]}"
                     )
             server.discard()
         return complaints

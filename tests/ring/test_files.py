@@ -13,6 +13,7 @@ import os
 import random
 import select
 import stat
+import struct
 import termios
 
 import pytest
@@ -57,7 +58,7 @@ def test_create_without_excl_opens_what_exists(share: Share, fs: FuseClient) -> 
 
 def test_create_does_not_follow_a_symlink(share: Share, fs: FuseClient) -> None:
     (share.path / "link").symlink_to("target")
-    with refused(errno.EEXIST, errno.ELOOP, errno.ENXIO, errno.EBADF):
+    with refused(errno.EEXIST, errno.ELOOP, errno.ENXIO, errno.EBADF, errno.ESTALE):
         fs.create(fs.root, "link", os.O_RDWR)
     assert not (share.path / "target").exists()
 
@@ -381,7 +382,8 @@ def test_an_ioctl_of_a_terminal_is_enotty(fs: FuseClient) -> None:
 def test_an_ioctl_is_never_passed_on_blindly(share: Share, fs: FuseClient, ours: None) -> None:
     """FIFREEZE, FS_IOC_SHUTDOWN and their like would act on the host's file system as root."""
     entry, opened = fs.create(fs.root, "a")
-    for command in (0xC0045877, 0x8004587D, 0xC0185879, 0x401C5820):
+    freeze, shutdown, trim, clone, encryption = 0xC0045877, 0x8004587D, 0xC0185879, 0x40049409, 0x800C6613
+    for command in (freeze, shutdown, trim, clone, encryption):
         with refused(errno.ENOTTY):
             fs.ioctl(entry.nodeid, opened.fh, command, bytes(64), 64)
     (share.path / "alive").write_text("x")
@@ -400,10 +402,34 @@ def test_the_inode_flags_ioctl_is_answered_or_refused(fs: FuseClient, ours: None
         assert len(reply.data) == 4
 
 
-def test_poll_of_a_regular_file_says_ready(fs: FuseClient, ours: None) -> None:
+def test_a_guest_cannot_make_the_host_s_files_immutable(share: Share, fs: FuseClient, ours: None) -> None:
+    """Not even the host's root could change or delete them then."""
+    entry, opened = fs.create(fs.root, "a")
+    set_flags, immutable = 0x40086602, 0x10
+    with refused(errno.EPERM, errno.ENOTTY, errno.EOPNOTSUPP):
+        fs.ioctl(entry.nodeid, opened.fh, set_flags, struct.pack("<I", immutable))
+    (share.path / "a").unlink()
+
+
+def test_an_ioctl_whose_sizes_lie_is_refused(fs: FuseClient, ours: None) -> None:
+    entry, opened = fs.create(fs.root, "a")
+    for command, in_size, out_size in ((0x40086602, 4, 0), (0x80086601, 0, 4), (0x401C5820, 28, 0)):
+        for wrong in (in_size + 1, 1 << 20, 0xFFFFFFFF):
+            args = struct.pack("<QIIQII", opened.fh, 0, command, 0, wrong, out_size)
+            with refused(errno.EINVAL, errno.ENOTTY, errno.EIO, errno.EFAULT):
+                fs.call(op.raw(abi.Opcode.IOCTL, entry.nodeid, args + bytes(in_size)))
+
+
+def test_poll_of_a_regular_file_says_ready_or_leaves_it_to_the_guest(fs: FuseClient) -> None:
+    """ENOSYS makes the guest answer by itself from then on, with "ready"."""
     entry, opened = fs.create(fs.root, "a")
     wanted = select.POLLIN | select.POLLOUT
-    assert fs.poll(entry.nodeid, opened.fh, wanted) & wanted == wanted
+    try:
+        ready = fs.poll(entry.nodeid, opened.fh, wanted)
+    except OSError as error:
+        assert error.errno == errno.ENOSYS
+    else:
+        assert ready & wanted == wanted
 
 
 @pytest.mark.parametrize("opcode", [7, 19, 37, 41, 48, 49, 54, 4096, 0x5800, 0x7FFFFFFF, 0xFFFFFFFF, 0])

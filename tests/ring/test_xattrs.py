@@ -253,7 +253,8 @@ def test_a_security_context_is_set_at_creation(make_share: MakeShare, minor: int
     fs.destroy()
     offered = abi.LINUX_7_FLAGS if minor == 45 else abi.LINUX_6_1_FLAGS
     assert fs.init(offered, minor=minor).flags & InitFlag.SECURITY_CTX
-    fs.root = fs.walk(share.relative).nodeid if share.relative else abi.ROOT
+    fs.root = abi.ROOT
+    fs.root = fs.walk(share.relative).nodeid
     label = SecurityContext(b"security.selinux", b"system_u:object_r:x_t:s0\0")
     fs.mkdir(fs.root, "dir", security=label)
     fs.create(fs.root, "file", security=label)
