@@ -34,7 +34,7 @@ from vhostfs.vhost_user.messages import (
     VringState,
     serialize,
 )
-from vhostfs.vhost_user.transport import Listener
+from vhostfs.vhost_user.transport import LINES_PER_CONNECTION, Listener
 from vhostfs.virtio.queues import Fault
 
 from .vhost_user_model import MODERN, REGION
@@ -375,6 +375,17 @@ async def test_a_fault_is_one_line_and_shows_in_the_status(
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
         "queue 1 stopped: descriptor 7 is out of range"
     ]
+    front_end.close()
+
+
+async def test_a_front_end_cannot_fill_the_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    front_end = await server.connect()
+    front_end.send(R.SET_PROTOCOL_FEATURES, U64(ProtocolFeature.REPLY_ACK))
+    for _ in range(2 * LINES_PER_CONNECTION):
+        front_end.send(R.SET_LOG_BASE, ack=True)
+        assert await front_end.reply() != bytes(8)
+    assert len(caplog.records) == LINES_PER_CONNECTION + 1
+    assert "left out" in caplog.records[-1].getMessage()
     front_end.close()
 
 

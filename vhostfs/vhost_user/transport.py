@@ -47,6 +47,10 @@ ACCEPT_PAUSE_S = 1.0
 """After accept() failed for want of descriptors or memory."""
 
 
+LINES_PER_CONNECTION = 100
+"""A front end that provokes lines without end fills no log; its disconnection is always said."""
+
+
 class FaultLine(Protocol):
     """One line about a queue that stopped serving."""
 
@@ -166,6 +170,14 @@ class Connection:
         self._new_back_end = new_back_end
         self._end_session = end_session
         self._loop = asyncio.get_running_loop()
+        self._lines_left = LINES_PER_CONNECTION
+
+    def _say(self, level: int, text: str) -> None:
+        self._lines_left -= 1
+        if self._lines_left >= 0:
+            _log.log(level, "%s", text)
+        if self._lines_left == 0:
+            _log.warning("further lines about this front end are left out")
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until the front end leaves or breaks the protocol, or stop is set; logs which."""
@@ -178,6 +190,8 @@ class Connection:
             reason, level = await self._serve(back_end, stop), logging.INFO
         except ProtocolError as error:
             reason = f"protocol error: {error}"
+        except (BrokenPipeError, ConnectionResetError):
+            reason, level = "it closed the socket before it had its replies", logging.INFO
         except OSError as error:
             reason = os.strerror(error.errno or errno.EIO)
         except Exception:
@@ -200,7 +214,7 @@ class Connection:
 
     def _log_faults(self, back_end: BackEnd) -> None:
         for fault in back_end.take_faults():
-            _log.warning("%s", fault.text)
+            self._say(logging.WARNING, fault.text)
             self.device.device_failed()
 
     async def _serve(self, back_end: BackEnd, stop: asyncio.Event) -> str:
@@ -231,9 +245,9 @@ class Connection:
             case CloseFd(fd):
                 os.close(fd)
             case LogLine(text):
-                _log.warning("%s", text)
+                self._say(logging.WARNING, text)
             case FeaturesAcked():
-                _log.info("driver: %s", self.device.negotiated)
+                self._say(logging.INFO, f"driver: {self.device.negotiated}")
             case ResetDevice():
                 await self._in_thread(self._end_session)
             case _:
