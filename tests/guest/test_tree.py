@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees of files copied in and out, a Debian root unpacked, a huge directory, odd names.
+
+Must not test single operations in depth (tests/ring does). Specification: path_resolution(7), tar(1).
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import lacking
+from tests.guest.conftest import Launchpad, MakePlace
+from tests.guest.place import Place, described_tree, sha256, tree_hashes
+from vhostfs.vm.debian import Release, open_root, package_files
+
+# Hash lines as sha256sum writes them, told apart by NUL: names may hold anything.
+HASH_ALL = "find . -type f -print0 | xargs -0 sha256sum -b"
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 files of all sizes, from nothing to some MiB, in nested directories."""
+    root = tmp_path_factory.mktemp("source")
+    dice = random.Random(2)
+    for number in range(200):
+        folder = root.joinpath(*(f"d{dice.randrange(4)}" for _ in range(dice.randrange(4))))
+        folder.mkdir(parents=True, exist_ok=True)
+        size = dice.choice((0, 1, 100, 4095, 4096, 4097, 65537))
+        (folder / f"file {number}").write_bytes(dice.randbytes(size))
+    (root / "large").write_bytes(dice.randbytes((6 << 20) + 123))
+    return root
+
+
+def guest_hashes(place: Place, folder: str) -> dict[str, str]:
+    """What `sha256sum` says in the guest of the tree under `folder`."""
+    text = place.sh(f"cd {folder} && {HASH_ALL}")
+    lines = (line.split(" *./", 1) for line in text.splitlines())
+    return {name: digest for digest, name in lines}
+
+
+def test_a_tree_is_copied_in_read_and_copied_out_unchanged(any_place: Place, source_tree: Path) -> None:
+    subprocess.run(["cp", "-a", str(source_tree), str(any_place.host / "in")], check=True)
+    expected = tree_hashes(source_tree)
+    any_place.sh("mkdir /tmp/tree && cp -a in/. /tmp/tree && cp -a /tmp/tree out && rm -r /tmp/tree && sync")
+    assert guest_hashes(any_place, "in") == expected
+    assert guest_hashes(any_place, "out") == expected
+    assert tree_hashes(any_place.host / "out") == expected
+
+
+def test_a_tree_copied_on_the_share_by_the_guest_is_the_same_on_the_host(
+    place: Place, source_tree: Path
+) -> None:
+    subprocess.run(["cp", "-a", str(source_tree), str(place.host / "in")], check=True)
+    place.sh("cp -a in out")
+    assert list(described_tree(place.host / "out")) == list(described_tree(place.host / "in"))
+
+
+def debian_archive(launchpad: Launchpad, path: Path) -> None:
+    """A root file system of a few Debian packages, with one of everything else that tar can hold."""
+    debs = open_root(Release.BOOKWORM, launchpad.cache).resolve(["base-files", "bash", "passwd", "tar"])
+    wanted = {"base-files", "bash", "debianutils", "passwd", "tar", "libacl1", "libpam-modules-bin"}
+    kept = [deb for deb in debs if deb.name.partition("_")[0] in wanted]
+    seen: set[str] = set()
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for deb in kept:
+            with package_files(deb) as stream:
+                for member in stream:
+                    if member.name in seen or member.name.startswith("./usr/share/locale/"):
+                        continue
+                    seen.add(member.name)
+                    archive.addfile(member, stream.extractfile(member) if member.isreg() else None)
+        for member in extra_members():
+            archive.addfile(member, io.BytesIO(b"x" * member.size) if member.isreg() else None)
+
+
+def extra_members() -> list[tarfile.TarInfo]:
+    """Owners, modes, links and devices that the packages lack."""
+
+    def member(name: str, kind: bytes, mode: int, uid: int, gid: int, link: str = "") -> tarfile.TarInfo:
+        info = tarfile.TarInfo(f"./extra/{name}")
+        info.type, info.mode, info.uid, info.gid, info.linkname = kind, mode, uid, gid, link
+        info.mtime = 1_600_000_000
+        info.size = 4097 if kind == tarfile.REGTYPE else 0
+        return info
+
+    members = [
+        member("sticky", tarfile.DIRTYPE, 0o1777, 0, 0),
+        member("closed", tarfile.DIRTYPE, 0o000, 1000, 1000),
+        member("closed/within", tarfile.REGTYPE, 0o000, 1000, 1001),
+        member("group", tarfile.DIRTYPE, 0o2775, 33, 44),
+        member("group/file", tarfile.REGTYPE, 0o664, 33, 55),
+        member("setuid", tarfile.REGTYPE, 0o6755, 1000, 1001),
+        member("again", tarfile.LNKTYPE, 0o6755, 1000, 1001, "./extra/setuid"),
+        member("dangling", tarfile.SYMTYPE, 0o777, 1000, 1001, "/nowhere/" + "x" * 200),
+        member("fifo", tarfile.FIFOTYPE, 0o620, 5, 6),
+        member("null", tarfile.CHRTYPE, 0o666, 0, 0),
+        member("disk", tarfile.BLKTYPE, 0o660, 0, 6),
+        member("large-ids", tarfile.REGTYPE, 0o640, 65534, 1_000_000),
+    ]
+    for device, major, minor in ((members[9], 1, 3), (members[10], 259, 300)):
+        device.devmajor, device.devminor = major, minor
+    return members
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_a_debian_root_unpacked_by_the_guest_is_as_one_unpacked_by_the_host(
+    place: Place, launchpad: Launchpad
+) -> None:
+    archive = place.host / "root.tar"
+    debian_archive(launchpad, archive)
+    unpack = "mkdir {name} && tar --numeric-owner -xpf root.tar -C {name}"
+    host = subprocess.run(unpack.format(name="host"), shell=True, cwd=place.host, capture_output=True)
+    if b"Cannot mknod" in host.stderr:
+        lacking("the right to make device nodes")
+    assert host.returncode == 0, host.stderr
+    place.sh(unpack.format(name="guest"))
+    expected = list(described_tree(place.host / "host"))
+    assert len(expected) > 200
+    assert list(described_tree(place.host / "guest")) == expected
+    # And the guest sees what is there: its own tar finds no difference.
+    assert place.sh("tar --numeric-owner -df root.tar -C guest 2>&1") == ""
+
+
+def test_the_guest_lists_fifty_thousand_files_and_removes_half(place: Place) -> None:
+    folder = place.child("many").host
+    for number in range(50_000):
+        os.close(os.open(folder / f"file-{number:05}", os.O_CREAT | os.O_WRONLY))
+    listed = place.python(
+        "import json, os; names = os.listdir('many'); print(json.dumps([len(names), len(set(names))]))"
+    )
+    assert listed == [50_000, 50_000]
+    # Removed while it is being read, as rm -r does.
+    left = place.python(
+        """
+import json, os
+for entry in os.scandir("many"):
+    if int(entry.name[5:]) % 2:
+        os.unlink(entry.path)
+print(json.dumps(sorted(os.listdir("many"))))
+""",
+        timeout_s=80,
+    )
+    assert left == [f"file-{number:05}" for number in range(0, 50_000, 2)]
+    assert sorted(os.listdir(folder)) == left
+
+
+ODD_NAMES = [
+    b"new\nline",
+    b"\xff\xfe not UTF-8 \x80",
+    b"-rf",
+    b"...",
+    b" ",
+    b"tab\tand \x7f and \x01",
+    b"quote'\"`$\\",
+    "ümläut".encode(),
+    b"n" * 255,
+    "é".encode() * 127 + b"x",
+    bytes(byte for byte in range(1, 256) if byte != ord("/")),
+]
+
+
+def test_odd_names_made_on_the_host_are_listed_and_read_by_the_guest(place: Place) -> None:
+    for number, name in enumerate(ODD_NAMES):
+        with open(os.path.join(os.fsencode(place.host), name), "wb") as file:
+            file.write(b"%d" % number)
+    seen = place.python(
+        """
+import json, os
+print(json.dumps({name.hex(): open(name, "rb").read().decode() for name in os.listdir(b".")}))
+"""
+    )
+    assert seen == {name.hex(): str(number) for number, name in enumerate(ODD_NAMES)}
+
+
+def test_odd_names_made_by_the_guest_are_the_same_on_the_host(place: Place) -> None:
+    place.python(
+        """
+import os, sys
+for number, name in enumerate(bytes.fromhex(word) for word in sys.argv[1:]):
+    with open(b"first", "wb") as file:
+        file.write(b"%d" % number)
+    os.rename(b"first", name)
+    os.symlink(name, b"link-%d" % number)
+""",
+        *(name.hex() for name in ODD_NAMES),
+    )
+    folder = os.fsencode(place.host)
+    for number, name in enumerate(ODD_NAMES):
+        assert Path(os.fsdecode(os.path.join(folder, name))).read_bytes() == b"%d" % number
+        assert os.readlink(os.path.join(folder, b"link-%d" % number)) == name
+
+
+def test_a_name_of_256_bytes_is_too_long(place: Place) -> None:
+    assert place.errno_of("os.mkdir('x' * 256)") == errno.ENAMETOOLONG
+    assert place.errno_of("os.mkdir('x' * 255)") == 0
+
+
+def test_a_deep_tree_made_by_the_guest_is_removed_by_it(any_place: Place) -> None:
+    any_place.python(
+        """
+import os
+for level in range(100):
+    os.mkdir(f"level-{level}")
+    os.chdir(f"level-{level}")
+    open("file", "w").close()
+"""
+    )
+    assert sum(1 for path in any_place.host.rglob("file")) == 100
+    any_place.sh("rm -r level-0")
+    assert list(any_place.host.iterdir()) == []
+
+
+def test_what_one_share_holds_is_copied_to_another(place_on: MakePlace) -> None:
+    here, there = place_on("share"), place_on("never")
+    content = random.Random(3).randbytes(3 << 20)
+    (here.host / "file").write_bytes(content)
+    here.sh(f"cp file {there.inside}/copy")
+    assert sha256((there.host / "copy").read_bytes()) == sha256(content)
+    # Not one file system: a rename between them is refused, and mv copies.
+    assert here.errno_of(f"os.rename('file', '{there.inside}/file')") == errno.EXDEV
+    here.sh(f"mv file {there.inside}/moved")
+    assert not (here.host / "file").exists()
+    assert (there.host / "moved").read_bytes() == content
