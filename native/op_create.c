@@ -307,6 +307,16 @@ static int open_existing(struct vf_thread *t, const struct vf_req *r, struct vf_
 	if (!fd)
 		fd = vf_inode_open(share, inode, vf_open_flags(share, in->flags));
 	vf_inode_put(share, inode);
+	if (fd >= 0 && in->flags & O_TRUNC) {
+		struct stat st;
+		uint32_t flags = entry->attr.flags;
+
+		/* What was looked up is the state before the truncation. */
+		if (!fstat(fd, &st)) {
+			vf_fill_attr(share, &st, &entry->attr);
+			entry->attr.flags = flags;
+		}
+	}
 	if (fd < 0)
 		vf_inode_forget(share, entry->nodeid, 1);
 	return fd;

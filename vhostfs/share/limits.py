@@ -20,6 +20,8 @@ MIN_NOFILE = 256
 # Sockets, rings' event descriptors, guest memory, handles opened for the length of a request.
 RESERVE_MIN = 96
 RESERVE_MAX = 2048
+# With --inode-file-handles=mandatory: for the objects that are being worked on, no more.
+WORKING_INODE_FDS = 32
 
 # How proc_pid_mountinfo(5) writes the characters that separate its fields; the backslash comes last.
 _MOUNTINFO_ESCAPES = (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\"))
@@ -101,7 +103,7 @@ def split_descriptors(limit: int, handle_mode: HandleMode, threads: int) -> Desc
         case HandleMode.PREFER:
             open_files = rest // 2
         case HandleMode.MANDATORY:
-            open_files = rest - rest // 8
+            open_files = rest - min(rest // 8, WORKING_INODE_FDS)
     return DescriptorBudget(limit, reserve, rest - open_files, open_files)
 
 
