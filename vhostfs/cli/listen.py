@@ -11,6 +11,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -18,6 +19,8 @@ from ..errors import UserError
 # sockaddr_un.sun_path is 108 bytes with its NUL.
 SOCKET_PATH_MAX_BYTES = 107
 _BACKLOG = 8
+# For a server that is just being killed: its second process ends a moment after the first.
+_LOCK_WAIT_S = 1.0
 
 
 class ListenError(UserError):
@@ -34,11 +37,16 @@ class Listener:
     lock_fd: int = -1
     identity: tuple[int, int] | None = None  # device and inode of the socket file
 
+    @property
+    def lock_fds(self) -> frozenset[int]:
+        """What every process of the server keeps open: the path is free when the last has ended."""
+        return frozenset({self.lock_fd} if self.lock_fd >= 0 else ())
+
     def remove_files(self) -> None:
         """
         Removes socket and lock file, and nothing else that has taken their place. Never raises.
 
-        Harmless inside a sandbox too, where the paths lead into the share and lock_fd is closed.
+        Harmless inside a sandbox too, where the paths lead into the share: no other file is the same.
         """
         if self.path is None or self.lock_path is None:
             return
@@ -119,6 +127,7 @@ def _group_id(group: str) -> int:
 
 def _lock(lock_path: str, path: str) -> int:
     """An exclusive lock that ends with this process, on a file that names it, as virtiofsd writes it."""
+    deadline_s = time.monotonic() + _LOCK_WAIT_S
     while True:
         try:
             fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -129,6 +138,9 @@ def _lock(lock_path: str, path: str) -> int:
         except OSError:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             os.close(fd)
+            if time.monotonic() < deadline_s:
+                time.sleep(0.02)
+                continue
             raise ListenError(
                 f"--socket-path={path}: another server ({f'pid {holder}' if holder else 'just starting'}) "
                 f"uses this path; choose another, or end that one"

@@ -108,7 +108,7 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
     walls = enter_sandbox(
         options,
         shared_dir,
-        keep_fds=log_fds,
+        keep_fds=log_fds | listener.lock_fds,
         listener_fd=listener.socket.fileno(),
         when_ended=listener.remove_files,
         while_privileged=while_privileged,

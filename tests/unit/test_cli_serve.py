@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhostfs serve` as a process: it comes up, answers a front end, and ends leaving nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import vhostfs
+
+TIMEOUT_S = 20.0
+GET_FEATURES = struct.pack("<III", 1, 1, 0)
+VHOST_USER_F_PROTOCOL_FEATURES = 1 << 30
+COMMAND = [sys.executable, "-m", "vhostfs", "serve"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(vhostfs.__file__).parents[1])}
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {TIMEOUT_S:.0f} s: {what}"
+        time.sleep(0.01)
+
+
+class Server:
+    """A running server; its stderr goes to `log`."""
+
+    def __init__(self, place: Path, *options: str, pass_fds: tuple[int, ...] = ()) -> None:
+        self.path = place / "s"
+        self.log = place / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*COMMAND, f"--shared-dir={place / 'share'}", *options],
+                stderr=log,
+                pass_fds=pass_fds,
+                env=ENVIRONMENT,
+            )
+
+    def connected(self) -> socket.socket:
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            front_end = socket.socket(socket.AF_UNIX)
+            front_end.settimeout(TIMEOUT_S)
+            try:
+                front_end.connect(str(self.path))
+                return front_end
+            except OSError:
+                front_end.close()
+                time.sleep(0.01)
+
+    def answers(self) -> None:
+        with self.connected() as front_end:
+            front_end.sendall(GET_FEATURES)
+            reply = front_end.recv(20, socket.MSG_WAITALL)
+        assert struct.unpack("<IIIQ", reply)[3] & VHOST_USER_F_PROTOCOL_FEATURES, self.log.read_text()
+
+    def ended(self) -> int:
+        return self.process.wait(TIMEOUT_S)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vhostfs-test-") as name:
+        (Path(name) / "share").mkdir()
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def running(place: Path, *options: str, pass_fds: tuple[int, ...] = ()) -> Iterator[Server]:
+    server = Server(place, *options, pass_fds=pass_fds)
+    try:
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            server.process.kill()
+        server.process.wait()
+
+
+def at(place: Path) -> str:
+    return f"--socket-path={place / 's'}"
+
+
+@pytest.mark.usefixtures("needs_root")
+@pytest.mark.parametrize("sandbox", ["namespace", "chroot", "none"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_answers_and_ends_at_a_signal_with_status_0(
+    place: Path, sandbox: str, number: signal.Signals
+) -> None:
+    with running(place, at(place), f"--sandbox={sandbox}", "--thread-pool-size=2") as server:
+        server.answers()
+        started_s = time.monotonic()
+        server.process.send_signal(number)
+        assert server.ended() == 0, server.log.read_text()
+        assert time.monotonic() - started_s < 5
+        assert sorted(path.name for path in place.iterdir()) == ["log", "share"]
+        assert list((place / "share").iterdir()) == []
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_front_end_may_go_and_come_back(place: Path) -> None:
+    with running(place, at(place), "--sandbox=none") as server:
+        for _ in range(3):
+            server.answers()
+
+
+def test_with_once_it_ends_when_the_front_end_goes(place: Path) -> None:
+    with running(place, at(place), "--sandbox=none", "--once") as server:
+        server.answers()
+        assert server.ended() == 0
+        assert not server.path.exists()
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_a_socket_of_the_parent_is_served_and_left_to_it(place: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place / "s"))
+        listener.listen()
+        fd = listener.fileno()
+        with running(place, f"--fd={fd}", pass_fds=(fd,)) as server:
+            server.answers()
+            server.process.terminate()
+            assert server.ended() == 0
+    assert (place / "s").exists()
+
+
+def test_a_second_server_on_the_same_path_is_refused_and_harms_nothing(place: Path) -> None:
+    with running(place, at(place), "--sandbox=none") as server:
+        server.answers()
+        second = subprocess.run(
+            [*COMMAND, f"--shared-dir={place}", at(place)], capture_output=True, text=True, env=ENVIRONMENT
+        )
+        assert second.returncode == 1
+        assert second.stderr.endswith(
+            f"another server (pid {server.process.pid}) uses this path; choose another, or end that one\n"
+        )
+        server.answers()
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_a_server_that_was_killed_leaves_nothing_that_stops_the_next(place: Path) -> None:
+    with running(place, at(place)) as server:
+        server.answers()
+        server.process.kill()
+        server.ended()
+    assert server.path.exists()
+    with running(place, at(place)) as successor:
+        # Until then a connection may still reach the inner process of the one before.
+        until(lambda: " serving " in successor.log.read_text(), "the successor's start")
+        successor.answers()
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_a_crash_inside_is_the_exit_status_outside(place: Path) -> None:
+    with running(place, at(place)) as server:
+        server.answers()
+        pid = server.process.pid
+        inner = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        os.kill(inner, signal.SIGKILL)
+        assert server.ended() == 128 + signal.SIGKILL
+        assert "the server was ended by SIGKILL" in server.log.read_text()
+        assert not server.path.exists()
+
+
+def test_an_open_file_limit_of_1024_is_enough(place: Path) -> None:
+    with running(place, at(place), "--sandbox=none", "--rlimit-nofile=1024") as server:
+        server.answers()
+        assert "inodes: " in server.log.read_text()
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_mandatory_file_handles_that_cannot_be_had_are_an_error(place: Path) -> None:
+    with running(place, at(place), "--inode-file-handles=mandatory", "--modcaps=-dac_read_search") as server:
+        assert server.ended() == 1
+        last = server.log.read_text().splitlines()[-1]
+        assert "error: --inode-file-handles=mandatory is not possible" in last
+        assert "CAP_DAC_READ_SEARCH" in last
+        assert not server.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "line"),
+    [
+        (["--shared-dir=/nonexistent"], 2, "--shared-dir=/nonexistent: there is no such directory"),
+        (["--socket-path=/nonexistent/s"], 1, "the directory /nonexistent does not exist"),
+        (["--cache=sometimes"], 2, "--cache: 'sometimes' is not possible"),
+    ],
+)
+def test_what_is_wrong_is_one_line(place: Path, options: list[str], status: int, line: str) -> None:
+    run = subprocess.run(
+        [*COMMAND, at(place), f"--shared-dir={place / 'share'}", "--sandbox=none", *options],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=TIMEOUT_S,
+    )
+    assert run.returncode == status
+    assert run.stdout == ""
+    assert run.stderr.startswith("vhostfs serve: error: ") or "vhostfs: error: " in run.stderr
+    assert line in run.stderr
+    assert run.stderr.count("\n") == 1
