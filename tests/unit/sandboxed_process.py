@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from vhostfs._native import lib
-
 from vhostfs.errors import UserError
 from vhostfs.share import sandbox
 from vhostfs.share.capabilities import Capability, parse_modcaps
