@@ -19,6 +19,7 @@ from tests.frontend.vhost_user import (
     MessageRefusedError,
     ProtocolError,
     ProtocolFeature,
+    RingBrokenError,
     Status,
 )
 from tests.frontend.vmm import Machine, Vmm
@@ -43,6 +44,7 @@ __all__ = [
     "Pending",
     "ProtocolError",
     "ProtocolFeature",
+    "RingBrokenError",
     "RingFullError",
     "SecurityContext",
     "Segment",

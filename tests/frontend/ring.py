@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.frontend.memory import GuestBuffer, GuestMemory
-from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, BackendGoneError, ProtocolError
+from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, BackendGoneError, ProtocolError, RingBrokenError
 
 DESCRIPTOR = struct.Struct("<QIHH")
 F_NEXT = 1
@@ -124,6 +124,11 @@ class Virtqueue:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(fd)
 
+    def resume_at(self, index: int) -> None:
+        """Both rings as they are after this many requests, with none in flight."""
+        self.set_available_index(index)
+        self._used16[1] = self.used_index = self.avail_index
+
     # ---- the driver ------------------------------------------------------------------------------------
 
     @property
@@ -211,6 +216,7 @@ class Virtqueue:
         poller = select.poll()
         poller.register(self.call_fd, select.POLLIN)
         poller.register(socket_fd, select.POLLRDHUP)
+        poller.register(self.err_fd, select.POLLIN)
         deadline = time.monotonic() + timeout_s
         while True:
             if self.event_idx:
@@ -228,6 +234,8 @@ class Virtqueue:
                     os.eventfd_read(self.call_fd)
             elif socket_fd in ready:
                 raise BackendGoneError("the back end hung up while a chain was in flight")
+            elif self.err_fd in ready:
+                raise RingBrokenError("the back end says that the ring is broken")
             elif left_s <= 0:
                 if self.pop_used() is not None:
                     raise ProtocolError("a chain was returned without the interrupt that was asked for")

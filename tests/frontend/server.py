@@ -167,22 +167,37 @@ class ServerProcess:
             log.seek(mark)
             return log.read().decode(errors="replace")
 
+    def pids(self) -> list[int]:
+        """The server's processes: a sandboxed one runs below a parent that waits for it."""
+        found, next_ = [], [self.process.pid]
+        while next_:
+            found += next_
+            children: list[int] = []
+            for pid in next_:
+                with contextlib.suppress(OSError):
+                    for task in os.listdir(f"/proc/{pid}/task"):
+                        text = Path(f"/proc/{pid}/task/{task}/children").read_text()
+                        children += map(int, text.split())
+            next_ = children
+        return found
+
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.pids())
 
     def descriptor_targets(self) -> list[str]:
-        base, targets = f"/proc/{self.process.pid}/fd", []
-        for name in os.listdir(base):
-            with contextlib.suppress(OSError):
-                targets.append(os.readlink(f"{base}/{name}"))
+        targets = []
+        for base in (f"/proc/{pid}/fd" for pid in self.pids()):
+            for name in os.listdir(base):
+                with contextlib.suppress(OSError):
+                    targets.append(os.readlink(f"{base}/{name}"))
         return sorted(targets)
 
     def threads(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+        return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.pids())
 
     def resident_bytes(self) -> int:
-        with open(f"/proc/{self.process.pid}/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        page = os.sysconf("SC_PAGE_SIZE")
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in self.pids())
 
     def note_idle_descriptors(self) -> None:
         """Takes what is open with no front end connected as what a session must go back to.

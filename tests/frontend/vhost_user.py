@@ -140,6 +140,10 @@ class BackendGoneError(ConnectionError):
     """The back end closed the vhost-user connection."""
 
 
+class RingBrokenError(ConnectionError):
+    """The back end reported on the error descriptor that it has stopped serving a ring."""
+
+
 class ProtocolError(AssertionError):
     """The back end answered with something that the specifications do not allow."""
 
@@ -167,14 +171,14 @@ class Connection:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], timeout_s: float = DEFAULT_TIMEOUT_S) -> Connection:
-        """Connects; a socket that is not there yet, or not listening yet, is waited for."""
+        """Connects; a socket that is not there, not listening, or has a full backlog is waited for."""
         deadline = time.monotonic() + timeout_s
         while True:
             stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             stream.settimeout(timeout_s)
             try:
                 stream.connect(os.fspath(path))
-            except (FileNotFoundError, ConnectionRefusedError):
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
                 stream.close()
                 if time.monotonic() > deadline:
                     raise

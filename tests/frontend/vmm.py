@@ -90,6 +90,7 @@ class Vmm:
         self.queue_limit = 1
         self.queues: dict[int, Virtqueue] = {}
         self.running = False
+        self._added: list[Region] = []
         self.backend_requests: socket.socket | None = None
 
     @classmethod
@@ -243,22 +244,25 @@ class Vmm:
         )
 
     def set_memory(self) -> None:
-        """All regions: one by one where memory slots are negotiated, else as a table."""
+        """All regions: those not told yet one by one where memory slots are negotiated, else a table."""
         if self.protocol & ProtocolFeature.CONFIGURE_MEM_SLOTS:
             slots = self.connection.query_u64(Message.GET_MAX_MEM_SLOTS)
             if slots < len(self.memory.regions):
                 raise ProtocolError(f"the back end has {slots} memory slots")
             for region in self.memory.regions:
-                self.add_region(region)
+                if region not in self._added:
+                    self.add_region(region)
             return
         table = TABLE_HEAD.pack(len(self.memory.regions), 0) + b"".join(map(pack_region, self.memory.regions))
         self.tell(Message.SET_MEM_TABLE, table, [region.fd for region in self.memory.regions])
 
     def add_region(self, region: Region) -> None:
         self.tell(Message.ADD_MEM_REG, U64.pack(0) + pack_region(region), [region.fd])
+        self._added.append(region)
 
     def remove_region(self, region: Region) -> None:
         self.tell(Message.REM_MEM_REG, U64.pack(0) + pack_region(region))
+        self._added.remove(region)
 
     def plug_memory(self, guest_addr: int, size_bytes: int) -> Region:
         """Memory hot plug by ADD_MEM_REG while the device runs."""
@@ -320,9 +324,6 @@ class Vmm:
             self.tell(Message.RESET_DEVICE)
         if self.protocol & ProtocolFeature.STATUS:
             self.set_status(Status(0))
-        if self.protocol & ProtocolFeature.CONFIGURE_MEM_SLOTS:
-            for region in self.memory.regions:
-                self.remove_region(region)
         for queue in self.queues.values():
             queue.reset()
 
