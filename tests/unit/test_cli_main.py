@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +153,28 @@ def test_a_log_line_is_one_line_whatever_is_logged(capsys: pytest.CaptureFixture
     finally:
         root.setLevel(before[0])
         root.handlers[:] = before[1]
+
+
+def test_syslog_gets_each_line_with_its_severity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    before = root.level, root.handlers[:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(str(tmp_path / "log"))
+        daemon.settimeout(10)
+        monkeypatch.setattr(
+            "vhostfs.cli.logs._SYSLOG_PATHS", (str(tmp_path / "absent"), str(tmp_path / "log"))
+        )
+        try:
+            (fd,) = start_logging(LogLevel.INFO, to_syslog=True, program="vhostfsd")
+            assert stat.S_ISSOCK(os.fstat(fd).st_mode)
+            logging.getLogger("vhostfs.x").error("it %s", "broke")
+            assert daemon.recv(1000) == f"<11>vhostfsd[{os.getpid()}]: ERROR vhostfs.x: it broke".encode()
+            logging.getLogger("vhostfs.x").info("fine")
+            assert daemon.recv(1000).startswith(b"<14>")
+            daemon.close()
+            logging.getLogger("vhostfs.x").info("nobody listens any more")
+        finally:
+            for handler in root.handlers:
+                handler.close()
+            root.setLevel(before[0])
+            root.handlers[:] = before[1]

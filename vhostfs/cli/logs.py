@@ -65,6 +65,10 @@ class SyslogHandler(logging.Handler):
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def close(self) -> None:
+        self._socket.close()
+        super().close()
+
     def emit(self, record: logging.LogRecord) -> None:
         severity = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
         if record.levelno < logging.INFO:
