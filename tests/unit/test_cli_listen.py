@@ -134,7 +134,7 @@ def test_what_cannot_be_listened_on_is_explained(tmp_path: Path) -> None:
     ):
         with pytest.raises(ListenError, match=expected):
             take_listener(fd)
+        os.close(fd)
     with pytest.raises(ListenError, match="no such descriptor is open"):
         take_listener(100_000)
     b.close()
-    os.close(file)

@@ -107,8 +107,10 @@ def take_listener(fd: int) -> Listener:
         raise ListenError(f"--fd={fd} is not a socket; expected a listening UNIX socket")
     taken = socket.socket(fileno=fd)
     if taken.family != socket.AF_UNIX or taken.type != socket.SOCK_STREAM:
+        taken.detach()
         raise ListenError(f"--fd={fd} is not a UNIX stream socket")
     if not taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        taken.detach()
         raise ListenError(f"--fd={fd} does not listen; expected a listening socket, not a connection")
     taken.set_inheritable(False)
     return Listener(taken)
