@@ -74,10 +74,10 @@ def test_direct_chains_fill_queues_of_every_size(share: Share, size: int, event_
     round_trip(fs)
 
 
-@pytest.mark.parametrize("data_bytes", [512, 4096, 65536, 1 << 20])
+@pytest.mark.parametrize("data_bytes", [2048, 4096, 65536, 1 << 20])
 def test_one_mebibyte_in_segments_of_any_size(share: Share, data_bytes: int, ours: None) -> None:
     # A chain may have as many descriptors as the queue.
-    fs = share.mount(Machine(queue_size=4096).with_regions(3))
+    fs = share.mount(Machine(queue_size=1024).with_regions(3))
     fs.session.use(Framing(data_bytes=data_bytes))
     content = random.Random(9).randbytes(1 << 20)
     entry, opened = fs.create(fs.root, "a")
