@@ -12,7 +12,7 @@ import os
 import shlex
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,18 @@ from vhostfs.vm.agent import CompletedCommand, RunningCommand
 from vhostfs.vm.guest import Guest
 
 COMMAND_TIMEOUT_S = 40.0
+
+ERRNOS = """
+import json, os, sys
+numbers = {}
+for statement in sys.argv[1:]:
+    numbers[statement] = 0
+    try:
+        exec(statement)
+    except OSError as error:
+        numbers[statement] = error.errno
+print(json.dumps(numbers))
+"""
 
 
 def awaited(condition: Callable[[], bool], timeout_s: float = 10.0, step_s: float = 0.02) -> bool:
@@ -74,18 +86,12 @@ class Place:
 
     def errno_of(self, statement: str, *, user: int = 0) -> int:
         """The errno with which a Python statement fails in the guest, 0 when it succeeds."""
-        program = f"""
-import os
-try:
-    {statement}
-except OSError as error:
-    print(error.errno)
-else:
-    print(0)
-"""
-        number = self.python(program, user=user)
-        assert isinstance(number, int)
-        return number
+        return self.errnos_of([statement], user=user)[statement]
+
+    def errnos_of(self, statements: Iterable[str], *, user: int = 0) -> dict[str, int]:
+        """The same for several statements, run one after the other in one program."""
+        numbers: dict[str, int] = self.python(ERRNOS, *statements, user=user)
+        return numbers
 
 
 def python_command(program: str, *arguments: str, user: int = 0) -> str:

@@ -57,7 +57,7 @@ def test_a_read_only_share_is_read_and_never_changed(place_on: MakePlace) -> Non
     (place.host / "dir").mkdir()
     before = sorted((path.name, path.stat().st_ctime_ns) for path in place.host.iterdir())
     assert place.sh("cat file; ls") == "contentdir\nfile\n"
-    for statement in (
+    statements = (
         "open('file', 'r+')",
         "open('file', 'w')",
         "open('new', 'w')",
@@ -73,8 +73,8 @@ def test_a_read_only_share_is_read_and_never_changed(place_on: MakePlace) -> Non
         "os.chown('file', 1, 1)",
         "os.utime('file')",
         "os.open('.', os.O_TMPFILE | os.O_RDWR)",
-    ):
-        assert place.errno_of(statement) == errno.EROFS, statement
+    )
+    assert place.errnos_of(statements) == dict.fromkeys(statements, errno.EROFS)
     assert sorted((path.name, path.stat().st_ctime_ns) for path in place.host.iterdir()) == before
     assert file.read_bytes() == b"content"
 
@@ -155,7 +155,8 @@ def test_with_cache_always_the_guest_trusts_its_memory_until_it_is_dropped(place
     assert place.sh("cat file; stat -c %a file") == "first644\n"
     (place.host / "file").write_text("other")
     (place.host / "file").chmod(0o600)
-    assert place.sh("cat file; stat -c %a file") == "first644\n"
+    # Attributes may be asked for again after a read, which makes the time of access unknown.
+    assert place.sh("cat file") == "first"
     assert place.sh("echo 3 >/proc/sys/vm/drop_caches; cat file; stat -c %a file") == "other600\n"
 
 
@@ -184,7 +185,7 @@ for line in sys.stdin:
 def test_a_tree_that_both_sides_work_on_ends_the_same_on_both(place_on: MakePlace) -> None:
     place = place_on("never")
     guest = place.start(
-        "for n in $(seq 150); do"
+        "for n in $(seq 80); do"
         " mkdir -p d$((n % 7)); echo guest $n >d$((n % 7))/g$n; rm -f d$((n % 5))/h*3; done"
     )
     dice = random.Random(1)
@@ -199,7 +200,7 @@ def test_a_tree_that_both_sides_work_on_ends_the_same_on_both(place_on: MakePlac
     guest.wait(40).check()
     host = sorted(str(path.relative_to(place.host)) for path in place.host.rglob("*"))
     assert sorted(place.sh("find . -mindepth 1").replace("./", "").splitlines()) == host
-    assert len([name for name in host if "/g" in name]) == 150
+    assert len([name for name in host if "/g" in name]) == 80
 
 
 def test_a_program_on_the_share_is_run_by_the_guest(place: Place) -> None:
