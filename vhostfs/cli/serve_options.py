@@ -150,7 +150,7 @@ def _add_connection(parser: Parser) -> None:
         "--thread-pool-size",
         metavar="N",
         type=whole_number,
-        help="threads for requests that may wait for storage; 0: the queue's own does all (default: 0)",
+        help="threads for requests that may wait for storage; 0: the queue's own does all (default: 4)",
     )
 
 

@@ -89,7 +89,7 @@ class ServeOptions:
     tag: str | None = None
     once: bool = False
     num_request_queues: int = 1
-    thread_pool_size: int = 0
+    thread_pool_size: int = 4  # idle threads cost nothing, a queue that waits for a disk does
 
     cache: CacheMode = CacheMode.AUTO
     timeout_s: float | None = None  # None: by cache mode
