@@ -19,7 +19,7 @@ from tests.guest.place import Place, sha256
 WAIT_S = 20.0
 MIB = 1 << 20
 
-FIO = """
+FIO_GLOBAL = """
 [global]
 directory={directory}
 size=4m
@@ -28,6 +28,10 @@ verify_fatal=1
 verify_dump=0
 do_verify=1
 randseed=7
+"""
+FIO = (
+    FIO_GLOBAL
+    + """
 [random-writes]
 rw=randwrite
 bsrange=1k-64k
@@ -45,6 +49,7 @@ bs=1m
 ioengine=psync
 end_fsync=1
 """
+)
 FIO_MMAP = """
 [mmap]
 stonewall
@@ -69,13 +74,12 @@ iodepth=16
         ("share", FIO + FIO_MMAP + FIO_DIRECT),
         ("always", FIO + FIO_MMAP),
         ("never", FIO),
-        ("queues", FIO_MMAP),
+        ("queues", FIO_GLOBAL + FIO_MMAP),
     ],
+    ids=["share", "always", "never", "queues"],
 )
 def test_fio_reads_back_what_it_wrote(place_on: MakePlace, tag: str, jobs: str) -> None:
     place = place_on(tag)
-    if "[global]" not in jobs:
-        jobs = FIO.partition("[random-writes]")[0] + jobs
     (place.host / "jobs").write_text(jobs.format(directory=place.inside))
     done = place.run("fio --minimal jobs", timeout_s=80)
     assert done.exit_status == 0, done.text + done.error_text
