@@ -121,6 +121,9 @@ static int become(struct vf_thread *t, const struct fuse_in_header *header, uint
 		error = vf_map_id(config->gid_rules, config->n_gid_rules, header->gid, &gid);
 	if (!error && group != VF_NO_GROUP)
 		error = vf_map_id(config->gid_rules, config->n_gid_rules, group, &group);
+	/* To the host's system calls (uid_t)-1 means "unchanged": the server itself. */
+	if (!error && (uid == UINT32_MAX || gid == UINT32_MAX))
+		error = -EINVAL;
 	if (error)
 		return error;
 	/* A server that is not root stands for the guest's root. */
