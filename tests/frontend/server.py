@@ -110,7 +110,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=log,
                 cwd=REPOSITORY,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY), **self._environment},
+                env={"PYTHONPATH": str(REPOSITORY), **os.environ, **self._environment},
             )
         self._idle_descriptors = None
         if not awaited(lambda: self.socket_path.exists() or not self.running, START_TIMEOUT_S):
