@@ -38,6 +38,7 @@ from tests.frontend.vhost_user import (
     VRING_ADDR,
     VRING_STATE,
 )
+from tests.ring.conftest import MakeShare
 from tests.ring.share import Share
 
 pytestmark = pytest.mark.usefixtures("ours")
@@ -296,10 +297,10 @@ def _cpu_ticks(share: Share) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def test_get_config_in_pieces_and_beyond_the_end(share: Share) -> None:
+def test_get_config_in_pieces_and_beyond_the_end(make_share: MakeShare) -> None:
+    share = make_share("--tag=share")
     with Vmm.connect(share.server.socket_path) as vmm:
-        if not vmm.protocol & ProtocolFeature.CONFIG:
-            pytest.skip("CONFIG comes with --tag")
+        assert vmm.protocol & ProtocolFeature.CONFIG
         whole = vmm.config_bytes(0, 40)
         for offset in range(0, 40, 4):
             assert vmm.config_bytes(offset, 4) == whole[offset : offset + 4]
