@@ -235,8 +235,8 @@ static bool emit(struct listing *l, const struct host_dirent *d)
 		if (is_dot(d->name) || is_dot_dot(d->name)) {
 			memset(entry, 0, sizeof(*entry));
 		} else {
-			error =
-			    vf_inode_lookup(l->t, l->inode, vf_file_fd(l->file), d->name, entry);
+			error = vf_inode_lookup_entry(l->t, l->inode, vf_file_fd(l->file), d->name,
+						      d->ino, entry);
 			if (error)
 				memset(entry, 0, sizeof(*entry));
 		}
