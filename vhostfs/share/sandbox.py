@@ -45,6 +45,7 @@ _PR_SET_PDEATHSIG = 1
 # How long a serving process may take to end after SIGTERM before it is killed: longer than it gives
 # itself (GRACE_S in vhostfs/server.py).
 STOP_TIMEOUT_S = 12.0
+STOP_REPEAT_S = 0.5
 
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
@@ -314,10 +315,15 @@ def _await_child(child: int) -> int:
     """Passes stop signals on to the child; its exit status when it has ended."""
     deadline: float | None = None
     while True:
-        timeout_s = 3600.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        timeout_s = 3600.0
+        if deadline is not None:
+            timeout_s = min(STOP_REPEAT_S, max(0.0, deadline - time.monotonic()))
         info = signal.sigtimedwait(_STOP_SIGNALS | {signal.SIGCHLD}, timeout_s)
-        if info is not None and info.si_signo in _STOP_SIGNALS:
+        stop = info is not None and info.si_signo in _STOP_SIGNALS
+        # Repeated: CPython may take a signal just before it enters a system call that waits, and then waits.
+        if stop or (info is None and deadline is not None):
             os.kill(child, signal.SIGTERM)
+        if stop:
             deadline = time.monotonic() + STOP_TIMEOUT_S if deadline is None else deadline
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
