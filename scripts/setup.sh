@@ -18,6 +18,7 @@ packages=(
 	qemu-system-x86                              # to run guests
 )
 test_packages=(
+	cpio                                         # to check the archive writer against another reader
 	make                                         # to build the C core's own tests
 	uidmap                                       # to test the sandbox without root
 )
