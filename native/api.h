@@ -178,7 +178,6 @@ int vf_device_set_memory(vf_device *device, const struct vf_region *regions, con
 int vf_device_add_region(vf_device *device, const struct vf_region *region, int fd);
 /* -ENOENT when no such region is mapped. */
 int vf_device_remove_region(vf_device *device, const struct vf_region *region);
-uint32_t vf_device_n_regions(vf_device *device);
 
 /* Starts serving a queue in a thread of its own.  -EFAULT: an address is in no region. */
 int vf_queue_start(vf_device *device, const struct vf_queue_config *config);

@@ -22,7 +22,6 @@
 struct vf_queue {
 	struct vf_device *device;
 	uint32_t index;
-	uint32_t role;
 	struct vf_ring ring;
 	struct vf_mem *ring_mem; /* keeps the ring itself mapped */
 	struct vf_mem *mem;	 /* for buffers; the thread's own, renewed when the map changes */
@@ -397,11 +396,6 @@ int vf_device_remove_region(vf_device *device, const struct vf_region *region)
 	return 0;
 }
 
-uint32_t vf_device_n_regions(vf_device *device)
-{
-	return vf_mem_n_regions(device->mem);
-}
-
 /* Duplicates a descriptor to signal on, which must never block its writer. */
 static int keep_signal_fd(int fd, int *kept)
 {
@@ -477,7 +471,6 @@ int vf_queue_start(vf_device *device, const struct vf_queue_config *config)
 		return -ENOMEM;
 	q->device = device;
 	q->index = config->index;
-	q->role = config->role;
 	q->kick_fd = q->stop_fd = q->epoll_fd = q->call_fd = q->err_fd = -1;
 	pthread_mutex_init(&q->lock, NULL);
 	pthread_cond_init(&q->idle, NULL);

@@ -241,11 +241,6 @@ void vf_mem_put(struct vf_mem *mem)
 	free(mem);
 }
 
-uint32_t vf_mem_n_regions(const struct vf_mem *mem)
-{
-	return mem ? mem->n : 0;
-}
-
 void *vf_mem_at(const struct vf_mem *mem, uint64_t guest_addr, uint64_t *room)
 {
 	uint32_t low = 0, high = mem->n;

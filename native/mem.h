@@ -22,7 +22,6 @@ struct vf_mem *vf_mem_extend(struct vf_mem *base, const struct vf_region *region
 struct vf_mem *vf_mem_without(struct vf_mem *base, const struct vf_region *region, int *error);
 struct vf_mem *vf_mem_get(struct vf_mem *mem);
 void vf_mem_put(struct vf_mem *mem);
-uint32_t vf_mem_n_regions(const struct vf_mem *mem);
 
 /*
  * The memory at a guest address; *room: bytes from there to the end of its

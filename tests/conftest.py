@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: how a test says that the machine lacks something.
 
-Must not start servers or guests; tests/ring and tests/guest have their own. Specification: README, "Tests".
+Must not start servers or guests; tests/ring and tests/guest have their own. Specification: scripts/test.
 """
 
 from __future__ import annotations
