@@ -143,6 +143,97 @@ vf_upcall *vf_share_next_upcall(vf_share *share, struct vf_upcall_info *info);
  * sent). */
 int vf_upcall_reply(vf_upcall *upcall, int error, const void *payload, uint32_t payload_size);
 
+/* ---- events: changes on the host, told to the guest ---------------------- */
+
+enum vf_event_source {
+	VF_EVENTS_FANOTIFY, /* fanotify group with FAN_REPORT_DFID_NAME_TARGET (or DFID_NAME) */
+	VF_EVENTS_INOTIFY,  /* inotify instance */
+};
+
+struct vf_events_config {
+	uint32_t source;
+	int source_fd; /* the group, non-blocking; taken over, also when the call fails */
+	/*
+	 * fanotify: events that a mark on the root's whole file system reports already, whose
+	 * setting took rights that are gone by now; 0: no such mark.  What a guest watches beyond
+	 * that is marked inode by inode.
+	 */
+	uint64_t filesystem_mask;
+	uint64_t host_mask;  /* FS_* bits that the host can report; others are not asked of it */
+	uint32_t max_queued; /* elements that wait for the guest; more are lost, and announced */
+	uint32_t max_watches;
+	uint32_t notify_buf_size; /* largest element, in bytes with fuse_out_header */
+};
+/*
+ * Begins to read the group, in a thread of its own, until vf_share_free().  Once for a share and
+ * before its first session.
+ */
+int vf_share_start_events(vf_share *share, const struct vf_events_config *config);
+/*
+ * What FUSE_FSNOTIFY_INIT granted for the session: VF_FSNOTIFY_* flags, and the FS_* bits that the
+ * driver can raise.  Ends with the session.  -ENOSYS: no events were started.
+ */
+int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask);
+
+struct vf_events_stats {
+	uint64_t received;  /* events read from the host; a merged record counts as its parts */
+	uint64_t own;	    /* made by this process for its guest: dropped */
+	uint64_t unknown;   /* on objects that the guest does not hold: dropped */
+	uint64_t unwatched; /* on objects that nobody in the guest watches: dropped */
+	uint64_t merged;    /* with the newest that waited, which was the same */
+	uint64_t queued;    /* elements put in the queue */
+	uint64_t delivered; /* elements that the guest was given */
+	uint64_t lost;	    /* elements for which there was no room */
+	uint64_t overflows; /* times that the guest was told of a loss */
+	uint64_t host_overflows; /* times that the host's own queue overflowed */
+	uint64_t depth;		 /* elements that wait now */
+	uint64_t max_depth;	 /* the most that ever waited */
+	uint64_t watches;	 /* inodes that the guest watches now */
+	uint64_t host_marks;	 /* inode marks or inotify watches held for them on the host */
+	uint64_t buffers; /* notification buffers that the guest has given and that are free */
+	/* Time from reading the host's record to the used element: [i] counts those below 2^i us.
+	 */
+	uint64_t latency[24];
+};
+/* All 0 when no events were started. */
+void vf_share_get_events_stats(vf_share *share, struct vf_events_stats *stats);
+
+/* What became of an event; for people who look at a running server. */
+enum vf_event_fate {
+	VF_EVENT_DELIVERED,
+	VF_EVENT_MERGED,
+	VF_EVENT_LOST,
+	VF_EVENT_OWN,
+	VF_EVENT_UNWATCHED,
+	VF_EVENT_OVERFLOW, /* the guest was told of a loss */
+};
+struct vf_event_trace {
+	uint64_t time_ns; /* CLOCK_REALTIME */
+	uint64_t nodeid;
+	uint64_t child_nodeid;
+	uint64_t mask;
+	uint32_t cookie;
+	uint32_t fate;
+	int32_t pid;	  /* of who made the change; 0: not known */
+	uint32_t skipped; /* records before this one that were not kept: read too slowly */
+	uint32_t namelen;
+	char name[255];
+};
+/* Keeps a bounded record of what becomes of each event while on (events on unknown objects are
+ * never recorded: they may lie outside the share). */
+void vf_share_trace_events(vf_share *share, bool on);
+/* 1: the oldest was taken; 0: none waits. */
+int vf_share_next_event_trace(vf_share *share, struct vf_event_trace *trace);
+/* A line for the log, at least 200 bytes; 1: one was taken; 0: none waits. */
+int vf_share_next_event_notice(vf_share *share, char *text, uint32_t size);
+/* Readable when a trace or a notice waits; the share's own; -1 when no events were started. */
+int vf_share_events_fd(vf_share *share);
+
+/* fanotify_init(2), fanotify_mark(2), inotify_init1(2): a descriptor or 0, or a negative errno. */
+int vf_fanotify_init(uint32_t flags, uint32_t event_f_flags);
+int vf_fanotify_mark(int group_fd, uint32_t flags, uint64_t mask, int dir_fd, const char *path);
+int vf_inotify_init(uint32_t flags);
+
 /* ---- the device: one vhost-user connection ------------------------------ */
 
 struct vf_region {

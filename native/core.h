@@ -210,6 +210,8 @@ VF_DECLARE_OP(getlk);
 VF_DECLARE_OP(setlk);
 VF_DECLARE_OP(setlkw);
 VF_DECLARE_OP(interrupt);
+/* op_fsnotify.c */
+VF_DECLARE_OP(fsnotify_watch);
 
 /* ---- the share ---------------------------------------------------------- */
 
@@ -218,6 +220,7 @@ struct vf_file_table;
 struct vf_lock_waiters;
 struct vf_pool;
 struct vf_upcalls;
+struct vf_events;
 
 struct vf_share {
 	struct vf_share_config config;	 /* rules and strings are the share's own copies */
@@ -228,6 +231,7 @@ struct vf_share {
 	struct vf_lock_waiters *locks;
 	struct vf_pool *pool;
 	struct vf_upcalls *upcalls;
+	struct vf_events *events; /* NULL: off */
 	pthread_mutex_t threads_lock;
 	struct vf_thread *threads;
 	uint64_t requests_done; /* by threads that have ended */

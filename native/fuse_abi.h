@@ -76,4 +76,42 @@ struct vf_fuse_copy_file_range_out {
 	uint64_t bytes_copied;
 };
 
+/* ---- host events: our own part of the protocol, docs/protocol.md ---------- */
+
+#define VF_FUSE_FSNOTIFY_INIT 0x5800u  /* Python's (fuse/fsnotify.py) */
+#define VF_FUSE_FSNOTIFY_WATCH 0x5801u /* op_fsnotify.c */
+#define VF_FUSE_FSNOTIFY_PARK 0x5802u
+#define VF_FUSE_NOTIFY_FSNOTIFY 0x5800 /* notify code, in fuse_out_header.error */
+
+#define VF_FSNOTIFY_VIRTQUEUE (1ULL << 0)
+#define VF_FSNOTIFY_PARKED (1ULL << 1)
+#define VF_FSNOTIFY_WATCH_ALL (1ULL << 2)
+#define VF_FSNOTIFY_RENAME (1ULL << 3)
+#define VF_FSNOTIFY_CHILD (1ULL << 4)
+#define VF_FSNOTIFY_INVALIDATE (1ULL << 5)
+
+struct vf_fsnotify_watch_in {
+	uint64_t mask; /* FS_* bits; 0: no longer watched */
+	uint32_t generation;
+	uint32_t flags; /* 0 */
+};
+
+/* flags of an element */
+#define VF_FSNOTIFY_SPLIT_RENAME 1u
+
+#define VF_NAME_MAX 255u
+
+/* The notification element, behind fuse_out_header; name[namelen] follows, without NUL. */
+struct vf_fsnotify_out {
+	uint64_t nodeid;
+	uint32_t generation;
+	uint32_t reserved;
+	uint64_t mask;
+	uint32_t namelen;
+	uint32_t cookie;
+	uint32_t flags;
+	uint32_t child_generation;
+	uint64_t child_nodeid;
+};
+
 #endif

@@ -18,6 +18,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/fanotify.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
@@ -86,6 +88,25 @@ int vf_keep_capabilities(uint64_t mask)
 	if (syscall(SYS_capset, &header, data))
 		return -errno;
 	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -errno : 0;
+}
+
+int vf_fanotify_init(uint32_t flags, uint32_t event_f_flags)
+{
+	int fd = fanotify_init(flags, event_f_flags);
+
+	return fd < 0 ? -errno : fd;
+}
+
+int vf_fanotify_mark(int group_fd, uint32_t flags, uint64_t mask, int dir_fd, const char *path)
+{
+	return fanotify_mark(group_fd, flags, mask, dir_fd, path) ? -errno : 0;
+}
+
+int vf_inotify_init(uint32_t flags)
+{
+	int fd = inotify_init1((int)flags);
+
+	return fd < 0 ? -errno : fd;
 }
 
 /*

@@ -1,0 +1,218 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The event pipeline: changes on the host become elements in the guest's
+ * notification buffers.
+ *
+ *   fanotify_source.c, inotify_source.c   read the host's records, find the guest's inodes
+ *   route.c       vf_events_report()      does anybody in the guest watch it? an element is made
+ *   outbox.c      vf_outbox_push()        bounded, ordered; identical neighbours merge
+ *   notify_queue.c                        puts elements into the buffers of the virtqueue
+ *   watch.c                               what the guest watches, and marks on the host for it
+ *   handle_index.c                        from a file handle to the guest's inodes
+ *   events.c                              the thread, its life, counters, trace
+ *
+ * Threads: one thread of the share's reads the source and reports.  Watches
+ * change in the threads of the request queues.  Elements leave in the source's
+ * thread or in the notification queue's, whichever finds an element and a buffer.
+ *
+ * Lock order: watches->change_lock, a shard of the inode table, watches->lock;
+ * outbox->lock is taken last and no other within it but the queue's.
+ */
+#ifndef VHOSTFS_EVENTS_H
+#define VHOSTFS_EVENTS_H
+
+#include "core.h"
+#include "inode.h"
+
+/* FS_* of include/linux/fsnotify_backend.h; IN_* and FAN_* have the same values for these. */
+#define VF_FS_ACCESS 0x00000001ULL
+#define VF_FS_MODIFY 0x00000002ULL
+#define VF_FS_ATTRIB 0x00000004ULL
+#define VF_FS_CLOSE_WRITE 0x00000008ULL
+#define VF_FS_CLOSE_NOWRITE 0x00000010ULL
+#define VF_FS_OPEN 0x00000020ULL
+#define VF_FS_MOVED_FROM 0x00000040ULL
+#define VF_FS_MOVED_TO 0x00000080ULL
+#define VF_FS_CREATE 0x00000100ULL
+#define VF_FS_DELETE 0x00000200ULL
+#define VF_FS_DELETE_SELF 0x00000400ULL
+#define VF_FS_MOVE_SELF 0x00000800ULL
+#define VF_FS_OPEN_EXEC 0x00001000ULL
+#define VF_FS_UNMOUNT 0x00002000ULL
+#define VF_FS_Q_OVERFLOW 0x00004000ULL
+#define VF_FS_EVENT_ON_CHILD 0x08000000ULL
+#define VF_FS_RENAME 0x10000000ULL
+#define VF_FS_ISDIR 0x40000000ULL
+
+/* Events on a directory's entries; name is always there. */
+#define VF_FS_ENTRY_EVENTS (VF_FS_CREATE | VF_FS_DELETE | VF_FS_MOVED_FROM | VF_FS_MOVED_TO)
+/* Events on an object that its parent's watchers get too, with its name. */
+#define VF_FS_CHILD_EVENTS                                                                         \
+	(VF_FS_ACCESS | VF_FS_MODIFY | VF_FS_ATTRIB | VF_FS_CLOSE_WRITE | VF_FS_CLOSE_NOWRITE |    \
+	 VF_FS_OPEN | VF_FS_OPEN_EXEC)
+#define VF_FS_SELF_EVENTS (VF_FS_DELETE_SELF | VF_FS_MOVE_SELF)
+
+/* ---- from a source to the router ------------------------------------------ */
+
+/* One thing that happened on the host, to objects that the guest holds. */
+struct vf_change {
+	uint64_t mask; /* one of VF_FS_*_EVENTS, and VF_FS_ISDIR when the object is a directory */
+	/*
+	 * Entry events: the directory.  Child events: the parent, or NULL when the guest does not
+	 * hold it or the source cannot tell.  Self events: NULL.  References stay the caller's.
+	 */
+	struct vf_inode *dir;
+	struct vf_inode *child; /* the object; NULL: the guest does not hold it */
+	const char *name;	/* in dir, no NUL needed; namelen 0 when dir is NULL */
+	uint32_t namelen;
+	int32_t pid;	  /* of who made the change; 0: not known */
+	uint32_t cookie;  /* of the two halves of a rename; else 0 */
+	uint32_t flags;	  /* VF_FSNOTIFY_SPLIT_RENAME */
+	uint64_t seen_ns; /* CLOCK_MONOTONIC, when the record was read */
+};
+
+/*
+ * Routes n changes that belong together (2: a rename whose both halves the guest holds), which
+ * enter the outbox together or not at all.  The source's thread only.
+ */
+void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n);
+/* The host's queue overflowed: the guest is told that events were lost. */
+void vf_events_report_overflow(struct vf_events *events);
+
+/* ---- sources --------------------------------------------------------------- */
+
+struct vf_source_ops {
+	/* Reads what waits and reports it; called when the descriptor is readable. */
+	void (*read)(struct vf_events *events);
+	/*
+	 * The guest's wish for this inode went from old_mask to new_mask (0: none); makes the host
+	 * report it.  wd: the source's own number for it, kept in the watch (-1: none yet).
+	 * inode is referenced.  0 or negative errno (-ENOSPC: the host's limit).
+	 * Under watches->change_lock.
+	 */
+	int (*mark)(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
+		    uint64_t new_mask, int32_t *wd);
+};
+extern const struct vf_source_ops vf_fanotify_source, vf_inotify_source;
+
+/* ---- events.c --------------------------------------------------------------- */
+
+struct vf_outbox;
+struct vf_watches;
+
+struct vf_events {
+	struct vf_share *share;
+	struct vf_events_config config;
+	const struct vf_source_ops *ops;
+	struct vf_watches *watches;
+	struct vf_outbox *outbox;
+	/* Granted to the session; 0: none, and nothing is reported. */
+	atomic_uint_fast64_t flags;
+	atomic_uint_fast64_t mask;
+	int32_t pid; /* our own, as the host's records name it */
+	pthread_t thread;
+	int stop_fd, epoll_fd;
+	uint8_t *buffer; /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
+	/* Counted by the source's thread; the outbox counts what follows. */
+	atomic_uint_fast64_t received, own, unknown, unwatched, host_overflows, host_marks;
+	struct vf_trace *trace;
+};
+#define VF_SOURCE_BUFFER (256u * 1024)
+
+static inline void vf_count(atomic_uint_fast64_t *counter)
+{
+	atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
+}
+
+void vf_events_free(struct vf_events *events);
+/* A session begins or ends: watches, grant and what waits for the guest are forgotten. */
+void vf_events_end_session(struct vf_events *events);
+/* A line for the log. */
+void vf_events_notice(struct vf_events *events, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/* ---- trace.c ----------------------------------------------------------------- */
+
+struct vf_trace;
+struct vf_trace *vf_trace_new(int *error);
+void vf_trace_free(struct vf_trace *trace);
+bool vf_trace_is_on(const struct vf_trace *trace);
+/* time_ns and skipped are filled in. */
+void vf_trace_add(struct vf_trace *trace, const struct vf_fsnotify_out *element, const char *name,
+		  enum vf_event_fate fate, int32_t pid);
+
+/* ---- watch.c ------------------------------------------------------------------ */
+
+struct vf_watches *vf_watches_new(struct vf_events *events, int *error);
+void vf_watches_free(struct vf_watches *watches);
+void vf_watches_clear(struct vf_watches *watches);
+/* The guest's wish; inode is referenced.  0, -ENOSPC (quota), or what the host says. */
+int vf_watch_set(struct vf_watches *watches, struct vf_inode *inode, uint64_t mask);
+/* What the guest watches on this inode; 0: nothing.  Cheap when nothing. */
+uint64_t vf_watch_mask(struct vf_watches *watches, const struct vf_inode *inode);
+/* The union over all watches. */
+uint64_t vf_watches_union(const struct vf_watches *watches);
+/* The inode is being freed: its watch ends.  Called by the inode table only for watched ones. */
+void vf_watch_inode_gone(struct vf_watches *watches, struct vf_inode *inode);
+/* inotify: the inode of this number, referenced; NULL: none. */
+struct vf_inode *vf_watch_by_wd(struct vf_watches *watches, int32_t wd, uint64_t *mask);
+uint64_t vf_watches_count(const struct vf_watches *watches);
+
+/* ---- handle_index.c ------------------------------------------------------------- */
+
+struct vf_fsid {
+	int32_t val[2];
+};
+/* Every inode that is held from now on, and those held now, can be found by handle. */
+int vf_handle_index_start(struct vf_share *share);
+/*
+ * The inodes (more than one where the file system is mounted in several places of the share) with
+ * this handle, at most max, each referenced.  Returns how many.
+ */
+uint32_t vf_inodes_by_handle(struct vf_share *share, struct vf_fsid fsid, int32_t type,
+			     const uint8_t *bytes, uint32_t size, struct vf_inode **found,
+			     uint32_t max);
+
+/* ---- outbox.c -------------------------------------------------------------------- */
+
+/* An element on its way. */
+struct vf_outgoing {
+	struct vf_fsnotify_out element;
+	const char *name; /* element.namelen bytes */
+	int32_t pid;
+	uint64_t seen_ns; /* CLOCK_MONOTONIC */
+};
+
+/* Where elements leave: notify_queue.c (later also parked requests). */
+struct vf_sink {
+	/*
+	 * Gives the guest one element; false: no buffer is free (the guest will say when there is
+	 * one, and vf_outbox_flush() is called then).  Under the outbox's lock.
+	 */
+	bool (*put)(struct vf_sink *sink, const struct vf_fsnotify_out *element, const char *name);
+	/* After the last put() of a flush: interrupts the guest if it asked for that. */
+	void (*done)(struct vf_sink *sink);
+	/* Buffers free now; only to be shown. */
+	uint32_t (*buffers)(struct vf_sink *sink);
+};
+
+struct vf_outbox *vf_outbox_new(uint32_t max_elements, struct vf_trace *trace, int *error);
+void vf_outbox_free(struct vf_outbox *outbox);
+/*
+ * Adds n elements that belong together.  One that equals the newest that waits is merged into it
+ * (as inotify does; never the halves of a rename).  Without room for all of them they are lost,
+ * and an overflow element is put behind what waits, once until it was delivered.
+ * Nothing reaches the guest before vf_outbox_flush().
+ */
+void vf_outbox_push(struct vf_outbox *outbox, const struct vf_outgoing *elements, uint32_t n);
+/* Events were lost before they came here. */
+void vf_outbox_push_overflow(struct vf_outbox *outbox);
+/* Gives the guest what waits, as far as it has buffers. */
+void vf_outbox_flush(struct vf_outbox *outbox);
+/* Forgets what waits. */
+void vf_outbox_clear(struct vf_outbox *outbox);
+/* One sink at a time; NULL: none.  When it returns the sink before is no longer in use. */
+void vf_outbox_set_sink(struct vf_outbox *outbox, struct vf_sink *sink);
+void vf_outbox_get_stats(struct vf_outbox *outbox, struct vf_events_stats *stats);
+
+#endif
