@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * vhostfs: what virtio_fs.c (with our patch) calls
+ *
+ * Every function accepts a NULL state, which is what a device without
+ * notifications has, and then does nothing.
+ */
+#ifndef _VHOSTFS_NOTIFY_H
+#define _VHOSTFS_NOTIFY_H
+
+#include <linux/types.h>
+
+#ifndef VIRTIO_FS_F_NOTIFICATION
+#define VIRTIO_FS_F_NOTIFICATION 0
+#endif
+
+struct file_system_type;
+struct fs_context;
+struct fuse_conn;
+struct super_block;
+struct vhostfs_notify;
+struct virtio_device;
+struct virtqueue;
+
+/* Provided by the patched virtio_fs.c; safe while @fc has a superblock */
+struct vhostfs_notify *vhostfs_notify_of(struct fuse_conn *fc);
+
+/*
+ * Module. Registers the file system as "virtiofs", or as "vhostfs" where that
+ * name is taken by the kernel's own driver.
+ */
+int vhostfs_notify_register(struct file_system_type *type);
+void vhostfs_notify_unregister(struct file_system_type *type);
+
+/*
+ * Device, in the order of its life: features, state, queue 1 filled; then
+ * stopped (device still running), buffers taken back (device reset), freed.
+ */
+int vhostfs_notify_validate(struct virtio_device *vdev);
+int vhostfs_notify_probe(struct virtio_device *vdev,
+			 struct vhostfs_notify **notify);
+bool vhostfs_notify_has_queue(const struct vhostfs_notify *notify);
+void vhostfs_notify_vq_done(struct virtqueue *vq);
+void vhostfs_notify_start(struct vhostfs_notify *notify, struct virtqueue *vq);
+void vhostfs_notify_stop(struct vhostfs_notify *notify);
+void vhostfs_notify_release_buffers(struct vhostfs_notify *notify);
+void vhostfs_notify_free(struct vhostfs_notify *notify);
+
+/*
+ * Superblocks. kill_sb comes before fuse_mount_remove(), killed_sb after it;
+ * @last says that the connection ends.
+ */
+int vhostfs_notify_init_submount(struct fs_context *fsc);
+void vhostfs_notify_mount(struct vhostfs_notify *notify,
+			  struct super_block *sb);
+void vhostfs_notify_kill_sb(struct vhostfs_notify *notify,
+			    struct super_block *sb);
+void vhostfs_notify_killed_sb(struct vhostfs_notify *notify, bool last);
+
+#endif /* _VHOSTFS_NOTIFY_H */
