@@ -16,7 +16,8 @@
  * thread or in the notification queue's, whichever finds an element and a buffer.
  *
  * Lock order: watches->change_lock, a shard of the inode table, watches->lock;
- * outbox->lock is taken last and no other within it but the queue's.
+ * outbox->lock after these, and no other within it but the device's, the queue's
+ * and the trace's.
  */
 #ifndef VHOSTFS_EVENTS_H
 #define VHOSTFS_EVENTS_H
@@ -133,13 +134,25 @@ void vf_events_notice(struct vf_events *events, const char *format, ...)
 
 /* ---- trace.c ----------------------------------------------------------------- */
 
+/*
+ * What people are told: lines for the log, and while tracing is on a record of each event.  Both
+ * are bounded and share one descriptor.  Its lock is taken last of all.
+ */
 struct vf_trace;
 struct vf_trace *vf_trace_new(int *error);
 void vf_trace_free(struct vf_trace *trace);
+/* Readable while a record or a line waits; the trace's own. */
+int vf_trace_fd(const struct vf_trace *trace);
+/* Off forgets what was not read.  0 or -ENOMEM. */
+int vf_trace_set(struct vf_trace *trace, bool on);
 bool vf_trace_is_on(const struct vf_trace *trace);
-/* time_ns and skipped are filled in. */
+/* Does nothing while off; time_ns and skipped are filled in; name: element->namelen bytes. */
 void vf_trace_add(struct vf_trace *trace, const struct vf_fsnotify_out *element, const char *name,
 		  enum vf_event_fate fate, int32_t pid);
+/* 1: the oldest was taken; 0: none waits. */
+int vf_trace_next(struct vf_trace *trace, struct vf_event_trace *record);
+void vf_trace_notice(struct vf_trace *trace, const char *text);
+int vf_trace_next_notice(struct vf_trace *trace, char *text, uint32_t size);
 
 /* ---- watch.c ------------------------------------------------------------------ */
 
@@ -199,10 +212,10 @@ struct vf_sink {
 struct vf_outbox *vf_outbox_new(uint32_t max_elements, struct vf_trace *trace, int *error);
 void vf_outbox_free(struct vf_outbox *outbox);
 /*
- * Adds n elements that belong together.  One that equals the newest that waits is merged into it
- * (as inotify does; never the halves of a rename).  Without room for all of them they are lost,
- * and an overflow element is put behind what waits, once until it was delivered.
- * Nothing reaches the guest before vf_outbox_flush().
+ * Adds an element, or n (a few) that belong together: all of them or none.  A single one that
+ * equals the newest that waits is merged into it (as inotify does; never part of a rename).
+ * Without room they are lost, and an overflow element is put behind what waits, once until it was
+ * delivered.  Nothing reaches the guest before vf_outbox_flush().
  */
 void vf_outbox_push(struct vf_outbox *outbox, const struct vf_outgoing *elements, uint32_t n);
 /* Events were lost before they came here. */
@@ -211,8 +224,11 @@ void vf_outbox_push_overflow(struct vf_outbox *outbox);
 void vf_outbox_flush(struct vf_outbox *outbox);
 /* Forgets what waits. */
 void vf_outbox_clear(struct vf_outbox *outbox);
-/* One sink at a time; NULL: none.  When it returns the sink before is no longer in use. */
-void vf_outbox_set_sink(struct vf_outbox *outbox, struct vf_sink *sink);
+/* One sink at a time; -EBUSY: there is one. */
+int vf_outbox_attach(struct vf_outbox *outbox, struct vf_sink *sink);
+/* When it returns this sink is no longer in use; what waits stays. */
+void vf_outbox_detach(struct vf_outbox *outbox, struct vf_sink *sink);
+/* Fills in what it counts: merged to max_depth but host_overflows, buffers, latency. */
 void vf_outbox_get_stats(struct vf_outbox *outbox, struct vf_events_stats *stats);
 
 #endif
