@@ -24,7 +24,15 @@ from vhostfs.cli.run import add_arguments, command_text, parse_share, parse_size
 from vhostfs.vm.cache import locked, published_directory
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.image import Image
-from vhostfs.vm.kernel import module_dependencies, modules_in_load_order, vmlinuz_release
+from vhostfs.vm.kernel import (
+    SERIES,
+    Kernel,
+    debian_version,
+    module_dependencies,
+    modules_in_load_order,
+    newest_image,
+    vmlinuz_banner,
+)
 from vhostfs.vm.lifeline import Lifeline
 from vhostfs.vm.machine import Accelerator, Machine, Share, ShareDevice, kernel_command_line, qemu_command
 from vhostfs.vm.qemu import Qemu, kit_place, parse_devices, parse_version
@@ -134,9 +142,9 @@ def test_a_kernels_release_is_read_from_its_header() -> None:
     image[0x202:0x206] = b"HdrS"
     image[0x20E:0x210] = (0x100).to_bytes(2, "little")
     image[0x300:0x320] = b"6.12.1-test (builder@host) #1\0\0\0"
-    assert vmlinuz_release(bytes(image)) == "6.12.1-test"
+    assert vmlinuz_banner(bytes(image)) == "6.12.1-test (builder@host) #1"
     with pytest.raises(VmError, match="not an x86 Linux boot image"):
-        vmlinuz_release(b"\x7fELF" + bytes(0x400))
+        vmlinuz_banner(b"\x7fELF" + bytes(0x400))
 
 
 def test_modules_come_after_those_that_they_need(tmp_path: Path) -> None:
@@ -145,10 +153,22 @@ def test_modules_come_after_those_that_they_need(tmp_path: Path) -> None:
     for name, needs in (("virtiofs", "fuse,virtio-ring"), ("fuse", ""), ("virtio-ring", "virtio")):
         (folder / f"{name}.ko").write_bytes(b"\x7fELF\0depends=" + needs.encode() + b"\0name=x\0")
     (tmp_path / "modules.builtin").write_text("kernel/drivers/virtio/virtio.ko\n")
-    ordered = [module.name for module in modules_in_load_order(tmp_path, ["virtiofs", "fuse", "virtio"])]
+    kernel = Kernel("6.12", tmp_path / "vmlinuz", tmp_path)
+    ordered = [module.name for module in modules_in_load_order(kernel, ["virtiofs", "fuse", "virtio"])]
     assert ordered == ["fuse", "virtio_ring", "virtiofs"]
-    with pytest.raises(VmError, match="no module nothing"):
-        modules_in_load_order(tmp_path, ["nothing"])
+    with pytest.raises(VmError, match=r"6\.12 has no module nothing"):
+        modules_in_load_order(kernel, ["nothing"])
+
+
+def test_a_module_from_elsewhere_comes_after_the_kernels_own_that_it_needs(tmp_path: Path) -> None:
+    folder = tmp_path / "kernel/fs"
+    folder.mkdir(parents=True)
+    (folder / "fuse.ko").write_bytes(b"\x7fELF\0depends=\0name=x\0")
+    (tmp_path / "modules.builtin").write_text("")
+    ours = tmp_path / "ours.ko"
+    ours.write_bytes(b"\x7fELF\0depends=fuse\0name=x\0")
+    kernel = Kernel("6.12", tmp_path / "vmlinuz", tmp_path)
+    assert [m.name for m in modules_in_load_order(kernel, ["ours"], [ours])] == ["fuse", "ours"]
 
 
 def test_a_module_without_dependencies_has_none() -> None:
@@ -256,3 +276,47 @@ def _await_gone(path: Path) -> None:
     while path.exists():
         assert time.monotonic() < deadline, f"{path} is still there"
         time.sleep(0.01)
+
+
+def test_a_debian_kernel_says_which_source_package_it_was_built_from() -> None:
+    banner = "6.1.0-56-amd64 (someone@host) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)"
+    assert debian_version(banner) == "6.1.192-2"
+    assert debian_version("6.1.0 (someone@host) #1 SMP PREEMPT_DYNAMIC") is None
+
+
+@pytest.mark.parametrize(
+    ("series", "names", "newest"),
+    [
+        (
+            "6.1",
+            ["6.1.0-9-amd64", "6.1.0-10-amd64", "6.1.0-11-rt-amd64", "6.12.9+deb12-amd64"],
+            "6.1.0-10-amd64",
+        ),
+        (
+            "6.12",
+            [
+                "6.12.90+deb12-amd64",
+                "6.12.9+deb12-amd64",
+                "6.12.90+deb12.1-amd64",
+                "6.12.99+deb12-cloud-amd64",
+            ],
+            "6.12.90+deb12.1-amd64",
+        ),
+        (
+            "7.2",
+            ["7.2.9+deb13-amd64", "7.2.12+deb13-amd64", "7.2.13+deb13-amd64-dbg", "7.3.1+deb13-amd64"],
+            "7.2.12+deb13-amd64",
+        ),
+        ("7.2", ["7.3.1+deb13-amd64"], None),
+    ],
+)
+def test_the_newest_kernel_of_a_series_is_chosen_whatever_else_the_archive_has(
+    series: str, names: list[str], newest: str | None
+) -> None:
+    found = newest_image([f"linux-image-{name}" for name in names], SERIES[series].image_pattern)
+    assert found == (f"linux-image-{newest}" if newest else None)
+
+
+def test_what_an_image_needs_of_the_kernel_command_line_is_there() -> None:
+    image = replace(IMAGE, kernel_arguments=("initcall_blacklist=x",))
+    assert "initcall_blacklist=x" in kernel_command_line(replace(MACHINE, image=image)).split()

@@ -240,23 +240,39 @@ class AptRoot:
             self._refresh()
             return self._download(["install", *target, "--download-only", "--", *wanted], ", ".join(wanted))
 
-    def download(self, package: str, suite: str | None = None) -> Path:
-        """Downloads `package` alone, without what it depends on."""
+    def download(self, package: str, suite: str | None = None, *, version: str | None = None) -> Path:
+        """Downloads `package` alone, without what it depends on: of `suite`, or exactly `version`, else the
+        newest."""
+        name = f"{package}={version}" if version else f"{package}/{suite}" if suite else package
+        with locked(self.path / "lock", self.progress):
+            if self._refresh():
+                return self._download_alone(package, name)
+            try:
+                return self._download_alone(package, name)
+            except VmError:
+                # The mirror may have moved on since the lists were fetched.
+                self._refresh(force=True)
+                return self._download_alone(package, name)
+
+    def _download_alone(self, package: str, name: str) -> Path:
+        target = self.path / "cache" / "archives"
+        wanted = target / self._uris(["download", name])[0]
+        if not wanted.exists():
+            self.progress(f"downloading {package}")
+            staging = target / "single"
+            staging.mkdir(exist_ok=True)
+            self._apt(["download", name], cwd=staging)
+            for file in staging.iterdir():
+                file.rename(target / file.name)
+            if not wanted.exists():
+                raise VmError(f"apt said that it downloaded {package} but {wanted} is not there")
+        return wanted
+
+    def names(self, prefix: str) -> list[str]:
+        """The packages of the release whose names begin with `prefix`, in no order."""
         with locked(self.path / "lock", self.progress):
             self._refresh()
-            name = f"{package}/{suite}" if suite else package
-            target = self.path / "cache" / "archives"
-            wanted = target / self._uris(["download", name])[0]
-            if not wanted.exists():
-                self.progress(f"downloading {package}")
-                staging = target / "single"
-                staging.mkdir(exist_ok=True)
-                self._apt(["download", name], cwd=staging)
-                for file in staging.iterdir():
-                    file.rename(target / file.name)
-                if not wanted.exists():
-                    raise VmError(f"apt said that it downloaded {package} but {wanted} is not there")
-            return wanted
+            return self._run(["apt-cache", "pkgnames", prefix], self.path).split()
 
     def dependencies(self, package: str, suite: str | None = None) -> list[str]:
         """The names in the Depends field of the newest `package` (of `suite`), in order; empty if there is
@@ -306,14 +322,15 @@ class AptRoot:
             raise VmError(f"apt found nothing to download for {arguments[-1]}")
         return [str(name) for name in names]
 
-    def _refresh(self, force: bool = False) -> None:
+    def _refresh(self, force: bool = False) -> bool:
+        """True when the lists were fetched now."""
         stamp = self.path / "updated"
         try:
             age_s = time.time() - stamp.stat().st_mtime
         except OSError:
             age_s = float("inf")
         if not force and 0 <= age_s < LISTS_MAX_AGE_S:
-            return
+            return False
         keyring = next((path for path in KEYRINGS if path.exists()), None)
         if keyring is None:
             raise VmError(
@@ -332,10 +349,10 @@ class AptRoot:
                 failure = error
             else:
                 write_atomically(stamp, "")
-                return
+                return True
         if stamp.exists() and not force:
             self.progress("no new package lists could be fetched; going on with the old ones")
-            return
+            return False
         raise failure
 
     def _apt(self, arguments: list[str], cwd: Path | None = None) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from vhostfs.vm.cache import Progress, locked, published_directory, quiet
 from vhostfs.vm.cpio import Tree, write_archive
 from vhostfs.vm.debian import Release, open_root, package_files
+from vhostfs.vm.driver import MODULE_NAME, REPLACED_INITCALL, REPLACED_MODULE, build_driver
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.kernel import BOOT_MODULES, DEFAULT_SERIES, Kernel, find_kernel, modules_in_load_order
 
@@ -69,6 +70,8 @@ class ImageSpec:
     """Kernel modules, by name, loaded at boot beside BOOT_MODULES, with those that they need."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Host files copied in, by absolute path in the guest; executable if they are on the host."""
+    driver: bool = False
+    """Our guest driver in place of the kernel's own for virtio-fs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ class Image:
     initrd: Path
     size_bytes: int
     """Of the initramfs, unpacked: the guest's memory must hold it twice while it boots."""
+    kernel_arguments: tuple[str, ...] = ()
+    """What the image needs on the kernel's command line."""
 
 
 def build_image(spec: ImageSpec, cache: Path, progress: Progress = quiet) -> Image:
@@ -88,19 +93,23 @@ def build_image(spec: ImageSpec, cache: Path, progress: Progress = quiet) -> Ima
     Raises VmError when packages, kernel, modules or a compiler are missing.
     """
     kernel = find_kernel(spec.kernel, cache, progress)
-    target = cache / "images" / image_key(spec, kernel)
+    driver = build_driver(kernel, cache, progress) if spec.driver else None
+    target = cache / "images" / image_key(spec, kernel, driver)
     if not (target / "initrd").exists():
         with locked(cache / "images" / "lock", progress):
             if not (target / "initrd").exists():
                 with published_directory(target) as fresh:
-                    _build(spec, kernel, fresh, cache, progress)
+                    _build(spec, kernel, driver, fresh, cache, progress)
                 _forget_old_images(target.parent)
     os.utime(target)
     initrd = target / "initrd"
-    return Image(kernel.release, target / "vmlinuz", initrd, initrd.stat().st_size)
+    arguments: tuple[str, ...] = ()
+    if driver is not None and REPLACED_MODULE in kernel.builtin_modules:
+        arguments = (f"initcall_blacklist={REPLACED_INITCALL}",)
+    return Image(kernel.release, target / "vmlinuz", initrd, initrd.stat().st_size, arguments)
 
 
-def image_key(spec: ImageSpec, kernel: Kernel) -> str:
+def image_key(spec: ImageSpec, kernel: Kernel, driver: Path | None = None) -> str:
     """A file name that differs whenever the image's content would."""
     state = kernel.vmlinuz.stat()
     parts = {
@@ -109,6 +118,7 @@ def image_key(spec: ImageSpec, kernel: Kernel) -> str:
         "packages": sorted({*BASE_PACKAGES, *spec.packages}),
         "modules": [*BOOT_MODULES, *spec.modules],
         "files": {name: [_digest(path.read_bytes()), path.stat().st_mode] for name, path in _files(spec)},
+        "driver": _digest(driver.read_bytes()) if driver else None,
         "rootfs": {name: _digest(_own_file(name)) for name in ("init", "agent.c")},
     }
     digest = _digest(json.dumps(parts, sort_keys=True).encode())
@@ -130,14 +140,16 @@ def _own_file(name: str) -> bytes:
     return (resources.files("vhostfs.vm") / "rootfs" / name).read_bytes()
 
 
-def _build(spec: ImageSpec, kernel: Kernel, folder: Path, cache: Path, progress: Progress) -> None:
+def _build(
+    spec: ImageSpec, kernel: Kernel, driver: Path | None, folder: Path, cache: Path, progress: Progress
+) -> None:
     tree = Tree.with_merged_usr()
     _add_packages(tree, spec.packages, cache, progress)
     progress(f"building the guest image for Linux {kernel.release}")
     _add_skeleton(tree, folder)
     tree.add_file("vhostfs/agent", compile_agent(folder), 0o755)
     tree.add_file("init", _own_file("init"), 0o755)
-    _add_modules(tree, spec, kernel)
+    _add_modules(tree, spec, kernel, driver)
     for name, path in _files(spec):
         tree.add_file(name, path.read_bytes(), 0o755 if os.access(path, os.X_OK) else 0o644)
     shutil.copyfile(kernel.vmlinuz, folder / "vmlinuz")
@@ -223,14 +235,17 @@ def compile_agent(folder: Path) -> bytes:
     return content
 
 
-def _add_modules(tree: Tree, spec: ImageSpec, kernel: Kernel) -> None:
+def _add_modules(tree: Tree, spec: ImageSpec, kernel: Kernel, driver: Path | None) -> None:
     if kernel.modules is None:
         if spec.modules:
             raise VmError(f"no modules of kernel {kernel.release} were found for {', '.join(spec.modules)}")
         tree.add_file("vhostfs/modules", b"")
         return
+    wanted = [*BOOT_MODULES, *spec.modules]
+    if driver is not None:
+        wanted = [MODULE_NAME if name == REPLACED_MODULE else name for name in wanted]
     lines = []
-    for module in modules_in_load_order(kernel.modules, [*BOOT_MODULES, *spec.modules]):
+    for module in modules_in_load_order(kernel, wanted, [driver] if driver else []):
         path = f"/lib/modules/{kernel.release}/{module.name}.ko"
         tree.add_file(path, module.content)
         lines.append(f"{path}\n")

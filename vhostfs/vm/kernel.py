@@ -21,20 +21,20 @@ from vhostfs.vm.errors import VmError
 
 @dataclass(frozen=True, slots=True)
 class KernelSeries:
-    """A kernel series that Debian carries: the meta package that follows it and where that is."""
+    """A kernel series that Debian carries: in which release, and what its image packages are called.
+
+    Not found by a meta package: those move on to the next series while the archive still has this one.
+    """
 
     release: Release
-    meta_package: str
-    suite: str | None
     image_pattern: str
+    """Of the plain flavour, so neither cloud, nor rt, nor unsigned."""
 
 
 SERIES = {
-    "6.1": KernelSeries(Release.BOOKWORM, "linux-image-amd64", None, r"linux-image-6\.1\.0-.*-amd64"),
-    "6.12": KernelSeries(Release.BOOKWORM, "linux-image-6.12-amd64", None, r"linux-image-6\.12\..*-amd64"),
-    "7.2": KernelSeries(
-        Release.TRIXIE, "linux-image-amd64", "trixie-backports", r"linux-image-7\.2\..*-amd64"
-    ),
+    "6.1": KernelSeries(Release.BOOKWORM, r"linux-image-6\.1\.0-\d+-amd64"),
+    "6.12": KernelSeries(Release.BOOKWORM, r"linux-image-6\.12\.\d+\+deb12[.\d]*-amd64"),
+    "7.2": KernelSeries(Release.TRIXIE, r"linux-image-7\.2\.\d+\+deb13[.\d]*-amd64"),
 }
 DEFAULT_SERIES = "6.12"
 
@@ -51,6 +51,22 @@ class Kernel:
     vmlinuz: Path
     modules: Path | None
     """The folder /lib/modules/RELEASE of this kernel, or None: everything needed must then be built in."""
+    package_version: str | None = None
+    """The version of the Debian source package that it was built from; None: not Debian's."""
+    series: str | None = None
+    """Its key in SERIES, None for a kernel given by path."""
+
+    @property
+    def builtin_modules(self) -> frozenset[str]:
+        """Names of the modules that are part of vmlinuz, as far as is known."""
+        if self.modules is None:
+            return frozenset()
+        lines = (self.modules / "modules.builtin").read_text().splitlines()
+        return frozenset(_module_name(Path(line)) for line in lines)
+
+    def module_files(self) -> list[Path]:
+        """All that can be loaded."""
+        return [] if self.modules is None else list(self.modules.glob("kernel/**/*.ko*"))
 
 
 def find_kernel(choice: str, cache: Path, progress: Progress = quiet) -> Kernel:
@@ -70,33 +86,42 @@ def find_kernel(choice: str, cache: Path, progress: Progress = quiet) -> Kernel:
 
 def _fetch(series: KernelSeries, folder: Path, cache: Path, progress: Progress) -> None:
     root = open_root(series.release, cache, progress)
-    dependencies = root.dependencies(series.meta_package, series.suite)
-    image = next((name for name in dependencies if re.fullmatch(series.image_pattern, name)), None)
+    image = newest_image(root.names("linux-image-"), series.image_pattern)
     if image is None:
         raise VmError(
-            f"Debian {series.release.value}'s {series.meta_package} is {' '.join(dependencies) or 'gone'}, "
-            f"not /{series.image_pattern}/: choose another --kernel ({', '.join(SERIES)} or a vmlinuz)"
+            f"Debian {series.release.value} no longer has a kernel called /{series.image_pattern}/: "
+            f"choose another --kernel ({', '.join(SERIES)} or a vmlinuz)"
         )
     # Since 7.x the files are in packages of their own beside the image package.
     release = image.removeprefix("linux-image-")
-    parts = [name for name in root.dependencies(image, series.suite) if name.endswith(f"-{release}")]
+    parts = [name for name in root.dependencies(image) if name.endswith(f"-{release}")]
     with published_directory(folder) as fresh:
         for name in (image, *parts):
-            deb = root.download(name, series.suite)
+            deb = root.download(name)
             progress(f"unpacking {name}")
             run_tool(["dpkg-deb", "-x", str(deb), str(fresh / "files")], cwd=fresh, environment={})
             deb.unlink()
         shutil.rmtree(fresh / "files/usr/share", ignore_errors=True)
 
 
+def newest_image(names: Iterable[str], pattern: str) -> str | None:
+    """Of the packages whose names match, the one with the highest version in its name; None without any."""
+
+    def version(name: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", name.removesuffix("-amd64"))]
+
+    return max((name for name in names if re.fullmatch(pattern, name)), key=version, default=None)
+
+
 def _unpacked_kernel(files: Path, choice: str) -> Kernel:
     images = [*files.glob("boot/vmlinuz-*"), *files.glob("usr/lib/modules/*/vmlinuz")]
     if not images:
         raise VmError(f"Debian's kernel {choice} has no vmlinuz where one was expected, under {files}")
-    release = vmlinuz_release(images[0].read_bytes())
+    banner = vmlinuz_banner(images[0].read_bytes())
+    release = banner.split()[0]
     for modules in (files / "lib/modules" / release, files / "usr/lib/modules" / release):
         if modules.is_dir():
-            return Kernel(release, images[0], modules)
+            return Kernel(release, images[0], modules, debian_version(banner), choice)
     raise VmError(f"Debian's kernel {choice} came without the modules of {release} under {files}")
 
 
@@ -104,28 +129,34 @@ def _local_kernel(choice: str) -> Kernel:
     path = Path(choice).expanduser()
     try:
         with path.open("rb") as stream:
-            release = vmlinuz_release(stream.read(1 << 20))
+            banner = vmlinuz_banner(stream.read(1 << 20))
     except OSError as error:
         raise VmError(
             f"--kernel {choice}: {error.strerror}; give {', '.join(SERIES)} or the path of a vmlinuz"
         ) from error
-    path = path.resolve()
+    path, release = path.resolve(), banner.split()[0]
     places = (path.parent.parent / "lib/modules", path.parent / "lib/modules", Path("/lib/modules"))
     for place in places:
         if (place / release / "kernel").is_dir():
-            return Kernel(release, path, place / release)
-    return Kernel(release, path, None)
+            return Kernel(release, path, place / release, debian_version(banner))
+    return Kernel(release, path, None, debian_version(banner))
 
 
-def vmlinuz_release(image: bytes) -> str:
-    """The release in the header of an x86 boot image; raises VmError when it is not one."""
+def vmlinuz_banner(image: bytes) -> str:
+    """The version text in the header of an x86 boot image, the release first; VmError when it is not one."""
     if len(image) < 0x210 or image[0x202:0x206] != b"HdrS":
         raise VmError("that file is not an x86 Linux boot image (vmlinuz, bzImage)")
     offset = 0x200 + int.from_bytes(image[0x20E:0x210], "little")
-    text = image[offset : offset + 256].partition(b"\0")[0].decode("ascii", "replace")
+    text = image[offset : offset + 256].partition(b"\0")[0].decode("ascii", "replace").strip()
     if not text:
         raise VmError("that boot image does not say which kernel release it is")
-    return text.split()[0]
+    return text
+
+
+def debian_version(banner: str) -> str | None:
+    """The version of the Debian source package in a kernel's version text, None when it is not Debian's."""
+    match = re.search(r" Debian (\d\S*)", banner)
+    return match[1] if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +186,16 @@ def module_dependencies(content: bytes) -> tuple[str, ...]:
     return tuple(name.replace("-", "_") for name in names.split(",") if name)
 
 
-def modules_in_load_order(folder: Path, wanted: Iterable[str]) -> list[Module]:
+def modules_in_load_order(
+    kernel: Kernel, wanted: Iterable[str], foreign: Iterable[Path] = ()
+) -> list[Module]:
     """`wanted` modules and those they need, each after what it needs; built-in ones are left out.
 
-    Raises VmError for a name that the kernel has neither as a module nor built in.
+    `foreign`: module files from elsewhere, which can be wanted like the kernel's own. Raises VmError for a
+    name that is neither a module nor built in.
     """
-    files = {_module_name(path): path for path in folder.glob("kernel/**/*.ko*")}
-    builtin = {_module_name(Path(line)) for line in (folder / "modules.builtin").read_text().splitlines()}
+    files = {_module_name(path): path for path in (*kernel.module_files(), *foreign)}
+    builtin = kernel.builtin_modules
     ordered: dict[str, Module] = {}
     under_way: set[str] = set()
 
@@ -169,7 +203,7 @@ def modules_in_load_order(folder: Path, wanted: Iterable[str]) -> list[Module]:
         if name in ordered or name in builtin or name in under_way:
             return
         if name not in files:
-            raise VmError(f"kernel {folder.name} has no module {name}")
+            raise VmError(f"kernel {kernel.release} has no module {name}")
         under_way.add(name)
         module = read_module(files[name])
         for dependency in module.dependencies:

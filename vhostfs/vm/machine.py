@@ -74,7 +74,7 @@ def kernel_command_line(machine: Machine) -> str:
     if machine.accelerator is Accelerator.TCG:
         # What makes an emulated boot slow and protects nothing there.
         words += ["mitigations=off", "tsc=reliable", "no_timer_check"]
-    return " ".join([*words, *machine.kernel_arguments])
+    return " ".join([*words, *machine.image.kernel_arguments, *machine.kernel_arguments])
 
 
 def smallest_memory_bytes(image: Image) -> int:

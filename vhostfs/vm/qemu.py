@@ -49,11 +49,15 @@ class Qemu:
         return ".".join(str(number) for number in self.version)
 
 
-def find_qemu(choice: str | None, cache: Path, progress: Progress = quiet) -> Qemu:
+def find_qemu(
+    choice: str | None, cache: Path, progress: Progress = quiet, *, notifications: bool = False
+) -> Qemu:
     """The QEMU for `--qemu choice`.
 
-    None: the newest of the machine that has a virtio-fs device, else the kit. "kit": the kit. "system": the
-    machine's own or an error. Anything else is a path or name of a QEMU. Raises VmError.
+    None: the newest of the machine that has a virtio-fs device, for `notifications` one that passes the
+    notification queue, else the kit. "kit": the kit. "system": the machine's own or an error. Anything else
+    is a path or name of a QEMU. A choice is followed even if that QEMU passes no notifications. Raises
+    VmError.
     """
     if choice == KIT:
         return provide_kit(cache, progress)
@@ -71,6 +75,8 @@ def find_qemu(choice: str | None, cache: Path, progress: Progress = quiet) -> Qe
         except VmError:
             continue
     usable = [qemu for qemu in candidates if qemu.has_fs_device]
+    if notifications and choice is None:
+        usable = [qemu for qemu in usable if qemu.has_test_device]
     if usable:
         return max(usable, key=lambda qemu: qemu.version)
     if choice == SYSTEM:
