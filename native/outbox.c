@@ -37,9 +37,10 @@ struct vf_outbox {
 	pthread_mutex_t lock;
 	struct vf_trace *trace;
 	struct vf_sink *sink;
-	struct chunk *first, *last; /* NULL: nothing waits, or first == last may be empty */
-	struct chunk *spare;	    /* the one that was emptied last */
-	struct record *newest;	    /* NULL: nothing waits */
+	/* There is always one; the last has room left for an overflow element, or one waits. */
+	struct chunk *first, *last;
+	struct chunk *spare;   /* the one that was emptied last */
+	struct record *newest; /* NULL: nothing waits */
 	uint32_t max_elements;
 	uint32_t depth;
 	bool overflow_waits;
@@ -53,19 +54,6 @@ static uint64_t now_ns(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-struct vf_outbox *vf_outbox_new(uint32_t max_elements, struct vf_trace *trace, int *error)
-{
-	struct vf_outbox *outbox = calloc(1, sizeof(*outbox));
-
-	*error = outbox ? 0 : -ENOMEM;
-	if (!outbox)
-		return NULL;
-	pthread_mutex_init(&outbox->lock, NULL);
-	outbox->trace = trace;
-	outbox->max_elements = max_elements;
-	return outbox;
 }
 
 /* ---- memory ---------------------------------------------------------------- */
@@ -101,27 +89,24 @@ static uint32_t record_size(uint32_t namelen)
 	return (uint32_t)sizeof(struct record) + ((namelen + 7) & ~7u);
 }
 
-/* Makes sure that records of size bytes in all fit into the last chunk. */
+/* Makes sure that records of size bytes in all, and an overflow element, fit into the last chunk.
+ */
 static bool make_room(struct vf_outbox *outbox, uint32_t size)
 {
-	struct chunk *chunk = outbox->last;
+	uint32_t most = sizeof(outbox->last->bytes) - record_size(0);
+	struct chunk *chunk;
 
-	if (size > sizeof(chunk->bytes))
-		return false;
-	if (chunk && size <= sizeof(chunk->bytes) - chunk->end)
+	if (size <= most && outbox->last->end <= most - size)
 		return true;
-	chunk = new_chunk(outbox);
+	chunk = size <= most ? new_chunk(outbox) : NULL;
 	if (!chunk)
 		return false;
-	if (outbox->last)
-		outbox->last->next = chunk;
-	else
-		outbox->first = chunk;
+	outbox->last->next = chunk;
 	outbox->last = chunk;
 	return true;
 }
 
-/* make_room() was called for it. */
+/* There is room for it in the last chunk. */
 static void append(struct vf_outbox *outbox, const struct vf_outgoing *out)
 {
 	struct chunk *chunk = outbox->last;
@@ -172,8 +157,7 @@ static void add_overflow(struct vf_outbox *outbox)
 {
 	struct vf_outgoing out = {.element.mask = VF_FS_Q_OVERFLOW, .seen_ns = now_ns()};
 
-	/* Without memory the next loss tries again. */
-	if (outbox->overflow_waits || !make_room(outbox, record_size(0)))
+	if (outbox->overflow_waits)
 		return;
 	append(outbox, &out);
 	outbox->overflow_waits = true;
@@ -296,18 +280,30 @@ void vf_outbox_detach(struct vf_outbox *outbox, struct vf_sink *sink)
 
 /* ---- the rest -------------------------------------------------------------- */
 
+struct vf_outbox *vf_outbox_new(uint32_t max_elements, struct vf_trace *trace, int *error)
+{
+	struct vf_outbox *outbox = calloc(1, sizeof(*outbox));
+
+	*error = -ENOMEM;
+	if (!outbox)
+		return NULL;
+	outbox->first = outbox->last = new_chunk(outbox);
+	if (!outbox->first) {
+		free(outbox);
+		return NULL;
+	}
+	*error = 0;
+	pthread_mutex_init(&outbox->lock, NULL);
+	outbox->trace = trace;
+	outbox->max_elements = max_elements;
+	return outbox;
+}
+
 void vf_outbox_clear(struct vf_outbox *outbox)
 {
 	pthread_mutex_lock(&outbox->lock);
-	while (outbox->first) {
-		struct chunk *chunk = outbox->first;
-
-		outbox->first = chunk->next;
-		drop_chunk(outbox, chunk);
-	}
-	outbox->last = NULL;
-	outbox->newest = NULL;
-	outbox->depth = 0;
+	while (oldest(outbox))
+		remove_oldest(outbox);
 	outbox->overflow_waits = false;
 	pthread_mutex_unlock(&outbox->lock);
 }
@@ -317,6 +313,7 @@ void vf_outbox_free(struct vf_outbox *outbox)
 	if (!outbox)
 		return;
 	vf_outbox_clear(outbox);
+	munmap(outbox->first, CHUNK_SIZE);
 	if (outbox->spare)
 		munmap(outbox->spare, CHUNK_SIZE);
 	pthread_mutex_destroy(&outbox->lock);
