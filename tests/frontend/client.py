@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from tests.frontend import fsnotify
 from tests.frontend import fuse_abi as abi
 from tests.frontend import operations as op
 from tests.frontend.fuse_abi import InitFlag, SetattrValid
@@ -82,6 +83,16 @@ class FuseClient:
 
     def destroy(self) -> None:
         self.call(op.destroy())
+
+    def fsnotify_init(
+        self,
+        flags: int = fsnotify.Granted.VIRTQUEUE | fsnotify.Granted.RENAME | fsnotify.Granted.CHILD,
+        mask: int = fsnotify.ALL_EVENTS,
+    ) -> fsnotify.InitAnswer:
+        return self.call(fsnotify.init(flags, mask))
+
+    def watch(self, nodeid: int, mask: int, generation: int = 0) -> None:
+        self.call(fsnotify.watch(nodeid, mask, generation))
 
     def statfs(self, nodeid: int) -> abi.Statfs:
         return self.call(op.statfs(nodeid))

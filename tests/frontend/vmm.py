@@ -56,10 +56,16 @@ class Machine:
     protocol_features: ProtocolFeature = ALL_PROTOCOL_FEATURES
     queue_size: int = 128
     hiprio_queue_size: int | None = None
+    notification_queue_size: int | None = None
     request_queues: int = 1
     guest_addrs: tuple[int, ...] = (0,)
     region_bytes: int = 64 << 20
     timeout_s: float = DEFAULT_TIMEOUT_S
+
+    def with_notifications(self, queue_size: int | None = None) -> Machine:
+        """The same machine whose driver and VMM know the notification queue."""
+        size = queue_size or self.notification_queue_size
+        return replace(self, features=self.features | Feature.FS_NOTIFICATION, notification_queue_size=size)
 
     def with_regions(self, count: int) -> Machine:
         """The same machine with its memory in several places."""
@@ -236,6 +242,8 @@ class Vmm:
         default = self.machine.queue_size
         if index == 0 and self.machine.hiprio_queue_size is not None:
             default = self.machine.hiprio_queue_size
+        if index == 1 and self.has_notification_queue:
+            default = self.machine.notification_queue_size or default
         return Virtqueue(
             self.memory,
             size or default,
