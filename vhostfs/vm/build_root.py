@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,26 +64,32 @@ class BuildRoot:
 
     def _entry(self) -> list[str]:
         """The words that run what follows them inside the root."""
+        said = "no message"
+        for entry in self._entries():
+            tried = _run([*entry, "true"])
+            if tried.returncode == 0:
+                return entry
+            said = tried.stdout.strip() or said
+        raise VmError(
+            f"cannot enter the build environment ({said.splitlines()[-1]}): run this once as root, or allow "
+            "user namespaces (sysctl kernel.unprivileged_userns_clone=1, "
+            "kernel.apparmor_restrict_unprivileged_userns=0)"
+        )
+
+    def _entries(self) -> Iterator[list[str]]:
+        """Ways to enter, the best first."""
         root = str(self.path)
-        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        in_namespace = ["unshare", *user, "--mount", "sh", "-c", _ENTER_NAMESPACE, "sh", root]
-        tried = _run([*in_namespace, "true"])
-        if tried.returncode == 0:
-            return in_namespace
+        in_root = ["--mount", "sh", "-c", _ENTER_NAMESPACE, "sh", root]
+        if os.geteuid() == 0:
+            yield ["unshare", *in_root]
+        yield ["unshare", "--user", "--map-root-user", *in_root]
         if os.geteuid() == 0:
             # In a container that may not mount but may chroot; enough for the kernels of Debian 12.
             null = self.path / "dev/null"
             if not null.is_char_device():
                 null.unlink(missing_ok=True)
                 _run(["mknod", "-m", "666", str(null), "c", "1", "3"])
-            by_chroot = ["chroot", root]
-            if null.is_char_device() and _run([*by_chroot, "true"]).returncode == 0:
-                return by_chroot
-        said = (tried.stdout.strip().splitlines() or ["no message"])[-1]
-        raise VmError(
-            f"cannot enter the build environment ({said}): run this once as root, or allow user namespaces "
-            "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"
-        )
+            yield ["chroot", root]
 
 
 def provide_build_root(release: Release, cache: Path, progress: Progress = quiet) -> BuildRoot:
