@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import uvloop
 
+from .fuse.fsnotify import NOTIFY_BUF_SIZE_BYTES, EventAbilities, FsnotifyFlag
 from .fuse.init import SessionOptions
 from .fuse.operations import Operations
 from .fuse.upcalls import Upcalls
@@ -23,6 +24,7 @@ from .share.native_share import Share
 from .vhost_user.device import DeviceOptions
 from .vhost_user.transport import Listener
 from .virtio.config import FsConfig
+from .virtio.features import VirtioFeature
 from .virtio.queues import NativeDevice
 
 _log = logging.getLogger("vhostfs.server")
@@ -34,6 +36,18 @@ GRACE_S = 10.0
 """After a stop signal, for requests under way (a dead network file system may hold one for ever)."""
 
 STUCK_EXIT_STATUS = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventOptions:
+    """Events that the share has begun to read, as far as a guest and people are concerned."""
+
+    mask: int
+    """FS_* bits that elements can carry."""
+    joins_renames: bool
+    max_watches: int
+    source: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +63,29 @@ class ServerOptions:
     num_request_queues: int = 1
     readonly: bool = False
     once: bool = False
+    events: EventOptions | None = None
 
 
 def device_options(options: ServerOptions) -> DeviceOptions:
     """What a front end is offered."""
     config = b""
+    notification = options.events is not None
     if options.tag is not None:
-        config = FsConfig(options.tag, options.num_request_queues).pack()
-    return DeviceOptions(max_queues=max(MIN_QUEUES, 2 + options.num_request_queues), config=config)
+        notify_buf_size_bytes = NOTIFY_BUF_SIZE_BYTES if notification else 0
+        config = FsConfig(options.tag, options.num_request_queues, notify_buf_size_bytes).pack()
+    return DeviceOptions(
+        max_queues=max(MIN_QUEUES, 2 + options.num_request_queues), config=config, notification=notification
+    )
+
+
+def event_abilities(options: EventOptions, features_acked: int) -> EventAbilities:
+    """What can be done for a driver that has acked these virtio features."""
+    flags = FsnotifyFlag.CHILD
+    if options.joins_renames:
+        flags |= FsnotifyFlag.RENAME
+    if features_acked & VirtioFeature.FS_NOTIFICATION:
+        flags |= FsnotifyFlag.VIRTQUEUE
+    return EventAbilities(flags=int(flags), mask=options.mask, max_watches=options.max_watches)
 
 
 async def serve(
@@ -67,14 +96,21 @@ async def serve(
     listen_socket listens already; it and share stay the caller's. Raises TagError.
     """
     offer = device_options(options)
-    upcalls = Upcalls(share, Operations(share, options.session, readonly=options.readonly).table)
+    events = options.events
+    operations = Operations(
+        share,
+        options.session,
+        readonly=options.readonly,
+        event_abilities=None if events is None else lambda: event_abilities(events, listener.features_acked),
+    )
     listener = Listener(
         listen_socket,
         offer,
         new_back_end=lambda: NativeDevice(share, offer.max_queues),
-        end_session=share.end_session,
+        end_session=operations.end_session,
         once=options.once,
     )
+    upcalls = Upcalls(share, operations.table)
     relay = asyncio.ensure_future(stop.wait())
     relay.add_done_callback(lambda _task: listener.stop())
     try:

@@ -38,7 +38,7 @@ def test_the_init_reply_is_that_of_the_kernel_header() -> None:
 
 
 def test_the_last_numbers_are_those_of_the_protocol() -> None:
-    assert max(Opcode).value == 53
+    assert max(opcode for opcode in Opcode if opcode < Opcode.FSNOTIFY_INIT) == 53
     assert max(InitFlag).value == 1 << 43
 
 

@@ -18,7 +18,10 @@ from .serve_options import add_arguments as add_serve_arguments
 from .serve_options import ignored_options, options_from
 
 if TYPE_CHECKING:
+    from ..events.records import EventsConfig
+    from ..events.source import EventSource
     from ..fuse.init import SessionOptions
+    from ..server import EventOptions
     from ..share.limits import DescriptorBudget
     from ..share.native_share import ShareConfig
     from ..share.options import HandleMode, ServeOptions
@@ -75,6 +78,8 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
     import concurrent.futures.thread  # noqa: F401 (asyncio looks it up when the first thread is wanted)
     import encodings.idna  # noqa: F401 (socket's, for any address)
 
+    from ..events.kernel import RunningKernel
+    from ..events.source import choose_source
     from ..server import ServerOptions, run_server
     from ..share.capabilities import Capability
     from ..share.limits import (
@@ -86,14 +91,14 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
         split_descriptors,
     )
     from ..share.native_share import Share
-    from ..share.options import HandleMode
+    from ..share.options import EventsMode, HandleMode
     from ..share.sandbox import enter_sandbox
 
     limit, warning = raise_nofile_limit(options.rlimit_nofile)
     if warning is not None:
         _log.info("%s", warning)
     file_system = file_system_name(shared_dir)
-    settled: list[tuple[HandleMode, DescriptorBudget]] = []
+    settled: list[tuple[HandleMode, DescriptorBudget, EventSource | None]] = []
 
     def while_privileged(root_fd: int) -> frozenset[Capability]:
         probe = probe_file_handles(root_fd, file_system)
@@ -101,8 +106,20 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
             probe = probe.without_permission()
         mode = decide_handle_mode(options.inode_file_handles, probe)
         budget = split_descriptors(limit, mode, options.thread_pool_size)
-        settled.append((mode, budget))
         _log.info("%s", describe_inodes(options.inode_file_handles, mode, probe, budget))
+        source = None
+        if options.events_wanted:
+            source = choose_source(
+                options.events,
+                root_fd,
+                RunningKernel(),
+                handle_errno=probe.encode_errno,
+                use_rename=options.fan_rename,
+            )
+            _log.info("%s", source)
+        elif options.events is not EventsMode.OFF:
+            _log.info("events: off, because no --tag is given: the guest could not learn of them")
+        settled.append((mode, budget, source))
         return frozenset() if mode is HandleMode.NEVER else frozenset({Capability.DAC_READ_SEARCH})
 
     walls = enter_sandbox(
@@ -113,7 +130,7 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
         when_ended=listener.remove_files,
         while_privileged=while_privileged,
     )
-    ((mode, budget),) = settled
+    ((mode, budget, source),) = settled
     share = Share(_share_config(options, walls, mode, budget))
     # The share has its own duplicates.
     os.close(walls.root_fd)
@@ -124,13 +141,46 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
         num_request_queues=options.num_request_queues,
         readonly=options.readonly,
         once=options.once,
+        events=None if source is None else _event_options(options, source),
     )
+    if source is not None:
+        share.start_events(_events_config(options, source))
     place = options.socket_path or f"descriptor {options.listen_fd}"
     _log.info("serving %s at %s (sandbox: %s)", options.shared_dir, place, options.sandbox.value)
     try:
         return run_server(listener.socket, share, server_options)
     finally:
         share.close()
+
+
+def _events_config(options: ServeOptions, source: EventSource) -> EventsConfig:
+    from ..events.records import EventsConfig, NativeSource
+    from ..fuse.fsnotify import NOTIFY_BUF_SIZE_BYTES
+    from ..share.options import EventsMode
+
+    is_inotify = source.mode is EventsMode.INOTIFY
+    return EventsConfig(
+        source=NativeSource.INOTIFY if is_inotify else NativeSource.FANOTIFY,
+        source_fd=source.fd,
+        filesystem_mask=source.filesystem_mask,
+        host_mask=source.host_mask,
+        max_queued=options.event_queue,
+        max_watches=options.max_watches,
+        notify_buf_size_bytes=NOTIFY_BUF_SIZE_BYTES,
+    )
+
+
+def _event_options(options: ServeOptions, source: EventSource) -> EventOptions:
+    from ..events.masks import DELIVERABLE
+    from ..server import EventOptions
+
+    return EventOptions(
+        mask=source.host_mask & DELIVERABLE,
+        joins_renames=source.joins_renames,
+        max_watches=options.max_watches,
+        reason=source.reason,
+        source=source.mode.value,
+    )
 
 
 def _session_options(options: ServeOptions) -> SessionOptions:

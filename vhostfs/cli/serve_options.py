@@ -15,6 +15,7 @@ from ..share.capabilities import parse_modcaps
 from ..share.idmap import parse_namespace_range, parse_translation
 from ..share.options import (
     CacheMode,
+    EventsMode,
     HandleMode,
     LogLevel,
     OptionError,
@@ -55,6 +56,7 @@ _CACHE = choice(
 _SANDBOX = choice({mode.value: mode for mode in SandboxMode})
 _SECCOMP = choice({action.value: action for action in SeccompAction})
 _HANDLES = choice({mode.name.lower(): mode for mode in HandleMode}, hidden={"fallback": HandleMode.PREFER})
+_EVENTS = choice({mode.value: mode for mode in EventsMode})
 _LOG_LEVEL = choice(
     {level.value: level for level in LogLevel}, hidden={"err": LogLevel.ERROR, "warning": LogLevel.WARN}
 )
@@ -89,6 +91,7 @@ def add_arguments(parser: Parser) -> None:
     _add_connection(parser)
     _add_caching(parser)
     _add_features(parser)
+    _add_events(parser)
     _add_ids(parser)
     _add_walls(parser)
     _add_logging(parser)
@@ -187,6 +190,41 @@ def _add_features(parser: Parser) -> None:
     _switch(add, "announce-submounts", None, "hide from the guest which directories are mount points")
     _switch(add, "killpriv-v2", "the host clears set-id bits on writes (saves requests)", None)
     add("--preserve-noatime", action="store_true", help="pass O_NOATIME on, which fails for files of others")
+
+
+def _add_events(parser: Parser) -> None:
+    add = _adder(parser, "changes on the host, told to the guest (docs/events.md)")
+    add(
+        "--events",
+        metavar="SOURCE",
+        type=_EVENTS,
+        help="auto; fanotify, also fanotify:filesystem and fanotify:inodes to choose what is marked; "
+        "inotify; off (default: auto; needs --tag)",
+    )
+    add(
+        "--event-queue",
+        metavar="N",
+        type=whole_number,
+        help="events that wait for a slow guest; it is told when more were lost (default: 131072)",
+    )
+    add(
+        "--max-watches",
+        metavar="N",
+        type=whole_number,
+        help="files and directories that the guest may watch (default: 524288)",
+    )
+    add(
+        "--control-socket",
+        metavar="PATH",
+        help="socket for `vhostfs watch` and `vhostfs stats` (default: that of --socket-path and .ctl)",
+    )
+    add(
+        "--no-control-socket",
+        dest="control_socket_wanted",
+        action="store_false",
+        help="do not make one",
+    )
+    _switch(add, "fan-rename", None, None)
 
 
 def _add_ids(parser: Parser) -> None:

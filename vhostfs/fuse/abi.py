@@ -71,6 +71,10 @@ class Opcode(enum.IntEnum):
     TMPFILE = 51
     STATX = 52
     COPY_FILE_RANGE_64 = 53
+    # Our own, far from the upstream numbers: docs/protocol.md.
+    FSNOTIFY_INIT = 0x5800
+    FSNOTIFY_WATCH = 0x5801
+    FSNOTIFY_PARK = 0x5802
 
 
 class InitFlag(enum.IntFlag):

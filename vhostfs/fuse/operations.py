@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FUSE operations that Python decides: INIT, DESTROY, IOCTL.
+"""The FUSE operations that Python decides: INIT, DESTROY, IOCTL, FSNOTIFY_INIT.
 
 Must not know rings or how requests arrive (upcalls.py); everything else is done in native/.
 Source: include/uapi/linux/fuse.h; ioctl numbers: include/uapi/linux/fs.h.
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from .abi import InitIn, IoctlIn, Opcode, pack_ioctl
+from .fsnotify import EventAbilities, FsnotifyAnswer, FsnotifyFlag, FsnotifyInitIn, negotiate_events
 from .init import SessionOptions, negotiate
 
 _log = logging.getLogger("vhostfs.fuse")
@@ -39,6 +40,7 @@ class Tree(Protocol):
     def start_session(self, init_flags: int, max_write_bytes: int) -> None: ...
     def end_session(self) -> None: ...
     def open_file(self, nodeid: int, fh: int) -> int: ...
+    def grant_events(self, flags: int, mask: int) -> None: ...
 
 
 class Request(Protocol):
@@ -59,14 +61,26 @@ Operation = Callable[[Request], bytes]
 class Operations:
     """The table of operations for one share."""
 
-    def __init__(self, tree: Tree, options: SessionOptions, *, readonly: bool) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        options: SessionOptions,
+        *,
+        readonly: bool,
+        event_abilities: Callable[[], EventAbilities] | None = None,
+    ) -> None:
+        """event_abilities: what can be offered to the driver that asks now; None: events are off."""
         self._tree = tree
         self._options = options
         self._readonly = readonly
+        self._event_abilities = event_abilities
+        self.event_answer: FsnotifyAnswer | None = None
+        """What was agreed about events in this session; None: nothing."""
         self.table: Mapping[int, Operation] = {
             Opcode.INIT: self.init,
             Opcode.DESTROY: self.destroy,
             Opcode.IOCTL: self.ioctl,
+            Opcode.FSNOTIFY_INIT: self.fsnotify_init,
         }
 
     def init(self, request: Request) -> bytes:
@@ -82,15 +96,42 @@ class Operations:
         if answer.error:
             raise OSError(answer.error, "FUSE_INIT")
         if answer.max_write_bytes:
+            self.event_answer = None
             self._tree.start_session(answer.reply.flags, answer.max_write_bytes)
             _log.info("guest mounted the share (FUSE 7.%d)", offer.minor)
         return answer.reply.pack()
 
     def destroy(self, request: Request) -> bytes:
         """The guest unmounted: what it held is forgotten."""
-        self._tree.end_session()
+        self.end_session()
         _log.info("guest unmounted the share")
         return b""
+
+    def end_session(self) -> None:
+        """The guest is gone or has unmounted: what it held and what was agreed with it is forgotten."""
+        self.event_answer = None
+        self._tree.end_session()
+
+    def fsnotify_init(self, request: Request) -> bytes:
+        """What driver and server agree on about events, once in a session."""
+        if self._event_abilities is None:
+            raise OSError(errno.ENOSYS, "FUSE_FSNOTIFY_INIT")
+        if self.event_answer is not None:
+            raise OSError(errno.EALREADY, "FUSE_FSNOTIFY_INIT")
+        try:
+            offer = FsnotifyInitIn.unpack(request.args)
+        except ValueError as error:
+            _log.warning("%s", error)
+            raise OSError(errno.EINVAL, "FUSE_FSNOTIFY_INIT") from None
+        answer = negotiate_events(offer, self._event_abilities())
+        _log.log(logging.WARNING if answer.error else logging.INFO, "%s", answer.note)
+        if answer.error:
+            raise OSError(answer.error, "FUSE_FSNOTIFY_INIT")
+        # Without a way for events to travel none are made.
+        if answer.reply.flags & (FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED):
+            self._tree.grant_events(answer.reply.flags, answer.driver_mask)
+        self.event_answer = answer
+        return answer.reply.pack()
 
     def ioctl(self, request: Request) -> bytes:
         """Attribute flags and project ids of files; anything else is for devices, which the guest has."""

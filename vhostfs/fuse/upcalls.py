@@ -23,7 +23,7 @@ THREADS = 4
 TURN = 64
 """Requests taken in one turn of the loop: a guest that floods must not keep it from signals and messages."""
 # A session begins and ends alone: two at once would each wait for the other's requests.
-_SESSION = frozenset({Opcode.INIT, Opcode.DESTROY})
+_SESSION = frozenset({Opcode.INIT, Opcode.DESTROY, Opcode.FSNOTIFY_INIT})
 
 
 class Upcalls:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C core's share as a Python object: configuration in, sessions, upcalls and counters out.
+"""The C core's share as a Python object: configuration in, sessions, upcalls, events and counters out.
 
 Must not know vhost-user or what an upcall means.
 Specification: native/api.h.
@@ -7,16 +7,19 @@ Specification: native/api.h.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from typing import Any
 
 from .._native import ffi, lib
+from ..events.records import COUNTERS, EventFate, EventsConfig, EventsStats, EventTrace
 from .idmap import IdRule
 from .options import CacheMode, HandleMode
 from .xattrmap import XattrRule
 
 LOCK_WAITERS = 256
+_NOTICE_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +148,71 @@ class Share:
         return ShareStats(
             native.inodes, native.inode_fds, native.open_files, native.lock_waiters, native.requests
         )
+
+    # ---- events
+
+    def start_events(self, config: EventsConfig) -> None:
+        """Begins to read the host's events, until close(). Once, before the first session.
+
+        source_fd is handed over, also when this fails.
+        """
+        native = ffi.new("struct vf_events_config *")
+        native.source = int(config.source)
+        native.source_fd = config.source_fd
+        native.filesystem_mask = config.filesystem_mask
+        native.host_mask = config.host_mask
+        native.max_queued = config.max_queued
+        native.max_watches = config.max_watches
+        native.notify_buf_size = config.notify_buf_size_bytes
+        result = lib.vf_share_start_events(self.native, native)
+        if result != -errno.ENOSYS:  # a core that cannot yet: offered all the same
+            _checked(result)
+
+    def grant_events(self, flags: int, mask: int) -> None:
+        """What FUSE_FSNOTIFY_INIT granted for this session: FsnotifyFlag and FS_* bits."""
+        result = lib.vf_share_grant_events(self.native, flags, mask)
+        if result != -errno.ENOSYS:
+            _checked(result)
+
+    def events_stats(self) -> EventsStats:
+        """All 0 when no events were started."""
+        native = ffi.new("struct vf_events_stats *")
+        lib.vf_share_get_events_stats(self.native, native)
+        counters = {name: getattr(native, name) for name in COUNTERS}
+        return EventsStats(**counters, latency=tuple(native.latency))
+
+    def trace_events(self, *, is_on: bool) -> None:
+        """Whether what becomes of each event is recorded, for next_event_trace()."""
+        lib.vf_share_trace_events(self.native, is_on)
+
+    def next_event_trace(self) -> EventTrace | None:
+        """The oldest that was recorded; None when none waits."""
+        native = ffi.new("struct vf_event_trace *")
+        if lib.vf_share_next_event_trace(self.native, native) != 1:
+            return None
+        return EventTrace(
+            native.time_ns,
+            native.nodeid,
+            native.child_nodeid,
+            native.mask,
+            native.cookie,
+            EventFate(native.fate),
+            native.pid,
+            native.skipped,
+            bytes(ffi.buffer(native.name, native.namelen)),
+        )
+
+    def next_event_notice(self) -> str | None:
+        """A line for the log; None when none waits."""
+        text = ffi.new("char[]", _NOTICE_BYTES)
+        if lib.vf_share_next_event_notice(self.native, text, _NOTICE_BYTES) != 1:
+            return None
+        return ffi.string(text).decode(errors="replace")
+
+    @property
+    def events_fd(self) -> int:
+        """Readable when a trace or a notice waits; -1 when no events were started."""
+        return lib.vf_share_events_fd(self.native)
 
 
 def _checked(result: int) -> int:

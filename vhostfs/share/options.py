@@ -20,6 +20,9 @@ TAG_MAX_BYTES = 36  # struct virtio_fs_config.tag
 MAX_REQUEST_QUEUES = 64
 MAX_THREAD_POOL_SIZE = 1024
 MAX_TIMEOUT_S = 366 * 86400.0
+MAX_EVENT_QUEUE = 1 << 24  # elements; some 5 GB when all names are long
+MAX_WATCHES = 1 << 24
+CONTROL_SUFFIX = ".ctl"
 
 
 class OptionError(UserError):
@@ -58,6 +61,17 @@ class SeccompAction(enum.Enum):
     KILL = "kill"
     LOG = "log"
     TRAP = "trap"
+
+
+class EventsMode(enum.Enum):
+    """--events: where changes on the host are learnt from, to be told to the guest."""
+
+    AUTO = "auto"
+    FANOTIFY = "fanotify"  # either of the next two, the first where it is permitted
+    FANOTIFY_FILESYSTEM = "fanotify:filesystem"
+    FANOTIFY_INODES = "fanotify:inodes"
+    INOTIFY = "inotify"
+    OFF = "off"
 
 
 class LogLevel(enum.Enum):
@@ -119,6 +133,13 @@ class ServeOptions:
     translate_uid: tuple[IdRule, ...] = ()
     translate_gid: tuple[IdRule, ...] = ()
 
+    events: EventsMode = EventsMode.AUTO
+    event_queue: int = 131072  # elements that wait for a slow guest
+    max_watches: int = 524288  # what systems that watch large trees allow inotify
+    fan_rename: bool = True  # False: as if the kernel had none
+    control_socket: str | None = None  # None: CONTROL_SUFFIX behind socket_path
+    control_socket_wanted: bool = True
+
     log_level: LogLevel = LogLevel.INFO
     syslog: bool = False
 
@@ -126,6 +147,7 @@ class ServeOptions:
         self._check_socket()
         self._check_numbers()
         self._check_ids()
+        self._check_events()
 
     def _check_socket(self) -> None:
         if not self.shared_dir:
@@ -145,6 +167,22 @@ class ServeOptions:
         if self.tag is not None and not 1 <= len(os.fsencode(self.tag)) <= TAG_MAX_BYTES:
             raise OptionError(
                 f"--tag='{self.tag}' has {len(os.fsencode(self.tag))} bytes; it may have 1 to {TAG_MAX_BYTES}"
+            )
+
+        if self.control_socket == "":
+            raise OptionError("--control-socket is empty; give a path, or --no-control-socket")
+        if self.control_socket is not None and self.control_socket == self.socket_path:
+            raise OptionError("--control-socket and --socket-path name the same file; the VMM needs its own")
+
+    def _check_events(self) -> None:
+        if not 1 <= self.event_queue <= MAX_EVENT_QUEUE:
+            raise OptionError(f"--event-queue={self.event_queue}: 1 to {MAX_EVENT_QUEUE} are possible")
+        if not 1 <= self.max_watches <= MAX_WATCHES:
+            raise OptionError(f"--max-watches={self.max_watches}: 1 to {MAX_WATCHES} are possible")
+        if self.tag is None and self.events not in (EventsMode.AUTO, EventsMode.OFF):
+            raise OptionError(
+                f"--events={self.events.value} needs --tag=TAG: the guest learns of the notification queue "
+                f"from the configuration space, which has the tag in it"
             )
 
     def _check_numbers(self) -> None:
@@ -191,6 +229,20 @@ class ServeOptions:
     def readdirplus_wanted(self) -> bool:
         """READDIRPLUS fills caches, so it is off where there are none to keep."""
         return self.readdirplus and self.cache is not CacheMode.NEVER
+
+    @property
+    def events_wanted(self) -> bool:
+        """Whether the host's events are offered, which takes a configuration space and so a tag."""
+        return self.events is not EventsMode.OFF and self.tag is not None
+
+    @property
+    def control_path(self) -> str | None:
+        """Where the control socket is made; None: nowhere."""
+        if not self.control_socket_wanted:
+            return None
+        if self.control_socket is None and self.socket_path is not None:
+            return self.socket_path + CONTROL_SUFFIX
+        return self.control_socket
 
     @property
     def cache_timeout_s(self) -> float:

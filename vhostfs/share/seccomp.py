@@ -16,6 +16,8 @@ _FILES = (
     "readlink readlinkat readv removexattr renameat renameat2 sendfile setxattr splice stat statfs statx "
     "symlinkat sync_file_range syncfs truncate umask unlink unlinkat utimensat write writev"
 )
+# Host events. The group itself is made while the server still has its rights.
+_EVENTS = "fanotify_mark inotify_add_watch inotify_rm_watch"
 # Acting as the guest's callers: per-thread credentials.
 _CREDENTIALS = (
     "capget capset getegid geteuid getgid getgroups getresgid getresuid getuid prctl setfsgid setfsuid "
@@ -40,5 +42,5 @@ _PROCESS = (
 )
 
 ALLOWED_SYSTEM_CALLS: tuple[str, ...] = tuple(
-    sorted(" ".join((_FILES, _CREDENTIALS, _CONNECTION, _PROCESS)).split())
+    sorted(" ".join((_FILES, _EVENTS, _CREDENTIALS, _CONNECTION, _PROCESS)).split())
 )

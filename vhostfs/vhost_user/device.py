@@ -235,6 +235,11 @@ class Device:
         return self._reader.is_between_messages and self._steps is None
 
     @property
+    def features_acked(self) -> int:
+        """Virtio feature bits that the driver has acked; 0 before SET_FEATURES and after a reset."""
+        return self._features
+
+    @property
     def negotiated(self) -> Negotiated:
         """A snapshot of what was agreed."""
         return Negotiated(

@@ -98,6 +98,12 @@ class Listener:
         self.connection: Connection | None = None
         """The front end that is connected now."""
 
+    @property
+    def features_acked(self) -> int:
+        """Virtio feature bits that the driver has acked by now; 0 while nobody is connected."""
+        connection = self.connection
+        return 0 if connection is None else connection.device.features_acked
+
     def stop(self) -> None:
         """Ends the connection in order, then run() returns."""
         self._stop.set()

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FUSE_FSNOTIFY_INIT: what driver and server agree on about events; a pure function of what each can do.
+
+Must not know sockets, rings, the C core or where events come from. All integers are little-endian.
+Specification: docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import struct
+from dataclasses import dataclass
+
+FSNOTIFY_MAJOR = 1
+FSNOTIFY_MINOR = 0
+
+NOTIFY_BUF_SIZE_BYTES = 320
+"""Largest element: fuse_out_header (16), the fixed part (48) and a name of 255 bytes, rounded up to 8."""
+
+_VERSION = struct.Struct("<II")
+_INIT_IN = struct.Struct("<IIQQII")
+_INIT_OUT = struct.Struct("<IIQQIIII")
+
+FSNOTIFY_INIT_IN_BYTES = _INIT_IN.size
+FSNOTIFY_INIT_OUT_BYTES = _INIT_OUT.size
+
+
+class FsnotifyFlag(enum.IntFlag):
+    """Flags of FUSE_FSNOTIFY_INIT."""
+
+    VIRTQUEUE = 1 << 0
+    """Notifications travel on virtqueue 1; needs the feature bit."""
+    PARKED = 1 << 1
+    """Notifications answer parked requests."""
+    WATCH_ALL = 1 << 2
+    """On every inode that the guest holds, without watch requests."""
+    RENAME = 1 << 3
+    """Renames come as SPLIT_RENAME pairs."""
+    CHILD = 1 << 4
+    """child_nodeid and child_generation are filled."""
+    INVALIDATE = 1 << 5
+    """Every change to an inode that the guest holds is reported, watched or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class FsnotifyInitIn:
+    """What the driver asks for. Of a newer minor, the part that is known here."""
+
+    major: int
+    minor: int
+    flags: int = 0
+    mask: int = 0
+    """FS_* bits that the driver can raise."""
+    buf_size_bytes: int = 0
+    """Size of the buffers in which the driver takes elements, fuse_out_header included."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> FsnotifyInitIn:
+        """Raises ValueError when it is too short. Of another major only the version is read."""
+        if len(data) < _VERSION.size:
+            raise ValueError(
+                f"FUSE_FSNOTIFY_INIT of {len(data)} bytes, at least {_VERSION.size} hold a version"
+            )
+        major, minor = _VERSION.unpack_from(data)
+        if major != FSNOTIFY_MAJOR:
+            return cls(major, minor)
+        if len(data) < _INIT_IN.size:
+            raise ValueError(f"FUSE_FSNOTIFY_INIT of {len(data)} bytes, at least {_INIT_IN.size} are needed")
+        _, _, flags, mask, buf_size, _reserved = _INIT_IN.unpack_from(data)
+        return cls(major, minor, flags, mask, buf_size)
+
+
+@dataclass(frozen=True, slots=True)
+class FsnotifyInitOut:
+    """The answer, 40 bytes."""
+
+    minor: int = FSNOTIFY_MINOR
+    flags: int = 0
+    mask: int = 0
+    """FS_* bits that the host can report."""
+    notify_buf_size_bytes: int = NOTIFY_BUF_SIZE_BYTES
+    max_watches: int = 0
+    max_parked: int = 0
+
+    def pack(self) -> bytes:
+        return _INIT_OUT.pack(
+            FSNOTIFY_MAJOR,
+            self.minor,
+            self.flags,
+            self.mask,
+            self.notify_buf_size_bytes,
+            self.max_watches,
+            self.max_parked,
+            0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventAbilities:
+    """What the server can do for the session that asks.
+
+    flags: granted if wanted; VIRTQUEUE is among them only when the driver acked the feature bit.
+    """
+
+    flags: int
+    mask: int
+    max_watches: int
+    notify_buf_size_bytes: int = NOTIFY_BUF_SIZE_BYTES
+    max_parked: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FsnotifyAnswer:
+    """error: 0 or a positive errno, and then reply means nothing. note: one line for the log.
+
+    driver_mask: FS_* bits that both sides know, of which elements are made.
+    """
+
+    error: int
+    reply: FsnotifyInitOut
+    note: str
+    driver_mask: int = 0
+
+
+def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> FsnotifyAnswer:
+    """
+    Answers FUSE_FSNOTIFY_INIT.
+
+    Another major: EPROTO, for no field but the version means the same. A smaller buffer than the largest
+    element: EINVAL, and not events that are missing when a name happens to be long. An older minor is
+    answered with its own number, a newer one with ours; what either lacks is not used.
+    """
+    if offer.major != FSNOTIFY_MAJOR:
+        seen = f"version {offer.major}.{offer.minor}, expected {FSNOTIFY_MAJOR}.x"
+        return _refused(errno.EPROTO, seen)
+    if offer.buf_size_bytes < abilities.notify_buf_size_bytes:
+        needed = abilities.notify_buf_size_bytes
+        return _refused(errno.EINVAL, f"its buffers hold {offer.buf_size_bytes} bytes, {needed} are needed")
+    granted = FsnotifyFlag(offer.flags & abilities.flags)
+    mask = offer.mask & abilities.mask
+    if not mask:
+        return _refused(errno.EINVAL, f"it can raise no event that the host can report ({offer.mask:#x})")
+    reply = FsnotifyInitOut(
+        minor=min(offer.minor, FSNOTIFY_MINOR),
+        flags=int(granted),
+        mask=abilities.mask,
+        notify_buf_size_bytes=abilities.notify_buf_size_bytes,
+        max_watches=abilities.max_watches,
+        max_parked=abilities.max_parked if granted & FsnotifyFlag.PARKED else 0,
+    )
+    return FsnotifyAnswer(0, reply, _describe(offer, granted), mask)
+
+
+def _refused(error: int, seen: str) -> FsnotifyAnswer:
+    note = f"events for the guest: its driver's offer is refused: {seen} ({errno.errorcode[error]})"
+    return FsnotifyAnswer(error, FsnotifyInitOut(), note)
+
+
+def flag_list(flags: int) -> list[str]:
+    """Names of the flags set, lowest first; unknown ones by number, as BIT9."""
+    known = {member.value: member.name for member in FsnotifyFlag}
+    return [known.get(1 << bit) or f"BIT{bit}" for bit in range(flags.bit_length()) if flags >> bit & 1]
+
+
+def _describe(offer: FsnotifyInitIn, granted: FsnotifyFlag) -> str:
+    version = f"driver {offer.major}.{offer.minor}"
+    extras = [name.lower() for name in flag_list(granted & ~(FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED))]
+    details = ", ".join([version, *extras])
+    if granted & FsnotifyFlag.VIRTQUEUE:
+        return f"events for the guest: by the notification queue ({details})"
+    missing = "its driver did not ask for the notification queue"
+    if offer.flags & FsnotifyFlag.VIRTQUEUE:
+        missing = "VIRTIO_FS_F_NOTIFICATION was not accepted; does the VMM pass it?"
+    return f"events for the guest: none ({details}): {missing}"
