@@ -2,11 +2,11 @@
 /*
  * What the parts of the C core share: requests, threads, the share.
  *
- * The way of a request: ring.c takes a descriptor chain, device.c makes a
+ * The way of a request: ring.c takes a descriptor chain, request_queue.c makes a
  * vf_req of it (all of it copied out of guest memory but bulk data),
  * dispatch.c finds the operation by opcode, the operation (op_*.c) works on
  * inodes (inode.c) and open files (file.c) and leaves its answer in the
- * thread's reply buffer or straight in guest memory; device.c puts it on the
+ * thread's reply buffer or straight in guest memory; request_queue.c puts it on the
  * used ring.  Operations know nothing of rings.
  */
 #ifndef VHOSTFS_CORE_H
@@ -251,7 +251,7 @@ struct vf_upcalls *vf_upcalls_new(int *error);
 void vf_upcalls_free(struct vf_upcalls *upcalls);
 void vf_upcalls_submit(struct vf_upcalls *upcalls, struct vf_req *r);
 
-/* device.c: runs a request on a thread that is not its queue's. */
+/* request_queue.c: runs a request on a thread that is not its queue's. */
 void vf_req_run_in_pool(struct vf_thread *t, struct vf_req *r);
 
 /* Set in init_flags while there is a session; FUSE has no flag of this number. */

@@ -140,8 +140,7 @@ static void untrim(struct vf_req *r)
 	}
 }
 
-/* Copies into out[] from byte offset on; the caller has checked that it fits. */
-static void scatter(struct vf_req *r, uint32_t offset, const void *from, uint32_t n)
+void vf_req_scatter(struct vf_req *r, uint32_t offset, const void *from, uint32_t n)
 {
 	const uint8_t *p = from;
 
@@ -175,8 +174,8 @@ uint32_t vf_req_write_reply(struct vf_req *r, int32_t result, const void *payloa
 	header.error = result < 0 ? result : 0;
 	header.len = (uint32_t)sizeof(header) + size;
 	if (size && !r->in_place)
-		scatter(r, sizeof(header), payload, size);
-	scatter(r, 0, &header, sizeof(header));
+		vf_req_scatter(r, sizeof(header), payload, size);
+	vf_req_scatter(r, 0, &header, sizeof(header));
 	return header.len;
 }
 

@@ -175,6 +175,13 @@ bool vf_ring_has_work(const struct vf_ring *ring)
 	return load_acquire(&ring->avail->idx) != ring->next_avail;
 }
 
+uint32_t vf_ring_n_available(const struct vf_ring *ring)
+{
+	uint16_t n = (uint16_t)(load_acquire(&ring->avail->idx) - ring->next_avail);
+
+	return n > ring->size ? 0 : n;
+}
+
 int vf_ring_take(struct vf_ring *ring, const struct vf_mem *mem, struct vf_req *r, const char **why)
 {
 	uint16_t available = (uint16_t)(load_acquire(&ring->avail->idx) - ring->next_avail);

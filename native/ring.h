@@ -41,6 +41,8 @@ int vf_ring_take(struct vf_ring *ring, const struct vf_mem *mem, struct vf_req *
 		 const char **why);
 /* True when a chain is available. */
 bool vf_ring_has_work(const struct vf_ring *ring);
+/* How many are; 0 when the driver's index makes no sense. */
+uint32_t vf_ring_n_available(const struct vf_ring *ring);
 /* Asks the driver to kick from now on; true: something is available already, so do not sleep. */
 bool vf_ring_enable_kicks(struct vf_ring *ring);
 void vf_ring_disable_kicks(struct vf_ring *ring);

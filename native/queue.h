@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A device's queues from inside: what device.c (their life, guest memory),
+ * request_queue.c and notify_queue.c (their work) share.  Nobody else
+ * includes this.
+ *
+ * Locks: device->lock guards the memory map and the list of queues (control
+ * path only); queue->lock guards the used ring and what follows it in the
+ * structure.  The available side belongs to the thread of a request queue,
+ * and to the holder of the outbox's lock in a notification queue; so does mem.
+ */
+#ifndef VHOSTFS_QUEUE_H
+#define VHOSTFS_QUEUE_H
+
+#include "fault.h"
+#include "mem.h"
+#include "ring.h"
+
+struct vf_notifier;
+
+struct vf_queue {
+	struct vf_device *device;
+	uint32_t index;
+	struct vf_ring ring;
+	struct vf_mem *ring_mem; /* keeps the ring itself mapped */
+	struct vf_mem *mem;	 /* for buffers; renewed when the map changes */
+	uint32_t mem_version;
+	pthread_t thread;
+	int kick_fd, stop_fd, epoll_fd;
+	atomic_bool stopping;
+	struct vf_notifier *notifier; /* of a notification queue, else NULL */
+
+	pthread_mutex_t lock;
+	pthread_cond_t idle;
+	int call_fd, err_fd;
+	uint32_t taken;	      /* chains taken, ever (wraps); the thread's own */
+	uint32_t finished;    /* chains returned, ever (wraps); under lock */
+	struct vf_req *spare; /* requests that ended elsewhere, to use again */
+	bool draining;	      /* its thread is at work and will see to the interrupt */
+};
+
+struct vf_device {
+	struct vf_share *share;
+	struct vf_faults faults;
+	pthread_mutex_t lock;
+	struct vf_mem *mem;
+	atomic_uint mem_version;
+	uint32_t max_queues;
+	struct vf_queue *queues[];
+};
+
+/* ---- device.c ---- */
+/* An eventfd that never blocks; -1: none. */
+void vf_signal_fd(int fd);
+/* q->mem is the device's newest map from now on. */
+void vf_queue_renew_memory(struct vf_queue *q);
+/* The queue is of no use any more: waits for vf_queue_stop(). */
+void vf_queue_wait_for_stop(struct vf_queue *q);
+/* The front end learns by the error descriptor that only a reset helps. */
+void vf_queue_signal_error(struct vf_queue *q);
+
+/* ---- request_queue.c ---- */
+void *vf_request_queue_main(void *queue);
+
+/* ---- notify_queue.c ---- */
+/* Makes q->notifier and gives it to the share's outbox; -EBUSY: another queue has it. */
+int vf_notifier_attach(struct vf_queue *q);
+/* When it returns nobody touches the ring. */
+void vf_notifier_detach(struct vf_queue *q);
+void *vf_notify_queue_main(void *queue);
+
+#endif

@@ -1,0 +1,192 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A queue of requests (hiprio or request): its thread takes chains and runs
+ * the operations; answers come from that thread or, for what waits, another.
+ */
+#include <stdio.h>
+#include <sys/epoll.h>
+
+#include "queue.h"
+#include "request.h"
+
+/* ---- completion --------------------------------------------------------- */
+
+static void finish(struct vf_req *r, int32_t result, const void *payload, bool recycle)
+{
+	struct vf_queue *q = r->queue;
+	uint32_t written = 0;
+
+	if (result != VF_NO_REPLY)
+		written = vf_req_write_reply(r, result, payload);
+	vf_mem_put(r->mem);
+	r->mem = NULL;
+	pthread_mutex_lock(&q->lock);
+	vf_ring_put(&q->ring, r->head, written);
+	if (recycle) {
+		r->next = q->spare;
+		q->spare = r;
+	}
+	if (!q->draining && vf_ring_needs_call(&q->ring))
+		vf_signal_fd(q->call_fd);
+	q->finished++;
+	if (atomic_load_explicit(&q->stopping, memory_order_relaxed))
+		pthread_cond_signal(&q->idle);
+	pthread_mutex_unlock(&q->lock);
+}
+
+void vf_req_complete(struct vf_req *r, int error, const void *payload, uint32_t size)
+{
+	r->in_place = false;
+	finish(r, error ? error : (int32_t)size, payload, true);
+}
+
+/* True: the request has ended and is the caller's to use again or to recycle. */
+static bool run(struct vf_thread *t, struct vf_req *r, bool recycle)
+{
+	int32_t result = vf_dispatch(t, r);
+
+	if (result == VF_ASYNC)
+		return false;
+	if (result == VF_TO_POOL) {
+		vf_req_rewind(r);
+		vf_pool_submit(r->share->pool, r);
+		return false;
+	}
+	atomic_store_explicit(&t->requests,
+			      atomic_load_explicit(&t->requests, memory_order_relaxed) + 1,
+			      memory_order_relaxed);
+	finish(r, result, t->reply, recycle);
+	return true;
+}
+
+void vf_req_run_in_pool(struct vf_thread *t, struct vf_req *r)
+{
+	run(t, r, true);
+}
+
+/* ---- the queue's thread ------------------------------------------------- */
+
+static struct vf_req *new_request(struct vf_queue *q)
+{
+	struct vf_req *r;
+
+	pthread_mutex_lock(&q->lock);
+	r = q->spare;
+	if (r)
+		q->spare = r->next;
+	pthread_mutex_unlock(&q->lock);
+	if (!r) {
+		r = calloc(1, sizeof(*r));
+		if (!r)
+			return NULL;
+	}
+	r->share = q->device->share;
+	r->queue = q;
+	return r;
+}
+
+static void call_if_needed(struct vf_queue *q, bool still_draining)
+{
+	pthread_mutex_lock(&q->lock);
+	q->draining = still_draining;
+	if (vf_ring_needs_call(&q->ring))
+		vf_signal_fd(q->call_fd);
+	pthread_mutex_unlock(&q->lock);
+}
+
+/* Interrupt this often while a batch is drained, so that the guest works alongside (1 to 64
+ * measured). */
+#define CALL_EVERY 2
+
+/* Answers what is available; 0, or negative when the ring is broken. */
+static int drain(struct vf_queue *q, struct vf_thread *t)
+{
+	const char *why = "out of memory";
+	struct vf_req *r = NULL;
+	uint32_t since_call = 0;
+	int taken = 0;
+
+	pthread_mutex_lock(&q->lock);
+	q->draining = true;
+	pthread_mutex_unlock(&q->lock);
+	while (!atomic_load_explicit(&q->stopping, memory_order_relaxed)) {
+		bool ended = true;
+		int error;
+
+		if (!r)
+			r = new_request(q);
+		if (!r) {
+			taken = -ENOMEM;
+			break;
+		}
+		vf_queue_renew_memory(q);
+		taken = vf_ring_take(&q->ring, q->mem, r, &why);
+		if (taken <= 0)
+			break;
+		r->mem = vf_mem_get(q->mem);
+		q->taken++;
+		error = vf_req_parse(r);
+		if (error == -EBADMSG) {
+			why = "a request shorter than a FUSE header";
+			finish(r, VF_NO_REPLY, NULL, false);
+			taken = error;
+			break;
+		}
+		if (error)
+			finish(r, error, NULL, false);
+		else
+			ended = run(t, r, false);
+		if (!ended)
+			r = NULL;
+		if (++since_call == CALL_EVERY) {
+			since_call = 0;
+			call_if_needed(q, true);
+		}
+	}
+	if (r) {
+		pthread_mutex_lock(&q->lock);
+		r->next = q->spare;
+		q->spare = r;
+		pthread_mutex_unlock(&q->lock);
+	}
+	call_if_needed(q, false);
+	if (taken < 0)
+		vf_faults_add(&q->device->faults, (int32_t)q->index, "queue %u stopped: %s",
+			      q->index, why);
+	return taken < 0 ? taken : 0;
+}
+
+void *vf_request_queue_main(void *arg)
+{
+	struct vf_queue *q = arg;
+	struct vf_share *share = q->device->share;
+	struct vf_thread t = {.may_block = !share->config.pool_threads};
+	struct epoll_event events[2];
+	char name[16];
+
+	snprintf(name, sizeof(name), "vhostfs-vq%u", q->index);
+	int error = vf_thread_enter(&t, share, name);
+
+	if (error) {
+		vf_faults_add(&q->device->faults, (int32_t)q->index,
+			      "queue %u: its thread cannot start: %s", q->index, strerror(-error));
+		vf_queue_wait_for_stop(q);
+		return NULL;
+	}
+	while (!atomic_load(&q->stopping)) {
+		vf_ring_disable_kicks(&q->ring);
+		if (drain(q, &t) < 0) {
+			/* Only a reset helps; the front end learns it by the error descriptor. */
+			vf_queue_signal_error(q);
+			vf_queue_wait_for_stop(q);
+			break;
+		}
+		if (vf_ring_enable_kicks(&q->ring))
+			continue;
+		/* Edge-triggered: the kick descriptor need not be read. */
+		if (epoll_wait(q->epoll_fd, events, 2, -1) < 0 && errno != EINTR)
+			break;
+	}
+	vf_thread_leave(&t);
+	return NULL;
+}
