@@ -25,14 +25,15 @@ from typing import NoReturn
 from vhostfs.vm.accel import choose_accelerator
 from vhostfs.vm.agent import GuestError, RunningCommand
 from vhostfs.vm.cache import cache_root
+from vhostfs.vm.equipment import Equipment, Events, equip
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.guest import Guest
-from vhostfs.vm.image import Image, ImageSpec, build_image
+from vhostfs.vm.image import ImageSpec
 from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 from vhostfs.vm.lifeline import Lifeline
 from vhostfs.vm.machine import Accelerator, Machine, Share, smallest_memory_bytes
-from vhostfs.vm.qemu import KIT, SYSTEM, Qemu, find_qemu
-from vhostfs.vm.server import TEMPLATE_VARIABLE, ServerSpec, ShareServer
+from vhostfs.vm.qemu import KIT, SYSTEM
+from vhostfs.vm.server import TEMPLATE_VARIABLE, ServerSpec, ShareServer, template_from_environment
 from vhostfs.vm.terminal import (
     OutputWriter,
     forward_input,
@@ -156,7 +157,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qemu",
         metavar="PATH",
         help=f"QEMU to use; '{KIT}': a recent one from Debian, fetched and kept in the cache; "
-        f"'{SYSTEM}': the machine's own (default: the machine's own newest, else the kit)",
+        f"'{SYSTEM}': the machine's own (default: the machine's own newest, with events one that passes them, "
+        "else the kit)",
     )
     machine.add_argument(
         "--qemu-arg",
@@ -174,6 +176,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_share,
         metavar="DIR[:TAG][:/MOUNTPOINT][:ro]",
         help="one more directory, mounted at /share-TAG; may be repeated",
+    )
+    shares.add_argument(
+        "--events",
+        choices=("auto", "fanotify", "inotify", "off"),
+        default="auto",
+        help="where changes made on the host are learnt from, to wake watchers in the guest; "
+        "auto (default): the best that this machine has, and none where the guest could not be told",
     )
     shares.add_argument(
         "--server-option",
@@ -228,6 +237,12 @@ class Steps:
             if not self._terminal:
                 print(f"vhostfs: {text}", file=sys.stderr, flush=True)
         self._wake.set()
+
+    def note(self, text: str) -> None:
+        """Something that people want to know and that takes no time."""
+        with self._lock:
+            self._finish()
+            print(f"vhostfs: {text}", file=sys.stderr, flush=True)
 
     def done(self) -> None:
         """No step is running any more."""
@@ -300,27 +315,27 @@ def _run(args: argparse.Namespace, steps: Steps) -> int:
             "no COMMAND and no terminal for a shell: give a command after --, as in: vhostfs run DIR -- ls -l"
         )
     cache = cache_root()
-    image = build_image(ImageSpec(args.kernel, tuple(args.package), tuple(args.module)), cache, steps)
-    qemu = find_qemu(args.qemu, cache, steps)
-    machine = _machine(args, qemu, image)
-    accelerator = choose_accelerator(args.accel, machine, cache, steps)
+    equipment = _equipment(args, cache, steps)
+    image, qemu = equipment.image, equipment.qemu
+    accelerator = choose_accelerator(args.accel, _machine(args, equipment), cache, steps)
     with Lifeline() as lifeline:
         servers = []
         guest_shares = []
         for number, share in enumerate(shares):
             socket_path = lifeline.directory / f"share{number}.sock"
-            spec = ServerSpec(
-                share.directory, socket_path, share.tag, share.read_only, tuple(args.server_option)
-            )
+            options = (*_event_options(args, equipment), *args.server_option)
+            spec = ServerSpec(share.directory, socket_path, share.tag, share.read_only, options)
             servers.append(
                 ShareServer(spec, lifeline, log_path=Path("/dev/stderr") if args.verbose else None)
             )
-            guest_shares.append(Share(share.tag, socket_path, share.mount_point, share.read_only))
+            guest_shares.append(
+                Share(share.tag, socket_path, share.mount_point, share.read_only, equipment.device)
+            )
         steps(f"starting Linux {image.kernel_release} with QEMU {qemu.version_text} ({accelerator.value})")
-        guest = Guest(_machine(args, qemu, image, accelerator, tuple(guest_shares)), lifeline=lifeline)
+        guest = Guest(_machine(args, equipment, accelerator, tuple(guest_shares)), lifeline=lifeline)
         try:
             with guest:
-                steps.done()
+                steps.note(_events_line(args, equipment))
                 if args.verbose:
                     print(f"vhostfs: ran {shlex.join(guest.command)}", file=sys.stderr)
                 return _run_command(args, guest, servers, interactive)
@@ -344,17 +359,39 @@ def _share_options(args: argparse.Namespace) -> list[ShareOption]:
     return [ShareOption(s.directory.resolve(), s.tag, s.mount_point, s.read_only) for s in shares]
 
 
+def _equipment(args: argparse.Namespace, cache: Path, steps: Steps) -> Equipment:
+    wish = {"off": Events.OFF, "auto": Events.WHERE_POSSIBLE}.get(args.events, Events.REQUIRED)
+    obstacle = f"${TEMPLATE_VARIABLE} is another server" if template_from_environment() else None
+    spec = ImageSpec(args.kernel, tuple(args.package), tuple(args.module))
+    return equip(spec, args.qemu, wish, cache, steps, obstacle=obstacle)
+
+
+def _event_options(args: argparse.Namespace, equipment: Equipment) -> list[str]:
+    """Of the server."""
+    if template_from_environment():
+        return []
+    return [f"--events={'off' if equipment.events_missing else args.events}"]
+
+
+def _events_line(args: argparse.Namespace, equipment: Equipment) -> str:
+    if args.events == "off":
+        return "events: off"
+    if equipment.events_missing:
+        return f"events: none, watchers in the guest see only its own changes ({equipment.events_missing})"
+    return f"events: {args.events}, by the notification queue"
+
+
 def _machine(
     args: argparse.Namespace,
-    qemu: Qemu,
-    image: Image,
+    equipment: Equipment,
     accelerator: Accelerator = Accelerator.TCG,
     shares: tuple[Share, ...] = (),
 ) -> Machine:
     extra = tuple(word for text in args.qemu_arg for word in shlex.split(text))
+    image = equipment.image
     memory_bytes = args.memory or max(DEFAULT_MEMORY_BYTES, smallest_memory_bytes(image) + (512 << 20))
     cpus = args.cpus or (2 if accelerator is Accelerator.KVM else 1)
-    return Machine(qemu, image, accelerator, shares, memory_bytes, cpus, (), extra)
+    return Machine(equipment.qemu, image, accelerator, shares, memory_bytes, cpus, (), extra)
 
 
 def _run_command(
