@@ -157,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qemu",
         metavar="PATH",
         help=f"QEMU to use; '{KIT}': a recent one from Debian, fetched and kept in the cache; "
-        f"'{SYSTEM}': the machine's own (default: the machine's own newest, with events one that passes them, "
+        f"'{SYSTEM}': the machine's own (default: the machine's own newest that passes events, "
         "else the kit)",
     )
     machine.add_argument(
