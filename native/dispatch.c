@@ -55,15 +55,30 @@ const struct vf_op_entry vf_ops[] = {
 };
 const uint32_t vf_n_ops = sizeof(vf_ops) / sizeof(vf_ops[0]);
 
-int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
+/* Our own opcodes, from VF_FUSE_FSNOTIFY_INIT on; see docs/protocol.md. */
+static const struct vf_op_entry fsnotify_ops[] = {
+    [VF_FUSE_FSNOTIFY_INIT - VF_FUSE_FSNOTIFY_INIT] = {NULL, VF_OP_UPCALL},
+    [VF_FUSE_FSNOTIFY_WATCH - VF_FUSE_FSNOTIFY_INIT] = {vf_op_fsnotify_watch, 0},
+};
+#define N_FSNOTIFY_OPS (sizeof(fsnotify_ops) / sizeof(fsnotify_ops[0]))
+
+static const struct vf_op_entry *find_op(uint32_t opcode)
 {
 	static const struct vf_op_entry unknown = {NULL, VF_OP_UPCALL};
 	const struct vf_op_entry *op = &unknown;
+
+	if (opcode < vf_n_ops)
+		op = &vf_ops[opcode];
+	else if (opcode - VF_FUSE_FSNOTIFY_INIT < N_FSNOTIFY_OPS)
+		op = &fsnotify_ops[opcode - VF_FUSE_FSNOTIFY_INIT];
+	return op->run || op->flags ? op : &unknown;
+}
+
+int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
+{
+	const struct vf_op_entry *op = find_op(r->header.opcode);
 	int32_t result;
 
-	if (r->header.opcode < vf_n_ops &&
-	    (vf_ops[r->header.opcode].run || vf_ops[r->header.opcode].flags))
-		op = &vf_ops[r->header.opcode];
 	if (!op->run) {
 		if (!(op->flags & VF_OP_NO_SESSION) && !vf_session_flags(r->share))
 			return -EIO;

@@ -6,12 +6,15 @@
  *   known by handle only         statx, name_to_handle_at
  *   new                          openat, statx    (statx more, when it was expected to be known)
  *
+ * and name_to_handle_at more for a new one while events are reported to the guest.
+ *
  * A held descriptor keeps the inode number from being given to another object,
  * so (device, mount, inode number) from statx(2) is proof, if the descriptor
  * was there before the statx(2): pinned_since.  Which of the two ways to begin
  * with is guessed from the last lookup in the same directory.
  */
 #include "attr.h"
+#include "events.h"
 #include "inode_table.h"
 #include "proc_name.h"
 
@@ -171,6 +174,7 @@ static struct vf_inode *prepare(struct vf_share *share, int fd, const struct sta
 	inode->mount = mount;
 	if (share->config.handle_mode == VF_HANDLES_MANDATORY)
 		inode_store_handle(inode, &handle);
+	handle_index_prepare(table, inode, fd);
 	*error = 0;
 	return inode;
 }
@@ -183,9 +187,22 @@ static void give_fd(struct vf_share *share, struct vf_inode *bare, int fd)
 	vf_inode_put(share, bare);
 }
 
+/*
+ * A new inode, with a reference that is given back, can be found by handle from now on.  What
+ * happened to it before was told to nobody, so a guest that keeps attributes until it is told
+ * otherwise needs those of now.
+ */
+static void index_new(struct vf_share *share, struct vf_inode *inode, int fd, struct statx *sx)
+{
+	handle_index_add(share->inodes, inode, fd);
+	if (vf_events_invalidate(share))
+		statx_fd(fd, sx);
+	vf_inode_put(share, inode);
+}
+
 /* The object of path_fd (taken over), which sx describes. */
-static int enter(struct vf_share *share, const struct vf_inode *dir, int path_fd,
-		 const struct statx *sx, struct found *found)
+static int enter(struct vf_share *share, const struct vf_inode *dir, int path_fd, struct statx *sx,
+		 struct found *found)
 {
 	struct vf_inode_table *table = share->inodes;
 	uint32_t hash;
@@ -193,6 +210,7 @@ static int enter(struct vf_share *share, const struct vf_inode *dir, int path_fd
 	struct vf_inode *inode, *bare = NULL;
 	struct handle handle;
 	struct shard *shard;
+	bool index = false;
 	enum match match;
 	int error;
 
@@ -213,6 +231,7 @@ static int enter(struct vf_share *share, const struct vf_inode *dir, int path_fd
 			found->mount = c.mount;
 			found->made = true;
 			inode_publish(table, shard, hash, inode);
+			index = handle_index_is_on(table) && inode_try_ref(inode);
 		}
 		pthread_mutex_unlock(&shard->lock);
 		if (match != NEED_HANDLE)
@@ -221,8 +240,11 @@ static int enter(struct vf_share *share, const struct vf_inode *dir, int path_fd
 			handle.size = 0;
 		c.handle = &handle;
 	}
-	if (match == NO_MATCH && inode)
+	if (match == NO_MATCH && inode) {
+		if (index)
+			index_new(share, inode, path_fd, sx);
 		return 0;
+	}
 	mount_unref(&table->mounts, c.mount);
 	if (inode)
 		inode_unalloc(table, inode);

@@ -1,53 +1,224 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The event pipeline's life: see events.h. */
+/*
+ * The event pipeline's life: the thread that reads the host's records, what
+ * the session was granted, counters.  See events.h.
+ */
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 
 #include "events.h"
 
+/* Until it is there. */
+#pragma weak vf_inotify_source
+
+/* ---- the source's thread ---------------------------------------------------- */
+
+static void *events_main(void *arg)
+{
+	struct vf_events *events = arg;
+	struct epoll_event ready;
+
+	pthread_setname_np(pthread_self(), "events");
+	for (;;) {
+		if (epoll_wait(events->epoll_fd, &ready, 1, -1) < 1)
+			continue; /* EINTR */
+		if (ready.data.fd == events->stop_fd)
+			return NULL;
+		pthread_mutex_lock(&events->busy);
+		events->ops->read(events);
+		vf_outbox_flush(events->outbox);
+		pthread_mutex_unlock(&events->busy);
+	}
+}
+
+static int start_thread(struct vf_events *events)
+{
+	sigset_t all, before;
+	int error;
+
+	/* Signals are the main thread's. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	error = -pthread_create(&events->thread, NULL, events_main, events);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	events->running = !error;
+	return error;
+}
+
+void vf_events_source_failed(struct vf_events *events, const char *what, int error)
+{
+	vf_events_notice(events, "%s: %s; no more changes on the host reach the guest", what,
+			 strerror(error));
+	epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, events->config.source_fd, NULL);
+	vf_events_report_overflow(events);
+}
+
+/* ---- life --------------------------------------------------------------------- */
+
+static int open_fds(struct vf_events *events)
+{
+	struct epoll_event source = {.events = EPOLLIN, .data.fd = events->config.source_fd};
+	struct epoll_event stop = {.events = EPOLLIN};
+
+	events->stop_fd = stop.data.fd = eventfd(0, EFD_CLOEXEC);
+	events->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (events->stop_fd < 0 || events->epoll_fd < 0 ||
+	    epoll_ctl(events->epoll_fd, EPOLL_CTL_ADD, events->config.source_fd, &source) ||
+	    epoll_ctl(events->epoll_fd, EPOLL_CTL_ADD, events->stop_fd, &stop))
+		return -errno;
+	return 0;
+}
+
+static struct vf_events *events_new(vf_share *share, const struct vf_events_config *config,
+				    int *error)
+{
+	struct vf_events *events = calloc(1, sizeof(*events));
+
+	*error = -ENOMEM;
+	if (!events || (config->source == VF_EVENTS_INOTIFY && !&vf_inotify_source)) {
+		free(events);
+		close(config->source_fd);
+		return NULL;
+	}
+	events->share = share;
+	events->config = *config;
+	events->ops =
+	    config->source == VF_EVENTS_INOTIFY ? &vf_inotify_source : &vf_fanotify_source;
+	events->pid = getpid();
+	events->stop_fd = events->epoll_fd = -1;
+	pthread_mutex_init(&events->busy, NULL);
+	events->buffer = aligned_alloc(64, VF_SOURCE_BUFFER);
+	if (events->buffer)
+		*error = open_fds(events);
+	if (!*error)
+		events->trace = vf_trace_new(error);
+	if (!*error)
+		events->watches = vf_watches_new(events, error);
+	if (!*error)
+		events->outbox = vf_outbox_new(config->max_queued, events->trace, error);
+	if (!*error)
+		*error = start_thread(events);
+	if (!*error)
+		return events;
+	vf_events_free(events);
+	return NULL;
+}
+
 int vf_share_start_events(vf_share *share, const struct vf_events_config *config)
 {
-	(void)share;
-	close(config->source_fd);
-	return -ENOSYS;
+	int error;
+
+	if (share->events) {
+		close(config->source_fd);
+		return -EBUSY;
+	}
+	share->events = events_new(share, config, &error);
+	return error;
 }
+
+void vf_events_free(struct vf_events *events)
+{
+	uint64_t one = 1;
+
+	if (!events)
+		return;
+	/* An eventfd that nobody else writes to takes it. */
+	if (events->running && write(events->stop_fd, &one, sizeof(one)) == sizeof(one))
+		pthread_join(events->thread, NULL);
+	if (events->outbox)
+		vf_outbox_free(events->outbox);
+	vf_watches_free(events->watches);
+	vf_trace_free(events->trace);
+	close(events->config.source_fd);
+	if (events->epoll_fd >= 0)
+		close(events->epoll_fd);
+	if (events->stop_fd >= 0)
+		close(events->stop_fd);
+	pthread_mutex_destroy(&events->busy);
+	free(events->buffer);
+	free(events);
+}
+
+/* ---- sessions ------------------------------------------------------------------ */
 
 int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask)
 {
-	(void)share;
-	(void)flags;
-	(void)mask;
-	return -ENOSYS;
+	struct vf_events *events = share->events;
+	int error;
+
+	if (!events)
+		return -ENOSYS;
+	error = vf_handle_index_start(share);
+	if (error)
+		return error;
+	atomic_store(&events->mask, mask);
+	atomic_store(&events->flags, flags);
+	return 0;
+}
+
+void vf_events_end_session(struct vf_events *events)
+{
+	if (!events)
+		return;
+	atomic_store(&events->flags, 0);
+	/* What the source's thread was reporting has come as far as the outbox. */
+	pthread_mutex_lock(&events->busy);
+	pthread_mutex_unlock(&events->busy);
+	vf_handle_index_stop(events->share);
+	vf_watches_clear(events->watches);
+	vf_outbox_clear(events->outbox);
+}
+
+/* ---- what people are told --------------------------------------------------------- */
+
+void vf_events_notice(struct vf_events *events, const char *format, ...)
+{
+	char text[256];
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(text, sizeof(text), format, args);
+	va_end(args);
+	vf_trace_notice(events->trace, text);
 }
 
 void vf_share_get_events_stats(vf_share *share, struct vf_events_stats *stats)
 {
-	(void)share;
+	struct vf_events *events = share->events;
+
 	memset(stats, 0, sizeof(*stats));
+	if (!events)
+		return;
+	stats->received = atomic_load(&events->received);
+	stats->own = atomic_load(&events->own);
+	stats->unknown = atomic_load(&events->unknown);
+	stats->unwatched = atomic_load(&events->unwatched);
+	stats->host_overflows = atomic_load(&events->host_overflows);
+	stats->host_marks = atomic_load(&events->host_marks);
+	stats->watches = vf_watches_count(events->watches);
+	vf_outbox_get_stats(events->outbox, stats);
 }
 
 void vf_share_trace_events(vf_share *share, bool on)
 {
-	(void)share;
-	(void)on;
+	if (share->events)
+		vf_trace_set(share->events->trace, on);
 }
 
 int vf_share_next_event_trace(vf_share *share, struct vf_event_trace *trace)
 {
-	(void)share;
-	(void)trace;
-	return 0;
+	return share->events ? vf_trace_next(share->events->trace, trace) : 0;
 }
 
 int vf_share_next_event_notice(vf_share *share, char *text, uint32_t size)
 {
-	(void)share;
-	(void)text;
-	(void)size;
-	return 0;
+	return share->events ? vf_trace_next_notice(share->events->trace, text, size) : 0;
 }
 
 int vf_share_events_fd(vf_share *share)
 {
-	(void)share;
-	return -1;
+	return share->events ? vf_trace_fd(share->events->trace) : -1;
 }

@@ -77,6 +77,8 @@ struct vf_change {
  * enter the outbox together or not at all.  The source's thread only.
  */
 void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n);
+/* The server made these changes itself, for its guest, which is not told. */
+void vf_events_trace_own(struct vf_events *events, const struct vf_change *changes, uint32_t n);
 /* The host's queue overflowed: the guest is told that events were lost. */
 void vf_events_report_overflow(struct vf_events *events);
 
@@ -110,8 +112,12 @@ struct vf_events {
 	/* Granted to the session; 0: none, and nothing is reported. */
 	atomic_uint_fast64_t flags;
 	atomic_uint_fast64_t mask;
-	int32_t pid; /* our own, as the host's records name it */
+	int32_t pid;	      /* our own, as the host's records name it */
+	uint32_t last_cookie; /* the source's thread's */
+	int mark_error;	      /* the last that people were told of; under watches->change_lock */
 	pthread_t thread;
+	bool running;
+	pthread_mutex_t busy; /* held while records are read and reported; outermost of all */
 	int stop_fd, epoll_fd;
 	uint8_t *buffer; /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
 	/* Counted by the source's thread; the outbox counts what follows. */
@@ -120,14 +126,28 @@ struct vf_events {
 };
 #define VF_SOURCE_BUFFER (256u * 1024)
 
+static inline void vf_count_n(atomic_uint_fast64_t *counter, uint64_t n)
+{
+	atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
 static inline void vf_count(atomic_uint_fast64_t *counter)
 {
-	atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
+	vf_count_n(counter, 1);
+}
+
+/* Is the guest told of every change, watched or not, so that it may keep what it knows? */
+static inline bool vf_events_invalidate(struct vf_share *share)
+{
+	return share->events && (atomic_load_explicit(&share->events->flags, memory_order_relaxed) &
+				 VF_FSNOTIFY_INVALIDATE);
 }
 
 void vf_events_free(struct vf_events *events);
 /* A session begins or ends: watches, grant and what waits for the guest are forgotten. */
 void vf_events_end_session(struct vf_events *events);
+/* The source's descriptor can no longer be read; error: positive errno. */
+void vf_events_source_failed(struct vf_events *events, const char *what, int error);
 /* A line for the log. */
 void vf_events_notice(struct vf_events *events, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
@@ -178,6 +198,8 @@ struct vf_fsid {
 };
 /* Every inode that is held from now on, and those held now, can be found by handle. */
 int vf_handle_index_start(struct vf_share *share);
+/* No longer those that are held from now on. */
+void vf_handle_index_stop(struct vf_share *share);
 /*
  * The inodes (more than one where the file system is mounted in several places of the share) with
  * this handle, at most max, each referenced.  Returns how many.
@@ -185,6 +207,10 @@ int vf_handle_index_start(struct vf_share *share);
 uint32_t vf_inodes_by_handle(struct vf_share *share, struct vf_fsid fsid, int32_t type,
 			     const uint8_t *bytes, uint32_t size, struct vf_inode **found,
 			     uint32_t max);
+/* What the guest watches on other inodes that are the same object of the host. */
+uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode);
+/* Does it lie on the file system of the share's root? */
+bool vf_inode_on_root_fs(struct vf_share *share, const struct vf_inode *inode);
 
 /* ---- outbox.c -------------------------------------------------------------------- */
 

@@ -2,6 +2,7 @@
 /* The inode table: slots, references and the hash; inode.h and inode_table.h say the rules. */
 #include <sched.h>
 
+#include "events.h"
 #include "file.h"
 #include "inode_table.h"
 
@@ -73,6 +74,34 @@ uint32_t vf_inode_generation(const struct vf_inode *inode)
 mode_t vf_inode_type(const struct vf_inode *inode)
 {
 	return (mode_t)inode->type << 12;
+}
+
+uint16_t vf_inode_mount(const struct vf_inode *inode)
+{
+	return inode->mount;
+}
+
+static unsigned char flags_of(const struct vf_inode *inode)
+{
+	return atomic_load_explicit(&((struct vf_inode *)inode)->flags, memory_order_relaxed);
+}
+
+bool vf_inode_is_watched(const struct vf_inode *inode)
+{
+	return flags_of(inode) & INODE_WATCHED;
+}
+
+void vf_inode_set_watched(struct vf_inode *inode, bool watched)
+{
+	if (watched)
+		atomic_fetch_or(&inode->flags, INODE_WATCHED);
+	else
+		atomic_fetch_and(&inode->flags, (unsigned char)~INODE_WATCHED);
+}
+
+bool vf_inode_tell_deleted(struct vf_inode *inode)
+{
+	return !(atomic_fetch_or(&inode->flags, INODE_DELETE_TOLD) & INODE_DELETE_TOLD);
 }
 
 struct vf_inode *inode_alloc(struct vf_inode_table *table)
@@ -217,6 +246,10 @@ static void inode_free(struct vf_share *share, struct vf_inode *inode)
 	pthread_mutex_lock(&shard->lock);
 	unhash(table, shard, hash, inode);
 	pthread_mutex_unlock(&shard->lock);
+	if ((flags_of(inode) & INODE_WATCHED) && share->events)
+		vf_watch_inode_gone(share->events->watches, inode);
+	if (flags_of(inode) & INODE_INDEXED)
+		handle_index_remove(table, inode);
 	vf_locks_release_inode(share, vf_inode_nodeid(inode));
 	inode_drop_fd(table, inode);
 	mount_unref(&table->mounts, inode->mount);
@@ -355,6 +388,7 @@ void vf_inode_table_free(struct vf_inode_table *table)
 		pthread_mutex_destroy(&table->shards[i].lock);
 		free(table->shards[i].buckets);
 	}
+	handle_index_free(table);
 	pthread_mutex_destroy(&table->free_lock);
 	mounts_free(&table->mounts);
 	fd_table_free(table);

@@ -29,6 +29,14 @@ uint64_t vf_inode_nodeid(const struct vf_inode *inode);
 uint32_t vf_inode_generation(const struct vf_inode *inode);
 /* S_IFMT bits, fixed for the life of an inode. */
 mode_t vf_inode_type(const struct vf_inode *inode);
+/* A number for the mount on which it lies; one host object on two mounts is two inodes. */
+uint16_t vf_inode_mount(const struct vf_inode *inode);
+
+/* watch.c: whether the guest watches it; told to the table so that others cost one load. */
+bool vf_inode_is_watched(const struct vf_inode *inode);
+void vf_inode_set_watched(struct vf_inode *inode, bool watched);
+/* route.c: true for the first who tells the guest that the object was deleted. */
+bool vf_inode_tell_deleted(struct vf_inode *inode);
 
 /*
  * An O_PATH descriptor for a referenced inode: the table's own (valid as long as

@@ -11,7 +11,8 @@
  * the evicting thread are there.
  *
  * Locks: a shard's lock guards its chains, and nlookup and INODE_HELD of every
- * inode in them.  evict_lock is the outermost; the others are never nested.
+ * inode in them.  evict_lock is the outermost; the others are never nested
+ * (the index of handles has its own: handle_index.c).
  * No system call is made under a shard's lock.
  */
 #ifndef VHOSTFS_INODE_TABLE_H
@@ -38,6 +39,9 @@ enum inode_flags {
 	INODE_CHILDREN_KNOWN = 1,
 	/* Had no link when last looked at, so there may be no way back by handle. */
 	INODE_KEEP_FD = 2,
+	INODE_INDEXED = 4,	/* in the index of handles, or about to be */
+	INODE_WATCHED = 8,	/* watch.c has an entry for it */
+	INODE_DELETE_TOLD = 16, /* see vf_inode_tell_deleted() */
 };
 
 /* One cache line; 64 bytes for each inode that the guest holds, beside 4 to 8 of hash. */
@@ -88,6 +92,7 @@ struct mount {
 	atomic_uchar handles;
 	atomic_uchar attempts; /* to open fd */
 	bool used;
+	atomic_uint_fast64_t fsid; /* f_fsid; 0: not asked for yet, or the file system has none */
 };
 #define MAX_MOUNTS 1024u
 #define MOUNT_NONE UINT16_MAX
@@ -98,8 +103,11 @@ struct mounts {
 	struct mount entries[MAX_MOUNTS];
 };
 
+struct handle_index;
+
 struct vf_inode_table {
 	struct vf_share *share;
+	struct handle_index *_Atomic index; /* NULL until events are granted */
 	struct vf_inode *_Atomic chunks[MAX_CHUNKS];
 	struct vf_inode *root;
 	uint64_t root_dev, root_mnt_id;
@@ -122,6 +130,9 @@ struct vf_inode_table {
 	atomic_bool by_handle; /* at least one descriptor was given up in this session */
 };
 #define MAX_OWNERS (4u << 20)
+
+/* name_to_handle_at(2) of Linux 6.5: a handle that need not be good for opening. */
+#define VF_AT_HANDLE_FID 0x200
 
 /* What statx(2) tells and a lookup needs. */
 #define INODE_STATX_MASK (STATX_BASIC_STATS | STATX_MNT_ID)
@@ -168,7 +179,7 @@ void inode_drop_fd(struct vf_inode_table *table, struct vf_inode *inode);
  * -ENFILE: every descriptor must stay.
  */
 int inode_fd_room(struct vf_inode_table *table);
-/* 0, or -errno; flags: AT_EMPTY_PATH. */
+/* 0, or -errno; flags: AT_EMPTY_PATH, VF_AT_HANDLE_FID. */
 int handle_of(int dir_fd, const char *name, int flags, struct handle *handle);
 void inode_store_handle(struct vf_inode *inode, const struct handle *handle);
 void inode_load_handle(const struct vf_inode *inode, struct handle *handle);
@@ -186,6 +197,19 @@ void mount_ref(struct mounts *mounts, uint16_t index);
 void mount_unref(struct mounts *mounts, uint16_t index);
 /* fd is a directory of this mount: keeps it open for reading when none is yet. */
 void mount_offer_dir(struct vf_share *share, struct mount *mount, int fd);
+
+/* ---- handle_index.c ---- */
+bool handle_index_is_on(const struct vf_inode_table *table);
+/*
+ * An inode that nobody else can reach yet gets its handle, when the index is on and it has none.
+ * fd: of the object.
+ */
+void handle_index_prepare(struct vf_inode_table *table, struct vf_inode *inode, int fd);
+/* The caller has a reference. */
+void handle_index_add(struct vf_inode_table *table, struct vf_inode *inode, int fd);
+/* The inode, which has INODE_INDEXED, is being freed. */
+void handle_index_remove(struct vf_inode_table *table, struct vf_inode *inode);
+void handle_index_free(struct vf_inode_table *table);
 
 /* ---- entry.c ---- */
 /* O_PATH; tries again when descriptors run out. Negative errno. */

@@ -53,6 +53,7 @@ uint16_t mount_get(struct mounts *mounts, uint64_t dev, uint64_t mnt_id)
 		atomic_store(&m->count, 0);
 		atomic_store(&m->fd, -1);
 		atomic_store(&m->handles, HANDLES_UNTRIED);
+		atomic_store(&m->fsid, 0);
 	}
 	atomic_fetch_add(&mounts->entries[i].count, 1);
 	pthread_mutex_unlock(&mounts->lock);

@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include "cred.h"
+#include "events.h"
 #include "file.h"
 #include "inode.h"
 #include "mem.h"
@@ -162,6 +163,8 @@ void vf_share_free(vf_share *share)
 {
 	if (!share)
 		return;
+	vf_events_free(share->events);
+	share->events = NULL;
 	vf_pool_free(share->pool);
 	if (share->locks)
 		vf_lock_waiters_free(share->locks);
@@ -196,6 +199,7 @@ void vf_share_start_session(vf_share *share, uint64_t init_flags, uint32_t max_w
 	atomic_store(&share->init_flags, 0);
 	wait_idle(share);
 	vf_lock_waiters_cancel(share, NULL);
+	vf_events_end_session(share->events);
 	vf_file_table_clear(share->files);
 	vf_inode_table_clear(share->inodes);
 	atomic_store(&share->max_write, max_write > VF_MAX_IO ? VF_MAX_IO : max_write);

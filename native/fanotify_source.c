@@ -1,0 +1,383 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Changes on the host as fanotify(7) tells them: records become single events
+ * on the guest's inodes; marks on what the guest watches and no file system
+ * mark reports.  The group is Python's choice; docs/events.md.
+ *
+ * What costs least comes first: our own changes by their pid, then one look
+ * into the index of handles, where nearly all that happens elsewhere on the
+ * file system ends.
+ */
+#include <sys/fanotify.h>
+#include <time.h>
+
+#include "fanotify_record.h"
+#include "proc_name.h"
+
+/* All that is told to guests; OPEN_EXEC always comes with OPEN, and nobody but fanotify has it. */
+#define CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
+#define EVENTS (VF_FS_ENTRY_EVENTS | CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_RENAME)
+/* In how many places of a share one object may be mounted; more are not told of. */
+#define MAX_PLACES 8u
+
+/*
+ * A record's mask is the sum of what happened to one object by one process since it was last read.
+ * This is the order in which programs mostly do these things.
+ */
+static const uint64_t usual_order[] = {
+    VF_FS_CREATE,     VF_FS_MOVED_TO, VF_FS_OPEN,	 VF_FS_ACCESS,
+    VF_FS_MODIFY,     VF_FS_ATTRIB,   VF_FS_CLOSE_WRITE, VF_FS_CLOSE_NOWRITE,
+    VF_FS_MOVED_FROM, VF_FS_DELETE,   VF_FS_MOVE_SELF,	 VF_FS_DELETE_SELF,
+};
+#define N_ORDERED (sizeof(usual_order) / sizeof(usual_order[0]))
+
+/* The inodes that are one object of the host, on different mounts. */
+struct places {
+	struct vf_inode *inodes[MAX_PLACES];
+	uint32_t n;
+};
+
+struct reader {
+	struct vf_events *events;
+	uint64_t now_ns;
+	bool own; /* the record at hand is of our own doing */
+};
+
+static void find(struct vf_events *events, const struct vf_fanotify_object *object,
+		 struct places *places)
+{
+	places->n = !object->there ? 0
+				   : vf_inodes_by_handle(events->share, object->fsid, object->type,
+							 object->handle, object->handle_size,
+							 places->inodes, MAX_PLACES);
+}
+
+static void put(struct vf_events *events, struct places *places)
+{
+	for (uint32_t i = 0; i < places->n; i++)
+		vf_inode_put(events->share, places->inodes[i]);
+}
+
+static struct vf_inode *on_mount(const struct places *places, uint16_t mount)
+{
+	for (uint32_t i = 0; i < places->n; i++)
+		if (vf_inode_mount(places->inodes[i]) == mount)
+			return places->inodes[i];
+	return NULL;
+}
+
+static void report(struct reader *reader, const struct vf_change *changes, uint32_t n)
+{
+	if (reader->own)
+		vf_events_trace_own(reader->events, changes, n);
+	else
+		vf_events_report(reader->events, changes, n);
+}
+
+/* ---- one record ------------------------------------------------------------------ */
+
+/*
+ * A name that both came and went: which was last?  The usual temporary file came first.  True: the
+ * object has the name now, so it went first.
+ */
+static bool came_last(struct reader *reader, const struct vf_change *change,
+		      const struct vf_fanotify_object *object)
+{
+	struct {
+		struct file_handle head;
+		uint8_t bytes[MAX_HANDLE_SZ];
+	} handle = {.head.handle_bytes = MAX_HANDLE_SZ};
+	uint64_t flags = atomic_load(&reader->events->flags);
+	char name[VF_NAME_MAX + 1];
+	int fd, mount_id;
+
+	if (!change->namelen || !(vf_inode_is_watched(change->dir) ||
+				  (flags & (VF_FSNOTIFY_WATCH_ALL | VF_FSNOTIFY_INVALIDATE))))
+		return false;
+	fd = vf_inode_path_fd(reader->events->share, change->dir);
+	memcpy(name, change->name, change->namelen);
+	name[change->namelen] = 0;
+	return fd >= 0 && object->there &&
+	       !name_to_handle_at(fd, name, &handle.head, &mount_id, 0) &&
+	       handle.head.handle_type == object->type &&
+	       handle.head.handle_bytes == object->handle_size &&
+	       !memcmp(handle.head.f_handle, object->handle, object->handle_size);
+}
+
+/* Reports each event of mask on its own; change has all but its mask. */
+static void report_ordered(struct reader *reader, struct vf_change *change, uint64_t mask)
+{
+	for (uint32_t i = 0; i < N_ORDERED; i++) {
+		if (!(mask & usual_order[i]))
+			continue;
+		change->mask = usual_order[i] | (mask & VF_FS_ISDIR);
+		report(reader, change, 1);
+	}
+}
+
+static void report_each(struct reader *reader, struct vf_change *change, uint64_t mask,
+			const struct vf_fanotify_object *object)
+{
+	uint64_t came = mask & (VF_FS_CREATE | VF_FS_MOVED_TO);
+	uint64_t went = mask & (VF_FS_DELETE | VF_FS_MOVED_FROM);
+
+	if (came && went && came_last(reader, change, object)) {
+		report_ordered(reader, change, went | (mask & VF_FS_ISDIR));
+		mask &= ~went;
+	}
+	report_ordered(reader, change, mask);
+}
+
+/*
+ * What happened to the objects themselves, or through a name that the guest does not know; but not
+ * where the directory of that name is known.
+ */
+static void report_objects(struct reader *reader, const struct vf_fanotify_record *record,
+			   const struct places *objects, const struct places *dirs)
+{
+	uint64_t mask = record->mask & (CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_ISDIR);
+
+	/* A directory has one name, so this was its end: the root of a share, usually. */
+	if ((record->mask & VF_FS_DELETE) && (mask & VF_FS_ISDIR))
+		mask |= VF_FS_DELETE_SELF;
+	for (uint32_t i = 0; i < objects->n; i++) {
+		struct vf_change change = {
+		    .child = objects->inodes[i],
+		    .pid = record->pid,
+		    .seen_ns = reader->now_ns,
+		};
+
+		if (!dirs || !on_mount(dirs, vf_inode_mount(change.child)))
+			report_ordered(reader, &change, mask);
+	}
+}
+
+static void report_entry(struct reader *reader, const struct vf_fanotify_record *record,
+			 const struct places *dirs, const struct places *objects)
+{
+	for (uint32_t i = 0; i < dirs->n; i++) {
+		struct vf_change change = {
+		    .dir = dirs->inodes[i],
+		    .child = on_mount(objects, vf_inode_mount(dirs->inodes[i])),
+		    .name = record->dir.name,
+		    .namelen = record->dir.namelen,
+		    .pid = record->pid,
+		    .seen_ns = reader->now_ns,
+		};
+
+		report_each(reader, &change, record->mask, &record->object);
+	}
+}
+
+static void report_rename(struct reader *reader, const struct vf_fanotify_record *record,
+			  const struct places *from, const struct places *to,
+			  const struct places *objects)
+{
+	for (uint32_t i = 0; i < from->n + to->n; i++) {
+		bool is_from = i < from->n;
+		struct vf_inode *dir = is_from ? from->inodes[i] : to->inodes[i - from->n];
+		uint16_t mount = vf_inode_mount(dir);
+		struct vf_change changes[2] = {
+		    {
+			.mask = VF_FS_MOVED_FROM | (record->mask & VF_FS_ISDIR),
+			.dir = on_mount(from, mount),
+			.child = on_mount(objects, mount),
+			.name = record->old.name,
+			.namelen = record->old.namelen,
+			.pid = record->pid,
+			.seen_ns = reader->now_ns,
+		    },
+		};
+
+		changes[1] = changes[0];
+		changes[1].mask ^= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
+		changes[1].dir = on_mount(to, mount);
+		changes[1].name = record->new.name;
+		changes[1].namelen = record->new.namelen;
+		if (changes[0].dir && changes[1].dir) {
+			struct vf_events *events = reader->events;
+
+			if (!is_from)
+				continue; /* told of with its other half */
+			if (!++events->last_cookie)
+				events->last_cookie = 1;
+			changes[0].cookie = changes[1].cookie = events->last_cookie;
+			changes[0].flags = changes[1].flags = VF_FSNOTIFY_SPLIT_RENAME;
+			report(reader, changes, 2);
+		} else {
+			report(reader, &changes[!is_from], 1);
+		}
+	}
+}
+
+static uint32_t count_events(uint64_t mask)
+{
+	return (uint32_t)__builtin_popcountll(mask & EVENTS) + !!(mask & VF_FS_RENAME);
+}
+
+/* It has the guest's inodes in it. */
+static void take_known(struct reader *reader, const struct vf_fanotify_record *record,
+		       const struct places *dirs, const struct places *to,
+		       const struct places *objects)
+{
+	bool self = record->dir.there && (!record->dir.name || !strcmp(record->dir.name, "."));
+
+	if (record->mask & VF_FS_RENAME)
+		report_rename(reader, record, dirs, to, objects);
+	else if (self && !objects->n)
+		report_objects(reader, record, dirs, NULL);
+	else if (self || !record->dir.there)
+		report_objects(reader, record, objects, NULL);
+	else {
+		report_entry(reader, record, dirs, objects);
+		report_objects(reader, record, objects, dirs);
+	}
+}
+
+static void take(struct reader *reader, const struct vf_fanotify_record *record)
+{
+	struct vf_events *events = reader->events;
+	bool rename = record->mask & VF_FS_RENAME;
+	uint32_t n = count_events(record->mask);
+	struct places dirs, to, objects;
+
+	if (record->mask & VF_FS_Q_OVERFLOW) {
+		vf_events_report_overflow(events);
+		return;
+	}
+	vf_count_n(&events->received, n);
+	reader->own = record->pid && record->pid == events->pid;
+	if (reader->own) {
+		vf_count_n(&events->own, n);
+		if (!vf_trace_is_on(events->trace))
+			return;
+	}
+	find(events, rename ? &record->old : &record->dir, &dirs);
+	find(events, &record->new, &to);
+	find(events, &record->object, &objects);
+	if (dirs.n + to.n + objects.n)
+		take_known(reader, record, &dirs, &to, &objects);
+	else if (!reader->own)
+		vf_count_n(&events->unknown, n);
+	put(events, &dirs);
+	put(events, &to);
+	put(events, &objects);
+}
+
+/* ---- reading ----------------------------------------------------------------------- */
+
+static void fanotify_read(struct vf_events *events)
+{
+	struct reader reader = {.events = events};
+	struct vf_fanotify_record record;
+	struct timespec now;
+	uint32_t at = 0, size;
+	ssize_t n;
+
+	n = read(events->config.source_fd, events->buffer, VF_SOURCE_BUFFER);
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (n <= 0) {
+		vf_events_source_failed(events, "reading fanotify", n ? errno : EIO);
+		return;
+	}
+	size = (uint32_t)n;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	reader.now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	while (at < size) {
+		int32_t length = vf_fanotify_parse(events->buffer + at, size - at, &record);
+
+		if (length < 0) {
+			vf_events_notice(events,
+					 "fanotify: a record of %u bytes that is not "
+					 "understood; what came with it is lost",
+					 size - at);
+			vf_events_report_overflow(events);
+			return;
+		}
+		take(&reader, &record);
+		at += (uint32_t)length;
+	}
+}
+
+/* ---- marks --------------------------------------------------------------------------- */
+
+/* What the host is to report on this inode alone, so that the guest gets what it watches. */
+static uint64_t mark_of(struct vf_events *events, const struct vf_inode *inode, uint64_t mask)
+{
+	const uint64_t moves = VF_FS_MOVED_FROM | VF_FS_MOVED_TO | VF_FS_RENAME;
+	bool dir = vf_inode_type(inode) == S_IFDIR;
+	uint64_t bits = mask & EVENTS;
+
+	if (bits & moves) {
+		bits &= ~(VF_FS_RENAME | (events->config.host_mask & VF_FS_RENAME ? moves : 0));
+		bits |= events->config.host_mask & VF_FS_RENAME ? VF_FS_RENAME : 0;
+		if ((mask & VF_FS_RENAME) && !(bits & VF_FS_RENAME))
+			bits |= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
+	}
+	if (!dir) {
+		bits &= ~(VF_FS_ENTRY_EVENTS | VF_FS_RENAME);
+		/* The end of an object whose descriptor we hold shows in its link count. */
+		if (bits & VF_FS_DELETE_SELF)
+			bits |= VF_FS_ATTRIB;
+	}
+	bits &= events->config.host_mask;
+	if (events->config.filesystem_mask && vf_inode_on_root_fs(events->share, inode))
+		bits &= ~events->config.filesystem_mask;
+	if (bits && dir)
+		bits |= VF_FS_ISDIR | (mask & VF_FS_EVENT_ON_CHILD);
+	return bits;
+}
+
+static int change_mark(struct vf_events *events, struct vf_inode *inode, uint32_t how,
+		       uint64_t bits)
+{
+	int fd = vf_inode_path_fd(events->share, inode);
+	char name[PROC_NAME_SIZE];
+
+	if (fd < 0)
+		return fd;
+	if (fanotify_mark(events->config.source_fd, how, bits, events->share->config.proc_fd_dir,
+			  proc_name(name, fd)))
+		return -errno;
+	return 0;
+}
+
+static int fanotify_mark_inode(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
+			       uint64_t new_mask, int32_t *wd)
+{
+	uint64_t others = mark_of(events, inode, vf_inode_twins_watch_mask(events->share, inode));
+	uint64_t before = mark_of(events, inode, old_mask) | others;
+	uint64_t after = mark_of(events, inode, new_mask) | others;
+	int error = 0;
+
+	(void)wd;
+	if (after & ~before)
+		error = change_mark(events, inode, FAN_MARK_ADD, after);
+	if (error) {
+		if (error != events->mark_error)
+			vf_events_notice(events,
+					 "fanotify_mark: %s; the guest misses events that it "
+					 "watches for",
+					 strerror(-error));
+		events->mark_error = error;
+		/* Of what it watches most comes by the file system's mark all the same. */
+		return vf_inode_on_root_fs(events->share, inode) &&
+			       events->config.filesystem_mask && error != -ENOSPC
+			   ? 0
+			   : error;
+	}
+	/* Fails when the object is gone, and its mark with it. */
+	if (before & ~after)
+		change_mark(events, inode, FAN_MARK_REMOVE, before & ~after);
+	if (!before && after)
+		vf_count(&events->host_marks);
+	else if (before && !after)
+		vf_count_n(&events->host_marks, UINT64_MAX);
+	return 0;
+}
+
+const struct vf_source_ops vf_fanotify_source = {
+    .read = fanotify_read,
+    .mark = fanotify_mark_inode,
+};

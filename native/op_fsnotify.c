@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * FUSE_FSNOTIFY_WATCH: what the guest's processes watch, told by its driver.
+ * docs/protocol.md; FUSE_FSNOTIFY_INIT is Python's.
+ */
+#include "events.h"
+
+int32_t vf_op_fsnotify_watch(struct vf_thread *t, struct vf_req *r)
+{
+	const struct vf_fsnotify_watch_in *in = vf_arg(r, sizeof(*in));
+	struct vf_events *events = t->share->events;
+	struct vf_inode *inode;
+	int error = -ESTALE;
+
+	if (!events || !atomic_load(&events->flags))
+		return -ENOSYS;
+	if (!in || in->flags)
+		return -EINVAL;
+	inode = vf_inode_get(t->share, r->header.nodeid);
+	if (!inode)
+		return -ESTALE;
+	if (vf_inode_generation(inode) == in->generation)
+		error = vf_watch_set(events->watches, inode, in->mask);
+	vf_inode_put(t->share, inode);
+	return error;
+}

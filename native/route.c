@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Which changes on the host somebody in the guest may care about, and the
+ * element that tells of each.  docs/protocol.md has the forms.
+ *
+ * The server holds a descriptor to what it knows, so the host does not say
+ * DELETE_SELF when the last link of a watched object goes: it is said here, at
+ * the place in the stream where Linux says it for an object that nobody has
+ * open: behind ATTRIB (the link count, files only), ahead of the directory's
+ * DELETE; for a replaced object behind both halves of the rename.
+ */
+#include "events.h"
+#include "inode.h"
+
+/* What changes something that a guest may keep a copy of. */
+#define INVALIDATING (VF_FS_ENTRY_EVENTS | VF_FS_SELF_EVENTS | VF_FS_MODIFY | VF_FS_ATTRIB)
+
+/* Masks that want this event: MOVED_FROM and MOVED_TO are parts of RENAME. */
+static uint64_t wanting(uint64_t event)
+{
+	return event & (VF_FS_MOVED_FROM | VF_FS_MOVED_TO) ? event | VF_FS_RENAME : event;
+}
+
+static bool watched(struct vf_events *events, const struct vf_inode *inode, uint64_t event)
+{
+	return inode && (vf_watch_mask(events->watches, inode) & wanting(event));
+}
+
+static bool watched_as_child(struct vf_events *events, const struct vf_inode *dir, uint64_t event)
+{
+	uint64_t mask = dir ? vf_watch_mask(events->watches, dir) : 0;
+
+	return (mask & event) && (mask & VF_FS_EVENT_ON_CHILD);
+}
+
+/*
+ * What happens to a directory itself comes without its parent.  Somebody may watch the parent when
+ * anybody watches any directory's children for this.
+ */
+static bool parent_may_be_watched(struct vf_events *events, const struct vf_change *change)
+{
+	uint64_t mask = vf_watches_union(events->watches);
+
+	return !change->dir && (change->mask & VF_FS_ISDIR) && (mask & change->mask) &&
+	       (mask & VF_FS_EVENT_ON_CHILD);
+}
+
+static bool wanted(struct vf_events *events, uint64_t flags, const struct vf_change *change)
+{
+	uint64_t event = change->mask & ~VF_FS_ISDIR;
+
+	if (!(atomic_load_explicit(&events->mask, memory_order_relaxed) & wanting(event)))
+		return false;
+	if ((flags & VF_FSNOTIFY_WATCH_ALL) ||
+	    ((flags & VF_FSNOTIFY_INVALIDATE) && (event & INVALIDATING)))
+		return true;
+	if (event & VF_FS_ENTRY_EVENTS)
+		return watched(events, change->dir, event);
+	if (event & VF_FS_SELF_EVENTS)
+		return watched(events, change->child, event);
+	return watched_as_child(events, change->dir, event) ||
+	       watched(events, change->child, event) || parent_may_be_watched(events, change);
+}
+
+static struct vf_outgoing element_of(uint64_t flags, const struct vf_change *change)
+{
+	const struct vf_inode *object = change->dir ? change->dir : change->child;
+	struct vf_outgoing out = {
+	    .element =
+		{
+		    .nodeid = vf_inode_nodeid(object),
+		    .generation = vf_inode_generation(object),
+		    .mask = change->mask,
+		    .namelen = change->dir ? change->namelen : 0,
+		    .cookie = change->cookie,
+		},
+	    .name = change->name,
+	    .pid = change->pid,
+	    .seen_ns = change->seen_ns,
+	};
+
+	if (flags & VF_FSNOTIFY_RENAME)
+		out.element.flags = change->flags;
+	if (change->dir && change->child && (flags & VF_FSNOTIFY_CHILD)) {
+		out.element.child_nodeid = vf_inode_nodeid(change->child);
+		out.element.child_generation = vf_inode_generation(change->child);
+	}
+	return out;
+}
+
+static void trace(struct vf_events *events, uint64_t flags, const struct vf_change *change,
+		  enum vf_event_fate fate)
+{
+	struct vf_outgoing out;
+
+	if (!vf_trace_is_on(events->trace))
+		return;
+	out = element_of(flags | VF_FSNOTIFY_CHILD, change);
+	vf_trace_add(events->trace, &out.element, out.name, fate, out.pid);
+}
+
+/* ---- the end of a watched object ------------------------------------------------- */
+
+/* Has it no link any more? */
+static bool is_gone(struct vf_events *events, struct vf_inode *inode)
+{
+	int fd = vf_inode_path_fd(events->share, inode);
+	struct statx sx;
+
+	if (fd < 0)
+		return fd == -ESTALE;
+	return !statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_NLINK, &sx) &&
+	       (sx.stx_mask & STATX_NLINK) && !sx.stx_nlink;
+}
+
+/* change took a link from its child: was it the last? */
+static void report_end(struct vf_events *events, uint64_t flags, const struct vf_change *change)
+{
+	struct vf_change end = {
+	    .mask = VF_FS_DELETE_SELF | (change->mask & VF_FS_ISDIR),
+	    .child = change->child,
+	    .pid = change->pid,
+	    .seen_ns = change->seen_ns,
+	};
+	bool removed = (change->mask & VF_FS_DELETE) && (change->mask & VF_FS_ISDIR);
+	struct vf_outgoing out;
+
+	/* INVALIDATE alone needs none: the entry says enough. */
+	if (!change->child || !wanted(events, flags & ~VF_FSNOTIFY_INVALIDATE, &end) ||
+	    (!removed && !is_gone(events, change->child)) || !vf_inode_tell_deleted(change->child))
+		return;
+	out = element_of(flags, &end);
+	vf_outbox_push(events->outbox, &out, 1);
+}
+
+/* ---- reports ------------------------------------------------------------------------ */
+
+void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n)
+{
+	uint64_t flags = atomic_load(&events->flags);
+	struct vf_outgoing out[2];
+	uint32_t wanted_n = 0;
+
+	if (!flags || n > 2) {
+		vf_count_n(&events->unwatched, n);
+		return;
+	}
+	for (uint32_t i = 0; i < n; i++) {
+		const struct vf_change *change = &changes[i];
+
+		if (change->mask & VF_FS_DELETE)
+			report_end(events, flags, change);
+		if (!wanted(events, flags, change) ||
+		    ((change->mask & VF_FS_DELETE_SELF) && !vf_inode_tell_deleted(change->child))) {
+			vf_count(&events->unwatched);
+			trace(events, flags, change, VF_EVENT_UNWATCHED);
+			continue;
+		}
+		out[wanted_n++] = element_of(flags, change);
+	}
+	if (wanted_n == 1 && n == 2) {
+		/* The other half of the rename is not sent. */
+		out[0].element.flags &= ~VF_FSNOTIFY_SPLIT_RENAME;
+		out[0].element.cookie = 0;
+	}
+	if (wanted_n)
+		vf_outbox_push(events->outbox, out, wanted_n);
+	if (n == 1 && (changes->mask & VF_FS_ATTRIB) && !changes->dir)
+		report_end(events, flags, changes);
+}
+
+void vf_events_trace_own(struct vf_events *events, const struct vf_change *changes, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++)
+		trace(events, 0, &changes[i], VF_EVENT_OWN);
+}
+
+void vf_events_report_overflow(struct vf_events *events)
+{
+	vf_count(&events->host_overflows);
+	if (atomic_load(&events->flags))
+		vf_outbox_push_overflow(events->outbox);
+}

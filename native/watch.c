@@ -1,0 +1,349 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the guest watches: a hash by nodeid (and by the number that inotify
+ * gave), the union over all, and the marks on the host for it.  Knows nothing
+ * of events; see events.h.
+ *
+ * A watch ends with its inode at the latest.  32 bytes for each, beside 4 to 8
+ * of hash.
+ */
+#include "events.h"
+
+#define KNOWN                                                                                      \
+	(VF_FS_ENTRY_EVENTS | VF_FS_CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_RENAME |              \
+	 VF_FS_EVENT_ON_CHILD)
+#define N_BITS 64u
+
+struct watch {
+	uint64_t nodeid;
+	uint64_t mask;
+	int32_t wd;
+	uint32_t next;	  /* in its chain, or in the list of free ones */
+	uint32_t next_wd; /* in the chain of its wd; 0: the end, as everywhere */
+};
+
+struct vf_watches {
+	struct vf_events *events;
+	pthread_mutex_t change_lock; /* watches change one after the other, with their marks */
+	pthread_mutex_t lock;	     /* what follows */
+	struct watch *all;	     /* [0] is none */
+	uint32_t room, used, free;   /* entries there, ever used, first free one */
+	uint32_t *buckets, *wd_buckets;
+	uint32_t bucket_mask;
+	uint32_t of_bit[N_BITS]; /* watches that have this bit */
+	atomic_uint count;
+	atomic_uint_fast64_t all_masks;
+};
+
+struct vf_watches *vf_watches_new(struct vf_events *events, int *error)
+{
+	struct vf_watches *w = calloc(1, sizeof(*w));
+
+	*error = -ENOMEM;
+	if (!w)
+		return NULL;
+	w->events = events;
+	w->room = 64;
+	w->used = 1;
+	w->bucket_mask = 63;
+	w->all = calloc(w->room, sizeof(*w->all));
+	w->buckets = calloc(w->bucket_mask + 1, sizeof(*w->buckets));
+	w->wd_buckets = calloc(w->bucket_mask + 1, sizeof(*w->wd_buckets));
+	pthread_mutex_init(&w->change_lock, NULL);
+	pthread_mutex_init(&w->lock, NULL);
+	if (!w->all || !w->buckets || !w->wd_buckets) {
+		vf_watches_free(w);
+		return NULL;
+	}
+	*error = 0;
+	return w;
+}
+
+void vf_watches_free(struct vf_watches *w)
+{
+	if (!w)
+		return;
+	pthread_mutex_destroy(&w->change_lock);
+	pthread_mutex_destroy(&w->lock);
+	free(w->all);
+	free(w->buckets);
+	free(w->wd_buckets);
+	free(w);
+}
+
+/* ---- the hash; under lock ----------------------------------------------------- */
+
+static uint32_t *bucket(struct vf_watches *w, uint64_t nodeid)
+{
+	return &w->buckets[(nodeid * 0x9e3779b97f4a7c15u >> 32) & w->bucket_mask];
+}
+
+static uint32_t *wd_bucket(struct vf_watches *w, int32_t wd)
+{
+	return &w->wd_buckets[((uint32_t)wd * 0x9e3779b9u >> 4) & w->bucket_mask];
+}
+
+static struct watch *find(struct vf_watches *w, uint64_t nodeid)
+{
+	for (uint32_t i = *bucket(w, nodeid); i; i = w->all[i].next)
+		if (w->all[i].nodeid == nodeid)
+			return &w->all[i];
+	return NULL;
+}
+
+static void link_in(struct vf_watches *w, uint32_t i)
+{
+	uint32_t *head = bucket(w, w->all[i].nodeid);
+
+	w->all[i].next = *head;
+	*head = i;
+}
+
+static void link_wd(struct vf_watches *w, uint32_t i)
+{
+	uint32_t *head = wd_bucket(w, w->all[i].wd);
+
+	if (w->all[i].wd < 0)
+		return;
+	w->all[i].next_wd = *head;
+	*head = i;
+}
+
+static void unlink_wd(struct vf_watches *w, uint32_t i)
+{
+	uint32_t *link = wd_bucket(w, w->all[i].wd);
+
+	if (w->all[i].wd < 0)
+		return;
+	while (*link != i)
+		link = &w->all[*link].next_wd;
+	*link = w->all[i].next_wd;
+}
+
+/* Twice the entries, twice the buckets; the hash is built anew. */
+static bool grow(struct vf_watches *w)
+{
+	uint32_t room = w->room * 2;
+	struct watch *all = room > w->room ? realloc(w->all, room * sizeof(*all)) : NULL;
+	uint32_t *buckets, *wd_buckets;
+
+	if (!all)
+		return false;
+	w->all = all;
+	w->room = room;
+	buckets = calloc(room, sizeof(*buckets));
+	wd_buckets = calloc(room, sizeof(*wd_buckets));
+	if (!buckets || !wd_buckets) {
+		free(buckets);
+		free(wd_buckets);
+		return true; /* longer chains */
+	}
+	free(w->buckets);
+	free(w->wd_buckets);
+	w->buckets = buckets;
+	w->wd_buckets = wd_buckets;
+	w->bucket_mask = room - 1;
+	/* Only when none is free, so all that were ever used are there. */
+	for (uint32_t i = 1; i < w->used; i++) {
+		link_in(w, i);
+		link_wd(w, i);
+	}
+	return true;
+}
+
+static struct watch *add(struct vf_watches *w, uint64_t nodeid)
+{
+	uint32_t i = w->free;
+
+	if (i) {
+		w->free = w->all[i].next;
+	} else {
+		if (w->used == w->room && !grow(w))
+			return NULL;
+		i = w->used++;
+	}
+	w->all[i] = (struct watch){.nodeid = nodeid, .wd = -1};
+	link_in(w, i);
+	atomic_fetch_add_explicit(&w->count, 1, memory_order_relaxed);
+	return &w->all[i];
+}
+
+static void drop(struct vf_watches *w, struct watch *watch)
+{
+	uint32_t i = (uint32_t)(watch - w->all), *link = bucket(w, watch->nodeid);
+
+	while (*link != i)
+		link = &w->all[*link].next;
+	*link = watch->next;
+	unlink_wd(w, i);
+	watch->nodeid = 0;
+	watch->next = w->free;
+	w->free = i;
+	atomic_fetch_sub_explicit(&w->count, 1, memory_order_relaxed);
+}
+
+static void count_bits(struct vf_watches *w, uint64_t old_mask, uint64_t mask)
+{
+	uint64_t all = atomic_load(&w->all_masks);
+
+	for (uint64_t left = old_mask ^ mask; left; left &= left - 1) {
+		uint32_t bit = (uint32_t)__builtin_ctzll(left);
+
+		w->of_bit[bit] += mask >> bit & 1 ? 1 : UINT32_MAX;
+		all &= ~(1ull << bit);
+		all |= (uint64_t)(w->of_bit[bit] != 0) << bit;
+	}
+	atomic_store(&w->all_masks, all);
+}
+
+/* ---- changes ------------------------------------------------------------------- */
+
+/* Notes what was agreed with the host. */
+static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t mask, int32_t wd)
+{
+	uint64_t nodeid = vf_inode_nodeid(inode);
+	struct watch *watch;
+	int error = 0;
+
+	pthread_mutex_lock(&w->lock);
+	watch = find(w, nodeid);
+	if (!watch && mask)
+		watch = add(w, nodeid);
+	if (watch) {
+		count_bits(w, watch->mask, mask);
+		if (watch->wd != wd) {
+			unlink_wd(w, (uint32_t)(watch - w->all));
+			watch->wd = wd;
+			link_wd(w, (uint32_t)(watch - w->all));
+		}
+		watch->mask = mask;
+		if (!mask)
+			drop(w, watch);
+		vf_inode_set_watched(inode, mask);
+	} else if (mask) {
+		error = -ENOMEM;
+	}
+	pthread_mutex_unlock(&w->lock);
+	return error;
+}
+
+static uint64_t load(struct vf_watches *w, const struct vf_inode *inode, int32_t *wd)
+{
+	const struct watch *watch;
+	uint64_t mask = 0;
+
+	*wd = -1;
+	pthread_mutex_lock(&w->lock);
+	watch = find(w, vf_inode_nodeid(inode));
+	if (watch) {
+		mask = watch->mask;
+		*wd = watch->wd;
+	}
+	pthread_mutex_unlock(&w->lock);
+	return mask;
+}
+
+int vf_watch_set(struct vf_watches *w, struct vf_inode *inode, uint64_t mask)
+{
+	const struct vf_source_ops *ops = w->events->ops;
+	uint64_t old_mask;
+	int32_t wd;
+	int error;
+
+	mask &= KNOWN;
+	if (!(mask & ~VF_FS_EVENT_ON_CHILD))
+		mask = 0;
+	pthread_mutex_lock(&w->change_lock);
+	old_mask = load(w, inode, &wd);
+	if (mask && !old_mask && atomic_load(&w->count) >= w->events->config.max_watches)
+		error = -ENOSPC;
+	else if (mask == old_mask)
+		error = 0;
+	else
+		error = ops->mark(w->events, inode, old_mask, mask, &wd);
+	if (!error && mask != old_mask) {
+		error = store(w, inode, mask, wd);
+		if (error)
+			ops->mark(w->events, inode, mask, 0, &wd);
+	}
+	pthread_mutex_unlock(&w->change_lock);
+	return error;
+}
+
+void vf_watch_inode_gone(struct vf_watches *w, struct vf_inode *inode)
+{
+	uint64_t mask;
+	int32_t wd;
+
+	pthread_mutex_lock(&w->change_lock);
+	mask = load(w, inode, &wd);
+	if (mask) {
+		w->events->ops->mark(w->events, inode, mask, 0, &wd);
+		store(w, inode, 0, -1);
+	}
+	pthread_mutex_unlock(&w->change_lock);
+}
+
+void vf_watches_clear(struct vf_watches *w)
+{
+	for (uint32_t i = 1;; i++) {
+		struct vf_inode *inode;
+		uint64_t nodeid = 0;
+		bool end;
+
+		pthread_mutex_lock(&w->lock);
+		end = i >= w->used;
+		if (!end)
+			nodeid = w->all[i].nodeid;
+		pthread_mutex_unlock(&w->lock);
+		if (end)
+			return;
+		/* One that is being freed ends its watch itself. */
+		inode = nodeid ? vf_inode_get(w->events->share, nodeid) : NULL;
+		if (!inode)
+			continue;
+		vf_watch_set(w, inode, 0);
+		vf_inode_put(w->events->share, inode);
+	}
+}
+
+/* ---- looking -------------------------------------------------------------------- */
+
+uint64_t vf_watch_mask(struct vf_watches *w, const struct vf_inode *inode)
+{
+	int32_t wd;
+
+	return vf_inode_is_watched(inode) ? load(w, inode, &wd) : 0;
+}
+
+uint64_t vf_watches_union(const struct vf_watches *w)
+{
+	return atomic_load_explicit(&((struct vf_watches *)w)->all_masks, memory_order_relaxed);
+}
+
+uint64_t vf_watches_count(const struct vf_watches *w)
+{
+	return atomic_load_explicit(&((struct vf_watches *)w)->count, memory_order_relaxed);
+}
+
+struct vf_inode *vf_watch_by_wd(struct vf_watches *w, int32_t wd, uint64_t *mask)
+{
+	struct vf_inode *inode;
+	uint64_t nodeid = 0;
+
+	if (wd < 0)
+		return NULL;
+	pthread_mutex_lock(&w->lock);
+	for (uint32_t i = *wd_bucket(w, wd); i; i = w->all[i].next_wd) {
+		if (w->all[i].wd == wd) {
+			nodeid = w->all[i].nodeid;
+			*mask = w->all[i].mask;
+			break;
+		}
+	}
+	pthread_mutex_unlock(&w->lock);
+	if (!nodeid)
+		return NULL;
+	inode = vf_inode_get(w->events->share, nodeid);
+	return inode;
+}
