@@ -79,17 +79,15 @@ class Launchpad:
         self.qemu: Qemu = find_qemu(None, self.cache)
         self._accelerator: Accelerator | None = None
 
-    def machine(self, image: Image, shares: tuple[Share, ...] = (), cpus: int = 1) -> Machine:
+    def machine(
+        self, image: Image, shares: tuple[Share, ...] = (), cpus: int = 1, qemu: Qemu | None = None
+    ) -> Machine:
         """A machine with that image and memory enough; finds out about KVM when asked first."""
         memory_bytes = smallest_memory_bytes(image) + _FREE_MEMORY_BYTES
-        plain = Machine(self.qemu, image, Accelerator.TCG, memory_bytes=memory_bytes)
+        plain = Machine(qemu or self.qemu, image, Accelerator.TCG, memory_bytes=memory_bytes)
         if self._accelerator is None:
             self._accelerator = choose_accelerator("auto", plain, self.cache)
-        return Machine(self.qemu, image, self._accelerator, shares, memory_bytes, cpus)
-
-    def image(self, kernel: str, packages: tuple[str, ...] = ()) -> Image:
-        """The guest image, from the cache or built now. Raises VmError."""
-        return build_image(ImageSpec(kernel=kernel, packages=packages), self.cache)
+        return Machine(plain.qemu, image, self._accelerator, shares, memory_bytes, cpus)
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +98,10 @@ def launchpad() -> Launchpad:
         lacking(f"a QEMU: {error}")
 
 
-def image_or_lacking(launchpad: Launchpad, kernel: str, packages: tuple[str, ...] = ()) -> Image:
+def image_or_lacking(launchpad: Launchpad, spec: ImageSpec) -> Image:
     """The image, or a loud skip with the reason, such as no network for Debian's packages."""
     try:
-        return launchpad.image(kernel, packages)
+        return build_image(spec, launchpad.cache)
     except VmError as error:
         lacking(f"what a guest image is made of: {error}")
 
@@ -131,7 +129,8 @@ class Session:
 @pytest.fixture(scope="session")
 def session(launchpad: Launchpad, exported: Path) -> Iterator[Session]:
     """The one guest of the tests; its end checks that servers and guest had nothing to complain about."""
-    image = image_or_lacking(launchpad, os.environ.get("VHOSTFS_TEST_KERNEL", DEFAULT_SERIES), PACKAGES)
+    kernel = os.environ.get("VHOSTFS_TEST_KERNEL", DEFAULT_SERIES)
+    image = image_or_lacking(launchpad, ImageSpec(kernel, PACKAGES))
     with Lifeline() as lifeline:
         servers, shares = {}, []
         for tag, serving in SERVINGS.items():

@@ -20,7 +20,7 @@ import pytest
 
 from tests.guest.conftest import Launchpad, image_or_lacking
 from tests.guest.place import awaited, sha256
-from vhostfs.vm.kernel import DEFAULT_SERIES
+from vhostfs.vm.image import ImageSpec
 
 RUN_TIMEOUT_S = 150.0
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(launchpad: Launchpad, tmp_path: Path) -> Iterator[Terminal]:
-    image_or_lacking(launchpad, DEFAULT_SERIES)
+    image_or_lacking(launchpad, ImageSpec(driver=True))
     for name in ("shared", "scratch"):
         (tmp_path / name).mkdir()
     place = Terminal(tmp_path / "shared", tmp_path / "scratch", f"run-{uuid.uuid4()}")
@@ -152,7 +152,7 @@ uname -r
 def test_a_day_s_work_on_the_other_guest_kernels(
     terminal: Terminal, launchpad: Launchpad, kernel: str
 ) -> None:
-    image_or_lacking(launchpad, kernel)
+    image_or_lacking(launchpad, ImageSpec(kernel, driver=True))
     (terminal.directory / "in").mkdir()
     (terminal.directory / "in/file").write_bytes(b"content " * 1000)
     run = terminal.start("--kernel", kernel, str(terminal.directory), "--", WORK)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests with our driver and servers that tell them of the host's events, for the tests of this folder.
+
+Must not know single events. Specification: docs/guest.md, docs/events.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import lacking
+from tests.guest.conftest import Launchpad, image_or_lacking, lines_matching
+from tests.guest.events.watching import CHANGES, PROGRAM, Control, In, Watch
+from tests.guest.place import Place
+from vhostfs.vm.errors import VmError
+from vhostfs.vm.guest import Guest
+from vhostfs.vm.image import ImageSpec
+from vhostfs.vm.kernel import DEFAULT_SERIES
+from vhostfs.vm.lifeline import Lifeline
+from vhostfs.vm.machine import Share, ShareDevice
+from vhostfs.vm.qemu import Qemu, find_qemu
+from vhostfs.vm.server import ServerSpec, ShareServer
+
+SHARES = {"auto": (), "never": ("--cache=never",), "always": ("--cache=always", "--writeback")}
+"""Options of the server by tag; each is mounted at /TAG."""
+_BAD_LOG = re.compile(
+    r"Traceback \(most recent call last\)|AddressSanitizer|runtime error:|Fatal Python error"
+    r"|free\(\): |malloc\(\): |stack smashing|internal:|[Ee]rror"
+)
+_BAD_CONSOLE = re.compile(
+    r"BUG:|WARNING:|Oops|blocked for more than|Call Trace|KASAN|refcount|leaked|Busy inodes"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What guests with events are made of."""
+
+    launchpad: Launchpad
+    qemu: Qemu
+    program: Path
+    """The watcher, for host and guest."""
+
+    def image_spec(self, kernel: str, packages: tuple[str, ...] = ()) -> ImageSpec:
+        """An image with the driver and the watcher."""
+        return ImageSpec(kernel, packages, files={PROGRAM: self.program}, driver=True)
+
+
+@pytest.fixture(scope="package")
+def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    try:
+        qemu = find_qemu(None, launchpad.cache, notifications=True)
+    except VmError as error:
+        lacking(f"a QEMU that passes the notification queue: {error}")
+    program = tmp_path_factory.mktemp("watcher") / "watch-events"
+    source = Path(__file__).with_name("watch-events.c")
+    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-static", "-s"]
+    subprocess.run([os.environ.get("CC", "gcc"), *flags, "-o", str(program), str(source)], check=True)
+    return Parts(launchpad, qemu, program)
+
+
+def watchdog_files() -> dict[str, Path]:
+    """The host's watchdog library, by path in the guest."""
+    spec = importlib.util.find_spec("watchdog")
+    if spec is None or not spec.submodule_search_locations:
+        lacking("the Python library watchdog")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return {
+        f"/usr/lib/python3/dist-packages/watchdog/{path.relative_to(folder)}": path
+        for path in folder.rglob("*.py")
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class EventShare:
+    """One directory with its server."""
+
+    tag: str
+    directory: Path
+    server: ShareServer
+    control: Control
+
+
+def start_share(
+    lifeline: Lifeline, directory: Path, tag: str, options: Sequence[str] = (), *, name: str | None = None
+) -> EventShare:
+    """Starts a server with events on; its control socket is asked from now on."""
+    socket_path = lifeline.directory / f"{name or tag}.sock"
+    control_path = lifeline.directory / f"{name or tag}.ctl"
+    own = ("--events=auto", f"--control-socket={control_path}")
+    server = ShareServer(ServerSpec(directory, socket_path, tag, options=(*own, *options)), lifeline)
+    return EventShare(tag, directory, server, Control(control_path))
+
+
+def as_share(share: EventShare, mount_point: str | None = None) -> Share:
+    """The guest's side of it."""
+    point = f"/{share.tag}" if mount_point is None else mount_point
+    return Share(share.tag, share.server.spec.socket_path, point, device=ShareDevice.PASS_THROUGH)
+
+
+def complaints_of(guest: Guest, shares: Sequence[EventShare]) -> list[str]:
+    """Bad lines of the guest's kernel and of the servers, which end with this."""
+    console = guest.console_path
+    found = [f"guest: {line}" for line in lines_matching(_BAD_CONSOLE, console)]
+    for share in shares:
+        share.control.close()
+        if share.server.stop() != 0:
+            found.append(share.server.describe_end())
+        lines = lines_matching(_BAD_LOG, share.server.log_path)
+        found += [f"server of {share.tag}: {line}" for line in lines]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class EventSession:
+    """A running guest with its shares, by tag."""
+
+    guest: Guest
+    shares: dict[str, EventShare]
+    parts: Parts
+
+
+@pytest.fixture(scope="package")
+def real_directory() -> Iterator[Path]:
+    """On a real file system, for users of the guest to enter."""
+    before = os.umask(0o022)
+    root = Path(tempfile.mkdtemp(prefix="vhostfs-events-tests-"))
+    root.chmod(0o755)
+    yield root
+    os.umask(before)
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="package")
+def session(parts: Parts, real_directory: Path) -> Iterator[EventSession]:
+    """The guest for most tests, with Python; its end checks that nobody had anything to complain about."""
+    kernel = os.environ.get("VHOSTFS_TEST_KERNEL", DEFAULT_SERIES)
+    spec = parts.image_spec(kernel, ("python3",))
+    spec = ImageSpec(kernel, spec.packages, files={**spec.files, **watchdog_files()}, driver=True)
+    image = image_or_lacking(parts.launchpad, spec)
+    with Lifeline() as lifeline:
+        shares = {}
+        for tag, options in SHARES.items():
+            (real_directory / tag).mkdir()
+            shares[tag] = start_share(lifeline, real_directory / tag, tag, options)
+        places = tuple(as_share(share) for share in shares.values())
+        guest = Guest(parts.launchpad.machine(image, places, qemu=parts.qemu), lifeline=lifeline)
+        with guest:
+            yield EventSession(guest, shares, parts)
+        complaints = complaints_of(guest, list(shares.values()))
+    if complaints:
+        pytest.fail("\n".join(complaints), pytrace=False)
+
+
+_numbers = itertools.count(1)
+
+
+class WatchedPlace:
+    """A new directory of a share, and watchers on it."""
+
+    def __init__(self, session: EventSession, tag: str, name: str) -> None:
+        assert session.guest.alive, "the guest ended in an earlier test"
+        share = session.shares[tag]
+        directory = share.directory / f"{next(_numbers):03}-{name}"
+        directory.mkdir()
+        directory.chmod(0o777)
+        self.host = directory
+        self.place = Place(session.guest, directory, f"/{tag}/{directory.name}")
+        self.control = share.control
+        self._program = session.parts.program
+        self._watches: list[Watch] = []
+
+    def watch(self, *names: str, mask: In = CHANGES, look: str = "", with_twin: bool = True) -> Watch:
+        """A watcher on `names` in it (default: itself) in the guest and, as its twin, on the host."""
+        program = self._program if with_twin else None
+        watch = Watch(self.place, self.control, program, mask, names or (".",), look)
+        self._watches.append(watch)
+        return watch
+
+    def close(self) -> None:
+        """Ends the watchers."""
+        for watch in self._watches:
+            watch.close()
+
+
+MakeWatchedPlace = Callable[[str], WatchedPlace]
+
+
+@pytest.fixture
+def watched_on(session: EventSession, request: pytest.FixtureRequest) -> Iterator[MakeWatchedPlace]:
+    """watched_on(tag) -> a new directory of that share."""
+    made: list[WatchedPlace] = []
+
+    def make(tag: str) -> WatchedPlace:
+        name = re.sub(r"[^a-z0-9_-]", "-", request.node.originalname.lower())[:40]
+        made.append(WatchedPlace(session, tag, name))
+        return made[-1]
+
+    yield make
+    for place in made:
+        place.close()
+
+
+@pytest.fixture
+def watched(watched_on: MakeWatchedPlace) -> WatchedPlace:
+    """A new directory of the share with default options."""
+    return watched_on("auto")

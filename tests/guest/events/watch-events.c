@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * A watcher for tests: prints every inotify event as it is read, one line each,
+ *
+ *   INDEX MASK COOKIE NAME     index of the watched path, mask in hex
+ *
+ * after "ready", which says that all watches are set.  In its handler, before it
+ * takes the next event, it can look at what the event is about and print what it
+ * sees as a further line:
+ *
+ *   --read    "saw SIZE CONTENT" of the file that the event names (its first line),
+ *             or "gone"
+ *   --list    "saw NAME/NAME/..." all names in the watched directory, sorted
+ *
+ * Lines on stdin: "add PATH", answered "added INDEX"; "remove INDEX", answered
+ * "removed INDEX"; its end ends the program.
+ *
+ * usage: watch-events [--read | --list] MASK PATH...
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define MAX_WATCHES 256
+
+static int inotify_fd;
+static uint32_t mask;
+static enum { NOTHING, READ, LIST } look;
+static struct {
+	int wd;
+	char path[4096];
+} watches[MAX_WATCHES];
+static int n_watches;
+
+static void fail(const char *what)
+{
+	fprintf(stderr, "watch-events: %s: %s\n", what, strerror(errno));
+	exit(1);
+}
+
+static int add(const char *path)
+{
+	int wd = inotify_add_watch(inotify_fd, path, mask);
+
+	if (wd < 0)
+		fail(path);
+	if (n_watches == MAX_WATCHES) {
+		errno = ENOSPC;
+		fail("watches");
+	}
+	watches[n_watches].wd = wd;
+	snprintf(watches[n_watches].path, sizeof(watches[0].path), "%s", path);
+	return n_watches++;
+}
+
+static int index_of(int wd)
+{
+	for (int i = n_watches - 1; i >= 0; i--) {
+		if (watches[i].wd == wd)
+			return i;
+	}
+	return -1;
+}
+
+static void read_file(const char *path)
+{
+	char text[4096];
+	struct stat state;
+	ssize_t n;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0) {
+		printf(errno == ENOENT ? "gone\n" : "cannot open: %s\n", strerror(errno));
+		return;
+	}
+	n = read(fd, text, sizeof(text) - 1);
+	if (n < 0 || fstat(fd, &state)) {
+		printf("cannot read: %s\n", strerror(errno));
+		n = -1;
+	}
+	close(fd);
+	if (n < 0)
+		return;
+	text[n] = 0;
+	text[strcspn(text, "\n")] = 0;
+	printf("saw %lld %s\n", (long long)state.st_size, text);
+}
+
+static int visible(const struct dirent *entry)
+{
+	return strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..");
+}
+
+static void list_directory(const char *path)
+{
+	struct dirent **entries;
+	int n = scandir(path, &entries, visible, alphasort);
+
+	if (n < 0) {
+		printf("cannot list: %s\n", strerror(errno));
+		return;
+	}
+	printf("saw ");
+	for (int i = 0; i < n; i++) {
+		printf("%s%s", i ? "/" : "", entries[i]->d_name);
+		free(entries[i]);
+	}
+	printf("\n");
+	free(entries);
+}
+
+static void handle(const struct inotify_event *event)
+{
+	int i = index_of(event->wd);
+	const char *name = event->len ? event->name : "";
+	char path[4096 + 256 + 2];
+
+	printf("%d %x %u %s\n", i, event->mask, event->cookie, name);
+	if (i < 0 || event->mask & IN_IGNORED)
+		return;
+	if (look == LIST) {
+		list_directory(watches[i].path);
+	} else if (look == READ) {
+		snprintf(path, sizeof(path), "%s%s%s", watches[i].path, *name ? "/" : "", name);
+		read_file(path);
+	}
+}
+
+static void read_events(void)
+{
+	static char buffer[65536] __attribute__((aligned(__alignof__(struct inotify_event))));
+	ssize_t n = read(inotify_fd, buffer, sizeof(buffer));
+
+	if (n < 0)
+		fail("read");
+	for (char *at = buffer; at < buffer + n;) {
+		const struct inotify_event *event = (const struct inotify_event *)at;
+
+		handle(event);
+		at += sizeof(*event) + event->len;
+	}
+	fflush(stdout);
+}
+
+static int read_command(void)
+{
+	char line[4200];
+
+	if (!fgets(line, sizeof(line), stdin))
+		return 0;
+	line[strcspn(line, "\n")] = 0;
+	if (!strncmp(line, "add ", 4)) {
+		printf("added %d\n", add(line + 4));
+	} else if (!strncmp(line, "remove ", 7)) {
+		int i = atoi(line + 7);
+
+		if (inotify_rm_watch(inotify_fd, watches[i].wd))
+			fail("inotify_rm_watch");
+		printf("removed %d\n", i);
+	} else {
+		errno = EINVAL;
+		fail(line);
+	}
+	fflush(stdout);
+	return 1;
+}
+
+int main(int argc, char **argv)
+{
+	struct pollfd polls[2];
+	int at = 1;
+
+	setvbuf(stdin, NULL, _IONBF, 0);
+	if (at < argc && !strcmp(argv[at], "--read")) {
+		look = READ;
+		at++;
+	} else if (at < argc && !strcmp(argv[at], "--list")) {
+		look = LIST;
+		at++;
+	}
+	if (at >= argc) {
+		fprintf(stderr, "usage: watch-events [--read | --list] MASK PATH...\n");
+		return 2;
+	}
+	mask = (uint32_t)strtoul(argv[at++], NULL, 16);
+	inotify_fd = inotify_init1(IN_CLOEXEC);
+	if (inotify_fd < 0)
+		fail("inotify_init1");
+	while (at < argc)
+		add(argv[at++]);
+	printf("ready\n");
+	fflush(stdout);
+	polls[0] = (struct pollfd){.fd = inotify_fd, .events = POLLIN};
+	polls[1] = (struct pollfd){.fd = 0, .events = POLLIN};
+	for (;;) {
+		if (poll(polls, 2, -1) < 0)
+			fail("poll");
+		if (polls[0].revents)
+			read_events();
+		if (polls[1].revents && !read_command())
+			return 0;
+	}
+}
