@@ -22,6 +22,7 @@ from tests.conftest import lacking
 from tests.guest.place import Place
 from vhostfs.vm.accel import choose_accelerator
 from vhostfs.vm.cache import cache_root
+from vhostfs.vm.driver import BrokenDriverError
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.image import Image, ImageSpec, build_image
@@ -102,6 +103,8 @@ def image_or_lacking(launchpad: Launchpad, spec: ImageSpec) -> Image:
     """The image, or a loud skip with the reason, such as no network for Debian's packages."""
     try:
         return build_image(spec, launchpad.cache)
+    except BrokenDriverError:
+        raise
     except VmError as error:
         lacking(f"what a guest image is made of: {error}")
 

@@ -290,6 +290,8 @@ class AgentConnection:
         self._last_number = 0
         self._gone: GuestGoneError | None = None
         self._ready = threading.Event()
+        self._boots = 0
+        self._booted = threading.Condition()
         self._thread = threading.Thread(target=self._read_all, name="guest-agent", daemon=True)
         self._thread.start()
 
@@ -299,6 +301,16 @@ class AgentConnection:
         if self._gone is not None:
             raise self._gone
         return self._ready.is_set()
+
+    @property
+    def boots(self) -> int:
+        """How often the agent has begun to speak: once, and again after each reboot of the guest."""
+        return self._boots
+
+    def wait_rebooted(self, boots: int, timeout_s: float) -> bool:
+        """True once `boots` has become more than that, and the commands of the boot before are abandoned."""
+        with self._booted:
+            return self._booted.wait_for(lambda: self._boots > boots or self._gone is not None, timeout_s)
 
     @property
     def gone(self) -> bool:
@@ -366,11 +378,14 @@ class AgentConnection:
             for frame in self._frames():
                 if frame.type is FrameType.HELLO:
                     self._check_version(frame)
-                    self._ready.set()
+                    self._begin_boot()
                     continue
                 with self._lock:
                     running = self._commands.get(frame.command)
                 if running is None:
+                    if self._boots > 1:
+                        # Of a command that a reboot cut short on our side only.
+                        continue
                     raise ProtocolError(
                         f"{frame.type.name} about command {frame.command}, which does not run"
                     )
@@ -382,12 +397,28 @@ class AgentConnection:
             reason = f"the guest's agent does not keep to its protocol: {error}"
         except OSError as error:
             reason = f"the guest has ended ({error.strerror})"
+        gone = GuestGoneError(reason)
         with self._lock:
-            self._gone = GuestGoneError(reason)
-            left = list(self._commands.values())
+            self._gone = gone
+        self._abandon_commands(gone)
         self._ready.set()
+        with self._booted:
+            self._booted.notify_all()
+
+    def _begin_boot(self) -> None:
+        if self._boots:
+            self._abandon_commands(GuestGoneError("the guest has rebooted"))
+        with self._booted:
+            self._boots += 1
+            self._booted.notify_all()
+        self._ready.set()
+
+    def _abandon_commands(self, failure: GuestError) -> None:
+        with self._lock:
+            left = list(self._commands.values())
+            self._commands.clear()
         for running in left:
-            running.abandon(self._gone)
+            running.abandon(failure)
 
     def _frames(self) -> Iterator[Frame]:
         decoder = FrameDecoder()

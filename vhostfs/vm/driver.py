@@ -29,6 +29,12 @@ REPLACED_MODULE = "virtiofs"
 """The stock driver, as a module's name; must not be loaded beside ours."""
 REPLACED_INITCALL = "virtio_fs_init"
 """Its init function, for kernels that have it built in."""
+
+
+class BrokenDriverError(VmError):
+    """Our sources and this kernel's do not go together; nothing that the machine lacks."""
+
+
 _FORMAT = 1  # raise it when the way of building changes
 _KEPT_DRIVERS = 12
 _SHOWN_LINES = 12
@@ -38,7 +44,8 @@ def build_driver(kernel: Kernel, cache: Path, progress: Progress = quiet) -> Pat
     """The driver's module file for `kernel`: from the cache, else built, in seconds once there are the
     kernel's headers and source (150 MB to download).
 
-    Raises VmError: no patch for this kernel, packages gone from the archive, no way to compile.
+    Raises VmError: no patch for this kernel, packages gone from the archive, no way to compile;
+    BrokenDriverError: it does not compile.
     """
     own = driver_sources()
     patch = own.get(f"patches/{kernel.series}.patch")
@@ -134,7 +141,8 @@ def _run(root: BuildRoot, complaint: str, command: list[str]) -> None:
     done = root.run(command)
     if done.returncode != 0:
         lines = [line for line in done.stdout.splitlines() if line.strip()]
-        raise VmError("\n    ".join([f"{complaint}:", *lines[:_SHOWN_LINES]]))
+        errors = [line for line in lines if "error" in line or "FAILED" in line]
+        raise BrokenDriverError("\n    ".join([f"{complaint}:", *(errors or lines)[:_SHOWN_LINES]]))
 
 
 @contextmanager

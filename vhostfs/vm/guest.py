@@ -152,6 +152,23 @@ class Guest:
             if self._own_lifeline:
                 self._lifeline.close()
 
+    def reboot(self, boot_timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """Resets the machine as a power button does, waits for the guest and mounts the shares again.
+
+        Only for a machine with `allow_reboot`. Raises VmError when the guest does not come back.
+        """
+        agent = self._agent
+        if agent is None:
+            raise GuestGoneError("the guest is closed")
+        before = agent.boots
+        # Does not come back, so it cannot be waited for; sysrq is quicker than what a shell would do.
+        self.start("echo 1 >/proc/sys/kernel/sysrq; echo b >/proc/sysrq-trigger")
+        if not agent.wait_rebooted(before, boot_timeout_s) or agent.gone:
+            raise VmError(f"the guest did not come back after its reboot{self.last_words()}")
+        for share in self.machine.shares:
+            if share.mount_point:
+                self._mount(share)
+
     def _power_off(self, agent: AgentConnection) -> None:
         points = [share.mount_point for share in reversed(self.machine.shares) if share.mount_point]
         # Lazily if need be: a process that was left behind may still use it.

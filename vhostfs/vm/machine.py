@@ -21,6 +21,7 @@ _VIRTIO_ID_FS = 26
 _FS_CONFIG_SIZE_WITH_NOTIFICATION = 44
 # Of the test device: hiprio and notification beside the request queues.
 _QUEUES_BESIDE_REQUESTS = 2
+_FIRST_WITH_RECONNECT_MS = (9, 2, 0)
 
 
 class Accelerator(Enum):
@@ -52,6 +53,8 @@ class Share:
     read_only: bool = False
     device: ShareDevice = ShareDevice.STOCK
     request_queues: int = 1
+    reconnects: bool = False
+    """QEMU connects again, for ever, when the server ends; the guest must then mount again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class Machine:
     cpus: int = 1
     kernel_arguments: tuple[str, ...] = ()
     qemu_arguments: tuple[str, ...] = ()
+    allow_reboot: bool = False
+    """Else a guest that reboots ends."""
 
 
 def kernel_command_line(machine: Machine) -> str:
@@ -98,7 +103,8 @@ def qemu_command(machine: Machine, *, agent_fd: int, console_path: Path) -> list
     command = [
         *machine.qemu.command,
         *("-name", "vhostfs"),
-        *("-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-nodefaults", "-no-user-config"),
+        *([] if machine.allow_reboot else ["-no-reboot"]),
         *("-display", "none"),
         *("-machine", "q35,memory-backend=mem"),
         *("-accel", "kvm" if kvm else "tcg,thread=single"),
@@ -141,8 +147,10 @@ def _share_arguments(qemu: Qemu, number: int, share: Share) -> list[str]:
             f"num_vqs={_QUEUES_BESIDE_REQUESTS + share.request_queues},"
             f"config_size={_FS_CONFIG_SIZE_WITH_NOTIFICATION}"
         )
-    path = _escaped(str(share.socket_path))
-    return ["-chardev", f"socket,id={chardev},path={path}", "-device", device]
+    options = f"socket,id={chardev},path={_escaped(str(share.socket_path))}"
+    if share.reconnects:
+        options += ",reconnect-ms=200" if qemu.version >= _FIRST_WITH_RECONNECT_MS else ",reconnect=1"
+    return ["-chardev", options, "-device", device]
 
 
 def _escaped(value: str) -> str:
