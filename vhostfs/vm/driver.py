@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -141,7 +142,7 @@ def _run(root: BuildRoot, complaint: str, command: list[str]) -> None:
     done = root.run(command)
     if done.returncode != 0:
         lines = [line for line in done.stdout.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line or "FAILED" in line]
+        errors = [line for line in lines if re.search("error|failed|undefined", line, re.IGNORECASE)]
         raise BrokenDriverError("\n    ".join([f"{complaint}:", *(errors or lines)[:_SHOWN_LINES]]))
 
 
