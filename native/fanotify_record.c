@@ -4,10 +4,6 @@
 
 #include "fanotify_record.h"
 
-/* Newer than Debian 12's C library knows them. */
-#define INFO_OLD_DFID_NAME 10
-#define INFO_NEW_DFID_NAME 12
-
 /* Two 32-bit numbers, then the handle, then the name with NUL (and padding). */
 #define FID_HANDLE offsetof(struct fanotify_event_info_fid, handle)
 
@@ -52,9 +48,9 @@ static bool parse_info(const uint8_t *info, uint32_t size, uint8_t type,
 		return parse_object(info, size, false, &record->dir);
 	case FAN_EVENT_INFO_TYPE_DFID_NAME:
 		return parse_object(info, size, true, &record->dir);
-	case INFO_OLD_DFID_NAME:
+	case FAN_EVENT_INFO_TYPE_OLD_DFID_NAME:
 		return parse_object(info, size, true, &record->old);
-	case INFO_NEW_DFID_NAME:
+	case FAN_EVENT_INFO_TYPE_NEW_DFID_NAME:
 		return parse_object(info, size, true, &record->new);
 	default:
 		return true; /* pidfd, error: nothing that was asked for, but harmless */
