@@ -27,11 +27,13 @@ from tests.frontend import (
     FuseError,
     Machine,
     MessageRefusedError,
+    NotificationQueue,
     Opcode,
     ProtocolError,
     RingBrokenError,
     Vmm,
     awaited,
+    fsnotify,
 )
 from tests.frontend import fuse_abi as abi
 from tests.frontend import operations as op
@@ -39,11 +41,13 @@ from tests.frontend.ring import F_INDIRECT, F_NEXT, F_WRITE
 from tests.frontend.session import Pending
 from tests.frontend.vhost_user import HEADER, VERSION
 from tests.ring.conftest import MakeShare
+from tests.ring.events import NOTIFYING
 from tests.ring.share import Share
 
 pytestmark = pytest.mark.usefixtures("ours")
 
 GROWTH_LIMIT_BYTES = 96 << 20
+FSNOTIFY_OPCODES = [fsnotify.OPCODE_INIT, fsnotify.OPCODE_WATCH, fsnotify.OPCODE_PARK]
 ROUNDS = int(os.environ.get("VHOSTFS_FUZZ_ROUNDS", "1200"))
 
 
@@ -61,7 +65,7 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 def walled(make_share: MakeShare, tmp_path: Path) -> Share:
     (tmp_path / "export").mkdir()
     (tmp_path / "secret").write_text("secret")
-    return make_share("--xattr", directory=tmp_path / "export")
+    return make_share("--xattr", "--tag=fuzz", directory=tmp_path / "export")
 
 
 class RequestMaker:
@@ -150,6 +154,8 @@ class RequestMaker:
                 op.lseek(node, fh, offset, rng.randrange(6)),
                 op.tmpfile(parent),
                 op.forget(node, 1),
+                fsnotify.init(rng.choice((1, 0b11001, rng.getrandbits(64)))),
+                fsnotify.watch(node, rng.choice((0, 0xFFF, 0x08000FFF, rng.getrandbits(64))), node >> 32),
                 op.release(node, fh) if rng.random() < 0.1 else op.fsync(node, fh),
             )
         )
@@ -167,7 +173,7 @@ class RequestMaker:
         if rng.random() < 0.6:
             opcode, nodeid, body = self.nearly_sound()
         else:
-            known = [int(opcode) for opcode in Opcode if opcode != Opcode.DESTROY]
+            known = [int(opcode) for opcode in Opcode if opcode != Opcode.DESTROY] + FSNOTIFY_OPCODES
             opcode = rng.choice(known) if rng.random() < 0.95 else rng.randrange(1 << 32)
             nodeid = rng.choice(self.nodes) if rng.random() < 0.9 else rng.getrandbits(64)
             body = self.arguments(opcode)
@@ -195,16 +201,23 @@ def test_random_requests_are_answered_or_end_the_ring(walled: Share, rng: random
     done = 0
     while done < ROUNDS:
         walled.unmount()
-        fs = walled.mount()
+        fs = walled.mount(NOTIFYING)
+        notifications = NotificationQueue(fs.vmm)
+        fs.fsnotify_init()
+        fs.watch(ROOT, 0x08000FFF)
         for path in walled.path.iterdir():
             if not path.is_symlink() and path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
         maker = RequestMaker(rng, fs)
-        for _ in range(200):
+        for turn in range(200):
             done += 1
             pending = maker.submit()
+            if turn % 20 == 0:
+                (walled.path / f"host{turn}").touch()
+            while notifications.poll() is not None:
+                pass  # each is checked for rules that it breaks
             try:
                 if pending.call.opcode == Opcode.SETLKW:
                     _end_of_lock(fs, pending)
@@ -245,8 +258,10 @@ def test_random_rings_are_survived(walled: Share, rng: random.Random) -> None:
         features |= Feature.EVENT_IDX if rng.random() < 0.5 else Feature(0)
         features |= Feature.INDIRECT_DESC if rng.random() < 0.5 else Feature(0)
         walled.unmount()
-        fs = walled.mount(Machine(features=features, queue_size=16))
-        queue = rng.choice((fs.vmm.request_queue(), fs.vmm.hiprio))
+        fs = walled.mount(Machine(features=features | Feature.FS_NOTIFICATION, queue_size=16))
+        fs.fsnotify_init()
+        fs.watch(ROOT, 0x08000FFF)
+        queue = rng.choice((fs.vmm.request_queue(), fs.vmm.hiprio, fs.vmm.notification_queue))
         buffers = [fs.vmm.memory.allocate(4096) for _ in range(4)]
         for buffer in buffers:
             content = bytearray(4096)
@@ -267,6 +282,9 @@ def test_random_rings_are_survived(walled: Share, rng: random.Random) -> None:
         ahead = rng.choice((1, 2, 5, 16, 17, 0x8000))
         queue.set_available_index(queue.avail_index + ahead)
         queue.kick()
+        for i in range(3):
+            (walled.path / f"host{i}").touch()
+            (walled.path / f"host{i}").unlink()
         awaited(
             lambda queue=queue, fs=fs: (
                 queue.error_signalled(0)  # type: ignore[misc]

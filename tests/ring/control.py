@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running server counts, asked for over its control socket.
+
+Must not know what the numbers should be. Specification: docs/events.md, "The control socket".
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+from tests.ring.share import Share
+
+TIMEOUT_S = 10.0
+
+
+def stats(share: Share) -> dict[str, Any]:
+    """One `stats` message: the server greets, is asked, and answers, each in a line of JSON."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(TIMEOUT_S)
+        connection.connect(f"{share.server.socket_path}.ctl")
+        with connection.makefile("rw") as lines:
+            assert json.loads(lines.readline())["type"] == "hello"
+            lines.write('{"command": "stats"}\n')
+            lines.flush()
+            answer: dict[str, Any] = json.loads(lines.readline())
+    assert answer["type"] == "stats", answer
+    return answer
+
+
+def event_counters(share: Share) -> dict[str, int]:
+    """Counters of the event pipeline by name."""
+    counters: dict[str, int] = stats(share)["events"]["counters"]
+    return counters
