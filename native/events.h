@@ -187,8 +187,14 @@ uint64_t vf_watch_mask(struct vf_watches *watches, const struct vf_inode *inode)
 uint64_t vf_watches_union(const struct vf_watches *watches);
 /* The inode is being freed: its watch ends.  Called by the inode table only for watched ones. */
 void vf_watch_inode_gone(struct vf_watches *watches, struct vf_inode *inode);
-/* inotify: the inode of this number, referenced; NULL: none. */
-struct vf_inode *vf_watch_by_wd(struct vf_watches *watches, int32_t wd, uint64_t *mask);
+/*
+ * inotify: the inodes of this number (more than one when they are one object of the host), at most
+ * max (and 8), each referenced.  Returns how many.
+ */
+uint32_t vf_watches_by_wd(struct vf_watches *watches, int32_t wd, struct vf_inode **found,
+			  uint32_t max);
+/* What the guest watches on inodes of this number other than `but`. */
+uint64_t vf_watches_wd_mask(struct vf_watches *watches, int32_t wd, const struct vf_inode *but);
 uint64_t vf_watches_count(const struct vf_watches *watches);
 
 /* ---- handle_index.c ------------------------------------------------------------- */

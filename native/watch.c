@@ -326,24 +326,35 @@ uint64_t vf_watches_count(const struct vf_watches *w)
 	return atomic_load_explicit(&((struct vf_watches *)w)->count, memory_order_relaxed);
 }
 
-struct vf_inode *vf_watch_by_wd(struct vf_watches *w, int32_t wd, uint64_t *mask)
+uint32_t vf_watches_by_wd(struct vf_watches *w, int32_t wd, struct vf_inode **found, uint32_t max)
 {
-	struct vf_inode *inode;
-	uint64_t nodeid = 0;
+	uint64_t nodeids[8];
+	uint32_t n = 0, n_found = 0;
 
 	if (wd < 0)
-		return NULL;
+		return 0;
 	pthread_mutex_lock(&w->lock);
-	for (uint32_t i = *wd_bucket(w, wd); i; i = w->all[i].next_wd) {
-		if (w->all[i].wd == wd) {
-			nodeid = w->all[i].nodeid;
-			*mask = w->all[i].mask;
-			break;
-		}
-	}
+	for (uint32_t i = *wd_bucket(w, wd); i && n < 8; i = w->all[i].next_wd)
+		if (w->all[i].wd == wd)
+			nodeids[n++] = w->all[i].nodeid;
 	pthread_mutex_unlock(&w->lock);
-	if (!nodeid)
-		return NULL;
-	inode = vf_inode_get(w->events->share, nodeid);
-	return inode;
+	for (uint32_t i = 0; i < n && n_found < max; i++) {
+		found[n_found] = vf_inode_get(w->events->share, nodeids[i]);
+		n_found += !!found[n_found];
+	}
+	return n_found;
+}
+
+uint64_t vf_watches_wd_mask(struct vf_watches *w, int32_t wd, const struct vf_inode *but)
+{
+	uint64_t mask = 0;
+
+	if (wd < 0)
+		return 0;
+	pthread_mutex_lock(&w->lock);
+	for (uint32_t i = *wd_bucket(w, wd); i; i = w->all[i].next_wd)
+		if (w->all[i].wd == wd && w->all[i].nodeid != vf_inode_nodeid(but))
+			mask |= w->all[i].mask;
+	pthread_mutex_unlock(&w->lock);
+	return mask;
 }

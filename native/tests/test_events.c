@@ -505,6 +505,7 @@ static void watches_agree_with_a_model(struct guest *g)
 	const uint64_t bits[] = {VF_FS_ACCESS, VF_FS_CREATE, VF_FS_RENAME, VF_FS_MOVE_SELF};
 	static uint64_t ids[300], masks[300];
 	const uint32_t n = 300;
+	struct vf_inode *root = vf_inode_get(g->share, 1);
 	struct vf_watches *watches;
 	struct vf_events *events;
 	char name[8];
@@ -520,19 +521,22 @@ static void watches_agree_with_a_model(struct guest *g)
 	srandom(5);
 	for (uint32_t step = 0; step < 20000; step++) {
 		uint32_t i = (uint32_t)random() % n, count = 0;
-		struct vf_inode *inode = vf_inode_get(g->share, ids[i]), *by_wd;
-		uint64_t all = 0, mask = 0;
+		struct vf_inode *inode = vf_inode_get(g->share, ids[i]), *found[8];
+		int32_t wd = 100 + (int32_t)(ids[i] & 0xffff);
+		uint64_t all = 0;
 
 		masks[i] = 0;
 		for (uint32_t b = 0; b < 4; b++)
 			masks[i] |= random() % 3 ? 0 : bits[b];
 		CHECK_EQ(vf_watch_set(watches, inode, masks[i]), 0);
 		CHECK_EQ(vf_watch_mask(watches, inode), masks[i]);
-		by_wd = vf_watch_by_wd(watches, 100 + (int32_t)(ids[i] & 0xffff), &mask);
-		CHECK(by_wd == (masks[i] ? inode : NULL));
-		CHECK_EQ(mask, masks[i]);
-		if (by_wd)
-			vf_inode_put(g->share, by_wd);
+		CHECK_EQ(vf_watches_by_wd(watches, wd, found, 8), !!masks[i]);
+		if (masks[i]) {
+			CHECK(found[0] == inode);
+			vf_inode_put(g->share, inode);
+		}
+		CHECK_EQ(vf_watches_wd_mask(watches, wd, inode), 0);
+		CHECK_EQ(vf_watches_wd_mask(watches, wd, root), masks[i]);
 		vf_inode_put(g->share, inode);
 		if (step % 100)
 			continue;
@@ -547,6 +551,7 @@ static void watches_agree_with_a_model(struct guest *g)
 		forget(g, ids[i], 1);
 	CHECK_EQ(vf_watches_count(watches), 0);
 	CHECK_EQ(vf_watches_union(watches), 0);
+	vf_inode_put(g->share, root);
 }
 
 /* ---- records of the kernel's layout, made by hand ----------------------------------- */
