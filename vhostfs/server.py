@@ -12,10 +12,17 @@ import logging
 import os
 import signal
 import socket
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import uvloop
 
+from .control.report import ServerState, stats_message
+from .control.server import ControlServer
+from .events.feed import EventFeed
+from .events.paths import NodePaths
 from .fuse.fsnotify import NOTIFY_BUF_SIZE_BYTES, EventAbilities, FsnotifyFlag
 from .fuse.init import SessionOptions
 from .fuse.operations import Operations
@@ -40,7 +47,11 @@ STUCK_EXIT_STATUS = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventOptions:
-    """Events that the share has begun to read, as far as a guest and people are concerned."""
+    """Events that the share has begun to read, as far as a guest and people are concerned.
+
+    proc_fd_dir, root: /proc/self/fd (the caller's) and the share's root in this process's view, by which
+    nodes get the paths that people are shown.
+    """
 
     mask: int
     """FS_* bits that elements can carry."""
@@ -48,6 +59,8 @@ class EventOptions:
     max_watches: int
     source: str
     reason: str
+    proc_fd_dir: int
+    root: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +77,17 @@ class ServerOptions:
     readonly: bool = False
     once: bool = False
     events: EventOptions | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlOptions:
+    """Where people and programs ask a running server: a socket that listens already, the caller's.
+
+    allowed_uids: of whoever may ask, as this process sees them.
+    """
+
+    listen_socket: socket.socket
+    allowed_uids: frozenset[int]
 
 
 def device_options(options: ServerOptions) -> DeviceOptions:
@@ -89,7 +113,11 @@ def event_abilities(options: EventOptions, features_acked: int) -> EventAbilitie
 
 
 async def serve(
-    listen_socket: socket.socket, share: Share, options: ServerOptions, stop: asyncio.Event
+    listen_socket: socket.socket,
+    share: Share,
+    options: ServerOptions,
+    stop: asyncio.Event,
+    control: ControlOptions | None = None,
 ) -> None:
     """Serves until stop is set or, with once, until the first front end has left.
 
@@ -111,6 +139,12 @@ async def serve(
         once=options.once,
     )
     upcalls = Upcalls(share, operations.table)
+    feed = console = None
+    if events is not None:
+        feed = EventFeed(share, NodePaths(share, events.proc_fd_dir, events.root, time.monotonic))
+    if control is not None:
+        state = _state_of(share, options, listener, operations)
+        console = ControlServer(control.listen_socket, control.allowed_uids, feed, state)
     relay = asyncio.ensure_future(stop.wait())
     relay.add_done_callback(lambda _task: listener.stop())
     try:
@@ -119,19 +153,55 @@ async def serve(
         relay.cancel()
         # Only now: a queue that stops waits for its requests, these among them.
         upcalls.close()
+        if console is not None:
+            console.close()
+        if feed is not None:
+            await feed.close()
 
 
-def run_server(listen_socket: socket.socket, share: Share, options: ServerOptions) -> int:
+def _state_of(
+    share: Share, options: ServerOptions, listener: Listener, operations: Operations
+) -> Callable[[], Mapping[str, Any]]:
+    """What `vhostfs stats` is answered with, at the moment of the call."""
+    started_s = time.monotonic()
+    events = options.events
+
+    def state() -> Mapping[str, Any]:
+        connection = listener.connection
+        return stats_message(
+            ServerState(
+                uptime_s=time.monotonic() - started_s,
+                tag=options.tag,
+                share=share.stats(),
+                source="off" if events is None else events.source,
+                reason="off" if events is None else events.reason,
+                events=share.events_stats(),
+                front_end=None if connection is None else connection.device.negotiated,
+                agreed=operations.event_answer,
+            )
+        )
+
+    return state
+
+
+def run_server(
+    listen_socket: socket.socket,
+    share: Share,
+    options: ServerOptions,
+    control: ControlOptions | None = None,
+) -> int:
     """serve() with uvloop until SIGTERM, SIGINT or SIGHUP. Returns the exit status.
 
     Requests that do not end within GRACE_S end with the process: their threads cannot be joined.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_until_signal(listen_socket, share, options))
+        runner.run(_until_signal(listen_socket, share, options, control))
     return 0
 
 
-async def _until_signal(listen_socket: socket.socket, share: Share, options: ServerOptions) -> None:
+async def _until_signal(
+    listen_socket: socket.socket, share: Share, options: ServerOptions, control: ControlOptions | None
+) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -142,7 +212,7 @@ async def _until_signal(listen_socket: socket.socket, share: Share, options: Ser
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, end)
-    await serve(listen_socket, share, options, stop)
+    await serve(listen_socket, share, options, stop, control)
 
 
 def _leave_stuck_requests() -> None:

@@ -104,7 +104,7 @@ def main() -> None:
             options,
             share,
             keep_fds=request.get("keep_fds", ()),
-            listener_fd=listener.fileno(),
+            listener_fds=[listener.fileno()],
             when_ended=lambda: Path(request["ended"]).touch(),
             while_privileged=while_privileged,
         )

@@ -32,6 +32,8 @@ SERVE = Command(
 COMMANDS = (
     SERVE,
     Command("run", "vhostfs.cli.run", "run a command, or a shell, in a small VM that sees a directory"),
+    Command("watch", "vhostfs.cli.watch", "show the events of a running server as they happen"),
+    Command("stats", "vhostfs.cli.stats", "show what a running server has counted"),
 )
 
 # What libvirt reads (docs/interop/vhost-user.json of QEMU, "VHostUserBackendCapabilities"):

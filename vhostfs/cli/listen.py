@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns the listening socket: made at a path that no other server uses, or taken over from the parent.
+"""Owns the listening sockets: made at a path that no other server uses, or taken over from the parent.
 Must not accept connections or know vhost-user.
 Specification: --socket-path, --socket-group and --fd of virtiofsd; unix(7), flock(2)."""
 
@@ -48,12 +48,14 @@ class Listener:
 
         Harmless inside a sandbox too, where the paths lead into the share: no other file is the same.
         """
-        if self.path is None or self.lock_path is None:
+        if self.path is None:
             return
         with contextlib.suppress(OSError):
             found = os.lstat(self.path)
             if (found.st_dev, found.st_ino) == self.identity:
                 os.unlink(self.path)
+        if self.lock_path is None:
+            return
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self.lock_fd), os.lstat(self.lock_path)):
                 os.unlink(self.lock_path)
@@ -61,27 +63,13 @@ class Listener:
 
 def listen_at(path: str, group: str | None) -> Listener:
     """Makes a socket that only this user (and group) may connect to. Raises ListenError."""
-    size = len(os.fsencode(path))
-    if size > SOCKET_PATH_MAX_BYTES:
-        raise ListenError(
-            f"--socket-path is {size} bytes long; a socket's path has at most {SOCKET_PATH_MAX_BYTES}"
-        )
-    path = os.path.abspath(path)
-    directory = os.path.dirname(path)
-    if not os.path.isdir(directory):
-        raise ListenError(f"--socket-path={path}: the directory {directory} does not exist")
+    path = _checked_path("--socket-path", path)
     group_id = _group_id(group) if group is not None else None
     lock_path = f"{path}.pid"
     lock_fd = _lock(lock_path, path)
     try:
-        _remove_dead_socket(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        # The mode must be right from the start: a chmod would come too late.
-        old_umask = os.umask(0o007 if group is not None else 0o077)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(old_umask)
+        _remove_dead_socket("--socket-path", path)
+        listener = _bound(path, 0o007 if group is not None else 0o077)
         if group_id is not None:
             os.chown(path, -1, group_id)
         found = os.lstat(path)
@@ -95,6 +83,48 @@ def listen_at(path: str, group: str | None) -> Listener:
         os.close(lock_fd)
         raise
     return Listener(listener, path, lock_path, lock_fd, (found.st_dev, found.st_ino))
+
+
+def listen_for_control(path: str) -> Listener:
+    """
+    Makes the control socket, that only this user may connect to. Raises ListenError.
+
+    It has no lock file: the one beside the vhost-user socket keeps other servers away from both.
+    """
+    path = _checked_path("--control-socket", path)
+    try:
+        _remove_dead_socket("--control-socket", path)
+        listener = _bound(path, 0o177)
+        found = os.lstat(path)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise ListenError(f"--control-socket={path}: {os.strerror(error.errno or errno.EIO)}") from None
+    return Listener(listener, path, identity=(found.st_dev, found.st_ino))
+
+
+def _checked_path(option: str, path: str) -> str:
+    """The absolute path, if a socket can be made there."""
+    size = len(os.fsencode(path))
+    if size > SOCKET_PATH_MAX_BYTES:
+        raise ListenError(
+            f"{option} is {size} bytes long; a socket's path has at most {SOCKET_PATH_MAX_BYTES}"
+        )
+    path = os.path.abspath(path)
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise ListenError(f"{option}={path}: the directory {directory} does not exist")
+    return path
+
+
+def _bound(path: str, umask: int) -> socket.socket:
+    """The mode must be right from the start: a chmod would come too late."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    old_umask = os.umask(umask)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(old_umask)
+    return listener
 
 
 def take_listener(fd: int) -> Listener:
@@ -159,16 +189,14 @@ def _lock(lock_path: str, path: str) -> int:
     return fd
 
 
-def _remove_dead_socket(path: str) -> None:
+def _remove_dead_socket(option: str, path: str) -> None:
     """What a server that was killed left behind goes; anything else stays."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ListenError(
-            f"--socket-path={path}: a file that is not a socket is in the way; it was left alone"
-        )
+        raise ListenError(f"{option}={path}: a file that is not a socket is in the way; it was left alone")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -178,4 +206,4 @@ def _remove_dead_socket(path: str) -> None:
             return
         except BlockingIOError:
             pass  # its queue is full: somebody listens
-    raise ListenError(f"--socket-path={path}: something listens there; choose another path, or end it")
+    raise ListenError(f"{option}={path}: something listens there; choose another path, or end it")

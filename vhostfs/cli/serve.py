@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vhostfs.serve")
 
 
+# What an id without a place in the user namespace is shown as (/proc/sys/kernel/overflowuid).
+_UNMAPPED_ID = 65534
+
+
 class _StopRequested(BaseException):
     """A stop signal before (or after) the event loop takes them."""
 
@@ -50,10 +54,12 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, _stop)
     try:
         listener = _listener(options)
+        control = None
         try:
-            return _serve(options, shared_dir, listener, log_fds)
+            control = _control_listener(options)
+            return _serve(options, shared_dir, listener, control, log_fds)
         finally:
-            listener.remove_files()
+            _remove_files(listener, control)
     except _StopRequested:
         return 0
 
@@ -71,7 +77,35 @@ def _listener(options: ServeOptions) -> Listener:
     return listen_at(options.socket_path, options.socket_group)
 
 
-def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: frozenset[int]) -> int:
+def _control_listener(options: ServeOptions) -> Listener | None:
+    """Where it was not asked for, a server without it is better than none."""
+    from .listen import ListenError, listen_for_control
+
+    if options.control_path is None:
+        return None
+    try:
+        return listen_for_control(options.control_path)
+    except ListenError as error:
+        if options.control_socket is not None:
+            raise
+        _log.warning("`vhostfs watch` and `stats` cannot reach this server: %s", error)
+        return None
+
+
+def _remove_files(listener: Listener, control: Listener | None) -> None:
+    # The lock, which keeps others away from both paths, is the listener's and goes last.
+    if control is not None:
+        control.remove_files()
+    listener.remove_files()
+
+
+def _serve(
+    options: ServeOptions,
+    shared_dir: str,
+    listener: Listener,
+    control: Listener | None,
+    log_fds: frozenset[int],
+) -> int:
     # libuv would try io_uring, which the system call filter answers with ENOSYS.
     os.environ["UV_USE_IO_URING"] = "0"
     # Everything that serving will ever need is imported here: enter_sandbox ends imports.
@@ -80,7 +114,7 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
 
     from ..events.kernel import RunningKernel
     from ..events.source import choose_source
-    from ..server import ServerOptions, run_server
+    from ..server import ControlOptions, ServerOptions, run_server
     from ..share.capabilities import Capability
     from ..share.limits import (
         decide_handle_mode,
@@ -91,8 +125,8 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
         split_descriptors,
     )
     from ..share.native_share import Share
-    from ..share.options import EventsMode, HandleMode
-    from ..share.sandbox import enter_sandbox
+    from ..share.options import EventsMode, HandleMode, SandboxMode
+    from ..share.sandbox import enter_sandbox, needs_user_namespace
 
     limit, warning = raise_nofile_limit(options.rlimit_nofile)
     if warning is not None:
@@ -122,33 +156,40 @@ def _serve(options: ServeOptions, shared_dir: str, listener: Listener, log_fds: 
         settled.append((mode, budget, source))
         return frozenset() if mode is HandleMode.NEVER else frozenset({Capability.DAC_READ_SEARCH})
 
+    is_namespaced = options.sandbox is SandboxMode.NAMESPACE
+    has_own_users = is_namespaced and needs_user_namespace(options.uid_map, options.gid_map)
     walls = enter_sandbox(
         options,
         shared_dir,
         keep_fds=log_fds | listener.lock_fds,
-        listener_fd=listener.socket.fileno(),
-        when_ended=listener.remove_files,
+        listener_fds=[one.socket.fileno() for one in (listener, control) if one is not None],
+        when_ended=lambda: _remove_files(listener, control),
         while_privileged=while_privileged,
     )
     ((mode, budget, source),) = settled
     share = Share(_share_config(options, walls, mode, budget))
     # The share has its own duplicates.
     os.close(walls.root_fd)
-    os.close(walls.proc_fd_dir)
+    root = shared_dir if options.sandbox is SandboxMode.NONE else "/"
     server_options = ServerOptions(
         session=_session_options(options),
         tag=options.tag,
         num_request_queues=options.num_request_queues,
         readonly=options.readonly,
         once=options.once,
-        events=None if source is None else _event_options(options, source),
+        events=None if source is None else _event_options(options, source, walls.proc_fd_dir, root),
     )
+    control_options = None
+    if control is not None:
+        control_options = ControlOptions(
+            listen_socket=control.socket, allowed_uids=_allowed_uids(control, has_own_users=has_own_users)
+        )
     if source is not None:
         share.start_events(_events_config(options, source))
     place = options.socket_path or f"descriptor {options.listen_fd}"
     _log.info("serving %s at %s (sandbox: %s)", options.shared_dir, place, options.sandbox.value)
     try:
-        return run_server(listener.socket, share, server_options)
+        return run_server(listener.socket, share, server_options, control_options)
     finally:
         share.close()
 
@@ -170,7 +211,7 @@ def _events_config(options: ServeOptions, source: EventSource) -> EventsConfig:
     )
 
 
-def _event_options(options: ServeOptions, source: EventSource) -> EventOptions:
+def _event_options(options: ServeOptions, source: EventSource, proc_fd_dir: int, root: str) -> EventOptions:
     from ..events.masks import DELIVERABLE
     from ..server import EventOptions
 
@@ -180,7 +221,20 @@ def _event_options(options: ServeOptions, source: EventSource) -> EventOptions:
         max_watches=options.max_watches,
         reason=source.reason,
         source=source.mode.value,
+        proc_fd_dir=proc_fd_dir,
+        root=root,
     )
+
+
+def _allowed_uids(control: Listener, *, has_own_users: bool) -> frozenset[int]:
+    """
+    Who may use the control socket: who made it, and root. Its mode, 0600, says the same already.
+
+    In a user namespace everybody outside of its map has one and the same id, root among them, and 0 may be
+    anybody; there the mode keeps the others away.
+    """
+    owner = os.fstat(control.socket.fileno()).st_uid
+    return frozenset({owner, _UNMAPPED_ID if has_own_users else 0})
 
 
 def _session_options(options: ServeOptions) -> SessionOptions:

@@ -68,7 +68,7 @@ def enter_sandbox(
     shared_dir: str,
     *,
     keep_fds: Collection[int],
-    listener_fd: int,
+    listener_fds: Collection[int],
     when_ended: Callable[[], None],
     while_privileged: Callable[[int], frozenset[Capability]],
 ) -> SandboxedShare:
@@ -78,7 +78,7 @@ def enter_sandbox(
     With --sandbox=namespace or chroot the call returns in a child only; the calling process stays
     outside, passes signals on, calls when_ended when the child is gone and exits with its status.
     shared_dir: the real path. keep_fds: besides 0, 1 and 2, what stays open in the serving process
-    (listener_fd is kept too). Raises SandboxError.
+    (listener_fds are kept too). Raises SandboxError.
 
     The steps, in this order and no other:
      1. the caller: log, socket, lock file, RLIMIT_NOFILE, every import (step 8 ends them)
@@ -104,11 +104,11 @@ def enter_sandbox(
             )
     supervised = options.sandbox is not SandboxMode.NONE
     if supervised:
-        alive_fd = _fork_supervised(listener_fd, when_ended)
+        alive_fd = _fork_supervised(listener_fds, when_ended)
         if options.sandbox is SandboxMode.NAMESPACE:
             _unshare_in_child(options.uid_map, options.gid_map)
         _die_with_parent(alive_fd)
-        _close_all_but({0, 1, 2, listener_fd, *keep_fds})
+        _close_all_but({0, 1, 2, *listener_fds, *keep_fds})
     match options.sandbox:
         case SandboxMode.NAMESPACE:
             proc_fd_dir = _pivot_into(shared_dir)
@@ -158,10 +158,15 @@ def _drop_supplementary_groups() -> None:
 # ---- namespaces
 
 
+def needs_user_namespace(uid_map: tuple[NamespaceRange, ...], gid_map: tuple[NamespaceRange, ...]) -> bool:
+    """Whether --sandbox=namespace puts the server into a user namespace of its own."""
+    return os.geteuid() != 0 or bool(uid_map or gid_map)
+
+
 def _unshare_for_child(uid_map: tuple[NamespaceRange, ...], gid_map: tuple[NamespaceRange, ...]) -> None:
     """A new pid namespace for the child to be; a new user namespace around it where needed."""
     flags = _CLONE_NEWPID
-    if os.geteuid() == 0 and not uid_map and not gid_map:
+    if not needs_user_namespace(uid_map, gid_map):
         hint = "; in a container use --sandbox=chroot" if not _effective(Capability.SYS_ADMIN) else ""
         _check(lib.vf_unshare(flags), "--sandbox=namespace: cannot make namespaces", hint)
         return
@@ -268,14 +273,15 @@ def _write_proc(path: str, text: str) -> None:
 # ---- the parent outside
 
 
-def _fork_supervised(listener_fd: int, when_ended: Callable[[], None]) -> int:
+def _fork_supervised(listener_fds: Collection[int], when_ended: Callable[[], None]) -> int:
     """Returns in the child, with a descriptor that turns readable when the parent is gone."""
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
     alive_read, alive_write = os.pipe()
     child = os.fork()
     if child:
         os.close(alive_read)
-        os.close(listener_fd)  # else the socket would look alive when the server is not
+        for listener_fd in listener_fds:
+            os.close(listener_fd)  # else the socket would look alive when the server is not
         _supervise(child, when_ended)
     os.close(alive_write)
     # Process 1 of a pid namespace gets no signal that it has no handler for.
