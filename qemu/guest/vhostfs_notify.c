@@ -1,86 +1,2476 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * vhostfs: file system notifications from the host for virtio-fs
+ *
+ * What somebody does to the shared directory on the host reaches inotify and
+ * fanotify watchers in this guest: the device puts one element for each event
+ * into the buffers of the notification queue. Here it is checked, the caches
+ * are brought up to date, and then the event is raised. In the other direction
+ * the device is told which inodes are watched.
+ *
+ * The wire format, its numbers and who may send what when: docs/protocol.md of
+ * vhostfs. This file knows virtio_fs.c only by the hooks of vhostfs_notify.h,
+ * and uses nothing of fs/fuse and fs/notify but what those export.
+ *
+ * Locks, outermost first:
+ *
+ *   session_mutex   FUSE_FSNOTIFY_INIT and WATCH requests are being sent
+ *   event_mutex     one element is acted on
+ *   fc->killsb      (read) no superblock of the connection goes away
+ *   i_rwsem, s_inode_list_lock, connector lock
+ *   watch_lock      the table of watches; also taken by the probes
+ *   vq_lock         queue 1 (on its own)
+ *
+ * The worker that acts on elements may wait for replies of the device, for it
+ * takes inode locks that tasks hold meanwhile. The device answers requests
+ * independently of notifications, so these waits end.
  */
 #define pr_fmt(fmt) "vhostfs: " fmt
 
+#include <linux/dcache.h>
 #include <linux/fs.h>
 #include <linux/fs_context.h>
+#include <linux/fsnotify.h>
+#include <linux/iversion.h>
+#include <linux/kprobes.h>
 #include <linux/module.h>
+#include <linux/pagemap.h>
+#include <linux/posix_acl.h>
+#include <linux/rbtree.h>
+#include <linux/statfs.h>
+#include <linux/task_work.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include "fuse_i.h"
 #include "vhostfs_notify.h"
 
-int vhostfs_notify_register(struct file_system_type *type)
-{
-	int ret = register_filesystem(type);
+/* VHOSTFS_KERNEL is 100 * VERSION + PATCHLEVEL of the kernel; Kbuild sets it */
 
-	if (ret == -EBUSY) {
-		type->name = "vhostfs";
-		ret = register_filesystem(type);
+/* ---- what is on the wire -------------------------------------------------- */
+
+#define VHOSTFS_CONFIG_BUF_SIZE	40	/* le32 notify_buf_size */
+
+#define FUSE_NOTIFY_FSNOTIFY	0x5800
+#define FUSE_FSNOTIFY_INIT	0x5800
+#define FUSE_FSNOTIFY_WATCH	0x5801
+
+#define FUSE_FSNOTIFY_MAJOR	1
+#define FUSE_FSNOTIFY_MINOR	0
+
+/* Flags of FUSE_FSNOTIFY_INIT */
+#define FUSE_FSNOTIFY_VIRTQUEUE	BIT_ULL(0)
+#define FUSE_FSNOTIFY_RENAME	BIT_ULL(3)
+#define FUSE_FSNOTIFY_CHILD	BIT_ULL(4)
+
+/* Flags of an element */
+#define FSNOTIFY_SPLIT_RENAME	BIT(0)
+
+struct fuse_fsnotify_init_in {
+	__le32 major;
+	__le32 minor;
+	__le64 flags;
+	__le64 mask;
+	__le32 buf_size;
+	__le32 reserved;
+};
+
+struct fuse_fsnotify_init_out {
+	__le32 major;
+	__le32 minor;
+	__le64 flags;
+	__le64 mask;
+	__le32 notify_buf_size;
+	__le32 max_watches;
+	__le32 max_parked;
+	__le32 reserved;
+};
+
+struct fuse_fsnotify_watch_in {
+	__le64 mask;
+	__le32 generation;
+	__le32 flags;
+};
+
+struct vhostfs_wire_element {
+	/* fuse_out_header */
+	__le32 len;
+	__le32 error;
+	__le64 unique;
+
+	__le64 nodeid;
+	__le32 generation;
+	__le32 reserved;
+	__le64 mask;
+	__le32 namelen;
+	__le32 cookie;
+	__le32 flags;
+	__le32 child_generation;
+	__le64 child_nodeid;
+	char name[];
+};
+
+#define VHOSTFS_MIN_BUF_SIZE	sizeof(struct vhostfs_wire_element)
+#define VHOSTFS_MAX_BUF_SIZE	4096
+/* Room for the longest name; buffers are never smaller */
+#define VHOSTFS_ELEMENT_SIZE	320
+
+/* Events in a directory's listing; an element carries one of them */
+#define VHOSTFS_ENTRY_EVENTS	(FS_CREATE | FS_DELETE | FS_MOVED_FROM | \
+				 FS_MOVED_TO)
+/* Events on an object, which watchers of its parent get as well */
+#define VHOSTFS_CHILD_EVENTS	(FS_ACCESS | FS_MODIFY | FS_ATTRIB | \
+				 FS_CLOSE_WRITE | FS_CLOSE_NOWRITE | \
+				 FS_OPEN | FS_OPEN_EXEC)
+/* Events that only watchers of the object itself get */
+#define VHOSTFS_SELF_EVENTS	(FS_MOVE_SELF | FS_DELETE_SELF)
+#define VHOSTFS_EVENTS		(VHOSTFS_ENTRY_EVENTS | VHOSTFS_CHILD_EVENTS | \
+				 VHOSTFS_SELF_EVENTS)
+
+/* ---- state ------------------------------------------------------------------ */
+
+#define VHOSTFS_MAX_BUFFERS	256
+#define VHOSTFS_BATCH		16	/* elements copied before acting */
+#define VHOSTFS_BATCHES		8	/* of them in one run of the worker */
+#define VHOSTFS_MAX_HALVES	64
+#define VHOSTFS_HALF_WAIT	HZ
+#define VHOSTFS_MAX_COOKIES	64
+#define VHOSTFS_WATCHES_IN_FLIGHT 8
+#define VHOSTFS_SETTLE_WAIT	HZ
+#define VHOSTFS_REPAIR_WAIT	HZ
+#define VHOSTFS_MAX_GROUPS	64
+
+/* An element that was checked, in the CPU's byte order */
+struct vhostfs_event {
+	u64 nodeid;
+	u64 child_nodeid;
+	u32 generation;
+	u32 child_generation;
+	u32 mask;
+	u32 cookie;
+	u32 flags;
+	u32 namelen;
+	char name[NAME_MAX + 1];	/* NUL at the end: inotify copies strings */
+};
+
+/* Half of a rename, waiting for the other */
+struct vhostfs_half {
+	struct list_head list;
+	unsigned long arrived;
+	struct vhostfs_event event;
+};
+
+/* What the device is told about one inode */
+struct vhostfs_watch {
+	struct rb_node node;		/* by nodeid */
+	struct list_head changed;	/* on ->changed while mask != told */
+	u64 nodeid;
+	u32 generation;
+	u32 mask;			/* what is wanted now */
+	u32 told;			/* what the device was last told */
+	u32 pass;			/* of the last walk that saw it */
+	bool sending;
+	bool refused;
+};
+
+enum vhostfs_session {
+	VHOSTFS_NONE,			/* not mounted */
+	VHOSTFS_NEW,			/* FUSE_FSNOTIFY_INIT is to be sent */
+	VHOSTFS_ASKED,
+	VHOSTFS_GRANTED,
+	VHOSTFS_REFUSED,
+};
+
+enum vhostfs_counter {
+	VHOSTFS_RECEIVED,
+	VHOSTFS_RAISED,
+	VHOSTFS_STALE,
+	VHOSTFS_MALFORMED,
+	VHOSTFS_OVERFLOWS,
+	VHOSTFS_HALVES_TIMED_OUT,
+	VHOSTFS_WATCHES_SENT,
+	VHOSTFS_WATCHES_REFUSED,
+	VHOSTFS_RESYNCS,
+	VHOSTFS_NR_COUNTERS,
+};
+
+struct vhostfs_notify {
+	struct kref kref;
+	struct list_head list;		/* on vhostfs_devices */
+	struct virtio_device *vdev;
+	atomic64_t counters[VHOSTFS_NR_COUNTERS];
+
+	/* Queue 1 */
+	spinlock_t vq_lock;
+	struct virtqueue *vq;
+	bool running;			/* vq may be used */
+	unsigned int buf_size;
+	unsigned int nbufs;
+	void **bufs;
+	struct work_struct receive_work;
+	struct delayed_work half_work;
+
+	/* Of the receiving worker; the session's under event_mutex as well */
+	struct mutex event_mutex;
+	struct fuse_conn *fc;		/* also under session_mutex */
+	unsigned int nhalves;
+	struct list_head halves;	/* oldest first */
+	struct {
+		u32 wire;
+		u32 local;
+	} cookies[VHOSTFS_MAX_COOKIES];
+	unsigned int next_cookie;
+	struct vhostfs_event event;
+	struct inode unknown_inode;	/* see vhostfs_raise_child() */
+	struct dentry unknown_dentry;	/* see vhostfs_stand_in() */
+	unsigned int batch_len[VHOSTFS_BATCH];
+	u8 batch[VHOSTFS_BATCH][VHOSTFS_ELEMENT_SIZE] __aligned(8);
+
+	/* Session and watches */
+	struct mutex session_mutex;
+	struct delayed_work session_work;
+	unsigned int paused;
+	atomic_t in_flight;
+	wait_queue_head_t idle;
+	spinlock_t watch_lock;
+	/* Below: under watch_lock */
+	enum vhostfs_session session;
+	struct rb_root watches;
+	struct list_head changed;
+	unsigned int nwatches;		/* in the table */
+	unsigned int sending;
+	unsigned int pass;
+	unsigned int nrefused;
+	bool resync;
+	bool full_logged;
+	wait_queue_head_t settled;
+};
+
+/* A request of ours to the device */
+struct vhostfs_request {
+	struct fuse_args args;
+	struct vhostfs_notify *notify;
+	void (*end)(struct vhostfs_request *req, int error);
+	struct vhostfs_watch *watch;
+	u32 mask;
+	struct completion *done;
+	int error;
+	union {
+		struct fuse_fsnotify_init_in init_in;
+		struct fuse_fsnotify_watch_in watch_in;
+		struct fuse_getattr_in getattr_in;
+	};
+	union {
+		struct fuse_fsnotify_init_out init_out;
+		struct fuse_attr_out getattr_out;
+	};
+};
+
+static unsigned int queue_buffers = VHOSTFS_MAX_BUFFERS;
+module_param(queue_buffers, uint, 0444);
+MODULE_PARM_DESC(queue_buffers,
+		 "Most buffers to keep in a notification queue (1 to 256)");
+
+static bool sync_watches = true;
+module_param(sync_watches, bool, 0644);
+MODULE_PARM_DESC(sync_watches,
+		 "A task that adds a watch continues when the host watches, too (at most 1 s later)");
+
+static bool ignore_probes;
+module_param(ignore_probes, bool, 0644);
+MODULE_PARM_DESC(ignore_probes,
+		 "For tests: behave as if every probe was missed");
+
+static struct workqueue_struct *vhostfs_wq;
+static DEFINE_MUTEX(vhostfs_devices_mutex);
+static LIST_HEAD(vhostfs_devices);
+static struct fsnotify_group *vhostfs_group;
+static const struct file_system_type *vhostfs_type;
+static bool vhostfs_no_probes;
+
+static inline void vhostfs_count(struct vhostfs_notify *n,
+				 enum vhostfs_counter counter)
+{
+	atomic64_inc(&n->counters[counter]);
+}
+
+static void vhostfs_free_watches(struct vhostfs_notify *n);
+static void vhostfs_free_halves(struct vhostfs_notify *n);
+
+static void vhostfs_release(struct kref *kref)
+{
+	struct vhostfs_notify *n = container_of(kref, struct vhostfs_notify,
+						kref);
+
+	vhostfs_free_halves(n);
+	vhostfs_free_watches(n);
+	kfree(n);
+}
+
+static void vhostfs_put(struct vhostfs_notify *n)
+{
+	kref_put(&n->kref, vhostfs_release);
+}
+
+/* ---- requests --------------------------------------------------------------- */
+
+#if VHOSTFS_KERNEL < 700
+static void vhostfs_request_end(struct fuse_mount *fm, struct fuse_args *args,
+				int error)
+#else
+static void vhostfs_request_end(struct fuse_args *args, int error)
+#endif
+{
+	struct vhostfs_request *req = container_of(args,
+						   struct vhostfs_request,
+						   args);
+	struct vhostfs_notify *n = req->notify;
+
+	req->end(req, error);
+	if (atomic_dec_and_test(&n->in_flight))
+		wake_up_all(&n->idle);
+	vhostfs_put(n);
+}
+
+/*
+ * Sends a request whose nodeid, opcode and arguments are filled in. Its end()
+ * is called in any case, and frees it. May wait, until FUSE_INIT was answered
+ * and while many requests are in the background.
+ */
+static void vhostfs_send(struct vhostfs_notify *n, struct fuse_mount *fm,
+			 struct vhostfs_request *req)
+{
+	int err;
+
+	req->notify = n;
+	req->args.end = vhostfs_request_end;
+	kref_get(&n->kref);
+	atomic_inc(&n->in_flight);
+	err = fuse_simple_background(fm, &req->args, GFP_KERNEL);
+	if (err) {
+#if VHOSTFS_KERNEL < 700
+		vhostfs_request_end(fm, &req->args, err);
+#else
+		vhostfs_request_end(&req->args, err);
+#endif
 	}
-	return ret;
 }
 
-void vhostfs_notify_unregister(struct file_system_type *type)
+static struct vhostfs_request *vhostfs_new_request(u32 opcode, u64 nodeid,
+						   size_t in_size,
+						   size_t out_size)
 {
-	unregister_filesystem(type);
+	struct vhostfs_request *req = kzalloc(sizeof(*req), GFP_KERNEL);
+
+	if (!req)
+		return NULL;
+	req->args.opcode = opcode;
+	req->args.nodeid = nodeid;
+	req->args.in_numargs = 1;
+	req->args.in_args[0].size = in_size;
+	req->args.in_args[0].value = &req->init_in;
+	if (out_size) {
+		req->args.out_numargs = 1;
+		req->args.out_args[0].size = out_size;
+		req->args.out_args[0].value = &req->init_out;
+	}
+	return req;
 }
 
+/* ---- objects ---------------------------------------------------------------- */
+
+static int vhostfs_inode_eq(struct inode *inode, void *nodeid)
+{
+	return get_node_id(inode) == *(u64 *)nodeid;
+}
+
+/*
+ * The inode with this identity in any superblock of the connection, with a
+ * reference, or NULL. The caller holds fc->killsb. A mount point of a submount
+ * is not in the inode hash, so a nodeid is found once.
+ */
+static struct inode *vhostfs_find(struct fuse_conn *fc, u64 nodeid,
+				  u32 generation)
+{
+	struct fuse_mount *fm;
+	struct inode *inode;
+
+	lockdep_assert_held_read(&fc->killsb);
+	list_for_each_entry(fm, &fc->mounts, fc_entry) {
+		if (!fm->sb)
+			continue;
+		inode = ilookup5(fm->sb, nodeid, vhostfs_inode_eq, &nodeid);
+		if (!inode)
+			continue;
+		if (inode->i_generation == generation && !fuse_is_bad(inode))
+			return inode;
+		iput(inode);
+	}
+	return NULL;
+}
+
+/*
+ * The walk of a superblock's inodes. look() is called for every inode with
+ * s_inode_list_lock held; when it returns true, act() is called without it and
+ * with a reference. Every now and then the lock is given up in any case.
+ */
+#define VHOSTFS_LOOKS	1024
+
+static void vhostfs_walk(struct super_block *sb,
+			 bool (*look)(struct inode *inode, void *arg),
+			 void (*act)(struct inode *inode, void *arg), void *arg)
+{
+	struct inode *inode, *held = NULL;
+	unsigned int looks = 0;
+	bool wanted;
+
+	spin_lock(&sb->s_inode_list_lock);
+	list_for_each_entry(inode, &sb->s_inodes, i_sb_list) {
+		wanted = look(inode, arg);
+		if (!wanted && ++looks % VHOSTFS_LOOKS)
+			continue;
+		/* The reference keeps our place in the list */
+		if (!igrab(inode))
+			continue;
+		spin_unlock(&sb->s_inode_list_lock);
+		iput(held);
+		held = inode;
+		if (wanted)
+			act(inode, arg);
+		cond_resched();
+		spin_lock(&sb->s_inode_list_lock);
+	}
+	spin_unlock(&sb->s_inode_list_lock);
+	iput(held);
+}
+
+/* ---- caches ------------------------------------------------------------------ */
+
+/*
+ * Attributes. The new version makes the FUSE core drop the attributes in
+ * replies to requests that were sent before now, which may be older than the
+ * event.
+ */
+static void vhostfs_stale_attr(struct inode *inode, u32 mask)
+{
+	struct fuse_inode *fi = get_fuse_inode(inode);
+	struct fuse_conn *fc = get_fuse_conn(inode);
+
+	spin_lock(&fi->lock);
+	fi->attr_version = atomic64_inc_return(&fc->attr_version);
+	spin_unlock(&fi->lock);
+	set_mask_bits(&fi->inval_mask, 0, mask);
+	forget_all_cached_acls(inode);
+}
+
+static void vhostfs_wake(struct vhostfs_request *req, int error)
+{
+	req->error = error;
+	complete(req->done);
+}
+
+static void vhostfs_set_times(struct inode *inode, const struct fuse_attr *attr)
+{
+	u32 mtimensec = min_t(u32, attr->mtimensec, NSEC_PER_SEC - 1);
+	u32 ctimensec = min_t(u32, attr->ctimensec, NSEC_PER_SEC - 1);
+
+#if VHOSTFS_KERNEL < 607
+	inode->i_mtime.tv_sec = attr->mtime;
+	inode->i_mtime.tv_nsec = mtimensec;
+	inode->i_ctime.tv_sec = attr->ctime;
+	inode->i_ctime.tv_nsec = ctimensec;
+#else
+	inode_set_mtime(inode, attr->mtime, mtimensec);
+	inode_set_ctime(inode, attr->ctime, ctimensec);
+#endif
+}
+
+/*
+ * With write-back caching the FUSE core never believes the device's size and
+ * times of a file that it knows. So ask for them here, when nothing that this
+ * guest wrote is missing in them: the inode lock keeps writers away, and what
+ * is dirty is written back first.
+ */
+static void vhostfs_refetch(struct vhostfs_notify *n, struct inode *inode)
+{
+	struct fuse_inode *fi = get_fuse_inode(inode);
+	struct fuse_mount *fm = get_fuse_mount(inode);
+	DECLARE_COMPLETION_ONSTACK(done);
+	struct vhostfs_request *req;
+	const struct fuse_attr *attr;
+	bool shrunk;
+
+	req = vhostfs_new_request(FUSE_GETATTR, get_node_id(inode),
+				  sizeof(req->getattr_in),
+				  sizeof(req->getattr_out));
+	if (!req)
+		return;
+	req->end = vhostfs_wake;
+	req->done = &done;
+	attr = &req->getattr_out.attr;
+
+	inode_lock(inode);
+	if (filemap_write_and_wait(inode->i_mapping))
+		goto out;
+	/* Older kernels end a page's writeback before the WRITE is answered */
+	wait_event(fi->page_waitq, !READ_ONCE(fi->writectr));
+
+	vhostfs_send(n, fm, req);
+	wait_for_completion(&done);
+	if (req->error || attr->size > LLONG_MAX ||
+	    !S_ISREG(attr->mode) || mapping_tagged(inode->i_mapping,
+						   PAGECACHE_TAG_DIRTY))
+		goto out;
+
+	spin_lock(&fi->lock);
+	fi->attr_version = atomic64_inc_return(&fm->fc->attr_version);
+	shrunk = attr->size < inode->i_size;
+	i_size_write(inode, attr->size);
+	vhostfs_set_times(inode, attr);
+	spin_unlock(&fi->lock);
+	if (shrunk)
+		truncate_pagecache(inode, attr->size);
+out:
+	inode_unlock(inode);
+	kfree(req);
+}
+
+/*
+ * What is known of an object's attributes and content. Pages: those that are
+ * being read are locked until their READ was answered, so this waits for old
+ * content that is on its way and drops it, too.
+ */
+static void vhostfs_stale_object(struct vhostfs_notify *n, struct inode *inode,
+				 u32 mask)
+{
+	if (!(mask & ~(FS_ACCESS | FS_OPEN | FS_OPEN_EXEC | FS_CLOSE_NOWRITE))) {
+		if (mask & FS_ACCESS)
+			vhostfs_stale_attr(inode, STATX_ATIME);
+		return;
+	}
+
+	vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+	if (!S_ISREG(inode->i_mode) ||
+	    !(mask & (FS_MODIFY | FS_CLOSE_WRITE | FS_ATTRIB)))
+		return;
+	if (get_fuse_conn(inode)->writeback_cache)
+		vhostfs_refetch(n, inode);
+	if ((mask & (FS_MODIFY | FS_CLOSE_WRITE)) && inode->i_mapping->nrpages)
+		invalidate_inode_pages2(inode->i_mapping);
+}
+
+/* Makes the next walk through this dentry ask the device */
+static void vhostfs_expire_dentry(struct dentry *dentry)
+{
+	/* In all kernels the time comes first of what d_fsdata stands for */
+#if VHOSTFS_KERNEL < 618 && BITS_PER_LONG >= 64
+	dentry->d_fsdata = NULL;
+#else
+	*(u64 *)dentry->d_fsdata = 0;
+#endif
+}
+
+static struct dentry *vhostfs_lookup_cached(struct inode *dir,
+					    const struct vhostfs_event *event)
+{
+	struct qstr name = { .name = event->name, .len = event->namelen };
+	struct dentry *alias = d_find_any_alias(dir);
+	struct dentry *entry;
+
+	if (!alias)
+		return NULL;
+	name.hash = full_name_hash(alias, event->name, event->namelen);
+	entry = d_lookup(alias, &name);
+	dput(alias);
+	return entry;
+}
+
+/*
+ * What is known of a directory's entry and of its listing. The directory's
+ * lock waits for every LOOKUP and READDIRPLUS in it that was sent before now,
+ * so that none of them can put an old answer into the dcache afterwards.
+ *
+ * A dentry may be in revalidation meanwhile, which needs no such lock and may
+ * give it a new time from an old answer. So what is wrong is unhashed; a new
+ * time alone is given only where the dentry holds a newer object than the
+ * event speaks of, which the next walk confirms.
+ *
+ * A cached listing is dropped by its readers, for its iversion differs.
+ */
+static void vhostfs_stale_entry(struct inode *dir,
+				const struct vhostfs_event *event)
+{
+	bool gone = event->mask & (FS_DELETE | FS_MOVED_FROM);
+	struct dentry *entry;
+	struct inode *inode;
+	bool same;
+
+	inode_lock_nested(dir, I_MUTEX_PARENT);
+	vhostfs_stale_attr(dir, STATX_BASIC_STATS);
+	inode_maybe_inc_iversion(dir, false);
+	entry = vhostfs_lookup_cached(dir, event);
+	if (entry) {
+		inode = d_inode(entry);
+		same = inode && event->child_nodeid == get_node_id(inode) &&
+		       event->child_generation == inode->i_generation;
+		if (inode)
+			vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+		if (gone ? inode && (same || !event->child_nodeid) : !same)
+			d_invalidate(entry);
+		else if (gone && inode)
+			vhostfs_expire_dentry(entry);
+		dput(entry);
+	}
+	inode_unlock(dir);
+}
+
+/*
+ * The object of an event in a directory. If it is not there it may be about to
+ * come: a LOOKUP that was sent before the event was, and would fill in what
+ * was true then. The directory's lock waits for it.
+ */
+static struct inode *vhostfs_find_child(struct fuse_conn *fc, struct inode *dir,
+					const struct vhostfs_event *event)
+{
+	struct inode *child;
+
+	if (!event->child_nodeid)
+		return NULL;
+	child = vhostfs_find(fc, event->child_nodeid, event->child_generation);
+	if (child || !dir)
+		return child;
+	inode_lock_nested(dir, I_MUTEX_PARENT);
+	inode_unlock(dir);
+	return vhostfs_find(fc, event->child_nodeid, event->child_generation);
+}
+
+/* ---- raising ------------------------------------------------------------------ */
+
+static inline u32 vhostfs_isdir(const struct inode *inode)
+{
+	return inode && S_ISDIR(inode->i_mode) ? FS_ISDIR : 0;
+}
+
+/*
+ * fsnotify() wants to be told the superblock and, in a rename, the new name by
+ * a dentry. This one is in no tree: it is only looked at while the event is
+ * raised, and what is of use is copied. One is enough, for one worker raises.
+ */
+static struct dentry *vhostfs_stand_in(struct vhostfs_notify *n,
+				       struct inode *dir, struct dentry *parent,
+				       struct inode *inode,
+				       const struct qstr *name)
+{
+	struct dentry *dentry = &n->unknown_dentry;
+
+	dentry->d_sb = dir->i_sb;
+	dentry->d_parent = parent ? parent : dentry;
+	dentry->d_inode = inode;
+#if VHOSTFS_KERNEL < 616
+	dentry->d_name = *name;
+#else
+	dentry->__d_name = *name;
+#endif
+	return dentry;
+}
+
+/* An event in a directory's listing; child: NULL if this guest does not know it */
+static void vhostfs_raise_entry(struct vhostfs_notify *n, struct inode *dir,
+				struct inode *child,
+				const struct vhostfs_event *event, u32 cookie)
+{
+	struct qstr name = { .name = event->name, .len = event->namelen };
+	u32 mask = event->mask | vhostfs_isdir(child);
+
+	vhostfs_count(n, VHOSTFS_RAISED);
+	if (child && child->i_sb == dir->i_sb)
+		fsnotify(mask, child, FSNOTIFY_EVENT_INODE, dir, &name, NULL,
+			 cookie);
+	else
+		fsnotify(mask, vhostfs_stand_in(n, dir, NULL, NULL, &name),
+			 FSNOTIFY_EVENT_DENTRY, dir, &name, NULL, cookie);
+}
+
+/*
+ * An event on an object, by its name in dir: once to who watches dir's children
+ * and once to who watches the object, as fsnotify_parent() does for a dentry.
+ *
+ * Who watches a directory may never have looked at what is in it. Then there is
+ * no inode to give to fsnotify(), which would take this for an event on the
+ * directory itself. An inode that nobody can watch takes its place.
+ */
+static void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
+				struct inode *child,
+				const struct vhostfs_event *event, u32 bits)
+{
+	struct qstr name = { .name = event->name, .len = event->namelen };
+	u32 mask = bits | (event->mask & FS_ISDIR) | vhostfs_isdir(child);
+
+	vhostfs_count(n, VHOSTFS_RAISED);
+	if (bits & fsnotify_inode_watches_children(dir))
+		mask |= FS_EVENT_ON_CHILD;
+	if (child && child->i_sb == dir->i_sb) {
+		fsnotify(mask, child, FSNOTIFY_EVENT_INODE, dir, &name, child,
+			 0);
+	} else {
+		n->unknown_inode.i_sb = dir->i_sb;
+		fsnotify(mask, vhostfs_stand_in(n, dir, NULL, NULL, &name),
+			 FSNOTIFY_EVENT_DENTRY, dir, &name, &n->unknown_inode,
+			 0);
+	}
+}
+
+/*
+ * An event on an object of which the device knows no name. A directory has one
+ * here, so that watchers of its parent get it; a file's parent is not involved
+ * (the link count changed, or it was done by a name that this guest does not
+ * know).
+ */
+static void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
+			       u32 bits)
+{
+	struct dentry *alias = NULL;
+
+	vhostfs_count(n, VHOSTFS_RAISED);
+	if (S_ISDIR(inode->i_mode) && !(bits & VHOSTFS_SELF_EVENTS))
+		alias = d_find_any_alias(inode);
+	if (alias) {
+		fsnotify_parent(alias, bits, inode, FSNOTIFY_EVENT_INODE);
+		dput(alias);
+	} else {
+		fsnotify_inode(inode, bits);
+	}
+}
+
+/*
+ * The last link is gone. Linux says so, and ends the watches, when the last
+ * dentry of an inode without links goes. So take the links, and the dentries as
+ * far as nobody uses them; for one that is in use (an open file) it happens
+ * when that ends, as in any file system. Only an inode that had no dentry at
+ * all is left to be done here.
+ */
+#define VHOSTFS_MAX_ALIASES	1000
+
+static void vhostfs_raise_delete_self(struct vhostfs_notify *n,
+				      struct inode *inode)
+{
+	struct fuse_inode *fi = get_fuse_inode(inode);
+	struct dentry *alias;
+	int i;
+
+	vhostfs_count(n, VHOSTFS_RAISED);
+	vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+	spin_lock(&fi->lock);
+	if (inode->i_nlink)
+		clear_nlink(inode);
+	spin_unlock(&fi->lock);
+
+	for (i = 0; i < VHOSTFS_MAX_ALIASES; i++) {
+		alias = d_find_alias(inode);
+		if (!alias)
+			break;
+		d_invalidate(alias);
+		dput(alias);
+		/* A directory has one alias, and it is found unhashed as well */
+		if (S_ISDIR(inode->i_mode))
+			break;
+	}
+
+	alias = d_find_any_alias(inode);
+	if (alias) {
+		dput(alias);
+	} else {
+		fsnotify_inode(inode, FS_DELETE_SELF);
+		__fsnotify_inode_delete(inode);
+	}
+}
+
+/* Both names at once, for fanotify; both directories are in one superblock */
+static void vhostfs_raise_rename(struct vhostfs_notify *n,
+				 struct inode *old_dir, struct inode *new_dir,
+				 struct inode *child,
+				 const struct vhostfs_event *from,
+				 const struct vhostfs_event *to)
+{
+	struct qstr old_name = { .name = from->name, .len = from->namelen };
+	struct qstr new_name = { .name = to->name, .len = to->namelen };
+	u32 mask = FS_RENAME | (from->mask & FS_ISDIR) | vhostfs_isdir(child);
+	struct dentry *parent, *moved;
+
+	if (!((READ_ONCE(old_dir->i_fsnotify_mask) |
+	       READ_ONCE(new_dir->i_fsnotify_mask) |
+	       READ_ONCE(old_dir->i_sb->s_fsnotify_mask)) & FS_RENAME))
+		return;
+	if (child && child->i_sb != old_dir->i_sb)
+		child = NULL;
+	parent = d_find_any_alias(new_dir);
+	if (!parent)
+		return;
+	moved = vhostfs_stand_in(n, old_dir, parent, child, &new_name);
+#if VHOSTFS_KERNEL < 700
+	fsnotify(mask, moved, FSNOTIFY_EVENT_DENTRY, old_dir, &old_name, NULL,
+		 0);
+#else
+	{
+		struct fsnotify_rename_data data = { .moved = moved };
+
+		fsnotify(mask, &data, FSNOTIFY_EVENT_RENAME, old_dir,
+			 &old_name, NULL, 0);
+	}
+#endif
+	dput(parent);
+}
+
+/* ---- events in directories and on objects ------------------------------------- */
+
+/* The cookie that watchers get for the one on the wire, the same for both halves */
+static u32 vhostfs_local_cookie(struct vhostfs_notify *n, u32 wire)
+{
+	unsigned int i;
+	u32 local;
+
+	if (wire)
+		for (i = 0; i < VHOSTFS_MAX_COOKIES; i++)
+			if (n->cookies[i].wire == wire)
+				return n->cookies[i].local;
+
+	local = fsnotify_get_cookie();
+	if (wire) {
+		i = n->next_cookie++ % VHOSTFS_MAX_COOKIES;
+		n->cookies[i].wire = wire;
+		n->cookies[i].local = local;
+	}
+	return local;
+}
+
+static void vhostfs_entry_event(struct vhostfs_notify *n, struct fuse_conn *fc,
+				const struct vhostfs_event *event)
+{
+	struct inode *dir, *child;
+	u32 cookie = 0;
+
+	dir = vhostfs_find(fc, event->nodeid, event->generation);
+	if (!dir || !S_ISDIR(dir->i_mode)) {
+		vhostfs_count(n, VHOSTFS_STALE);
+		iput(dir);
+		return;
+	}
+
+	vhostfs_stale_entry(dir, event);
+	child = vhostfs_find_child(fc, NULL, event);
+	if (child)
+		vhostfs_stale_attr(child, STATX_BASIC_STATS);
+	if (event->mask & (FS_MOVED_FROM | FS_MOVED_TO))
+		cookie = vhostfs_local_cookie(n, event->cookie);
+	vhostfs_raise_entry(n, dir, child, event, cookie);
+	iput(child);
+	iput(dir);
+}
+
+static void vhostfs_rename_event(struct vhostfs_notify *n, struct fuse_conn *fc,
+				 const struct vhostfs_event *from,
+				 const struct vhostfs_event *to)
+{
+	struct inode *old_dir, *new_dir, *child = NULL;
+	u32 cookie;
+
+	old_dir = vhostfs_find(fc, from->nodeid, from->generation);
+	new_dir = vhostfs_find(fc, to->nodeid, to->generation);
+	if (!old_dir || !new_dir || old_dir->i_sb != new_dir->i_sb ||
+	    !S_ISDIR(old_dir->i_mode) || !S_ISDIR(new_dir->i_mode)) {
+		vhostfs_entry_event(n, fc, from);
+		vhostfs_entry_event(n, fc, to);
+		goto out;
+	}
+
+	vhostfs_stale_entry(old_dir, from);
+	vhostfs_stale_entry(new_dir, to);
+	child = vhostfs_find_child(fc, NULL, to);
+	if (child)
+		vhostfs_stale_attr(child, STATX_BASIC_STATS);
+
+	cookie = fsnotify_get_cookie();
+	vhostfs_raise_rename(n, old_dir, new_dir, child, from, to);
+	vhostfs_raise_entry(n, old_dir, child, from, cookie);
+	vhostfs_raise_entry(n, new_dir, child, to, cookie);
+out:
+	iput(child);
+	iput(new_dir);
+	iput(old_dir);
+}
+
+/* In the order in which they happen to a file that is opened, used and closed */
+static const u32 vhostfs_object_events[] = {
+	FS_OPEN | FS_OPEN_EXEC, FS_ACCESS, FS_MODIFY, FS_ATTRIB,
+	FS_CLOSE_WRITE, FS_CLOSE_NOWRITE, FS_MOVE_SELF, FS_DELETE_SELF,
+};
+
+static void vhostfs_self_event(struct vhostfs_notify *n, struct inode *inode,
+			       u32 mask)
+{
+	u32 bits;
+	int i;
+
+	vhostfs_stale_object(n, inode, mask);
+	for (i = 0; i < ARRAY_SIZE(vhostfs_object_events); i++) {
+		bits = mask & vhostfs_object_events[i];
+		if (bits == FS_DELETE_SELF)
+			vhostfs_raise_delete_self(n, inode);
+		else if (bits)
+			vhostfs_raise_self(n, inode, bits);
+	}
+}
+
+static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
+				 const struct vhostfs_event *event)
+{
+	struct inode *dir = NULL, *child;
+	struct dentry *entry;
+	u32 bits;
+	int i;
+
+	if (!event->namelen) {
+		child = vhostfs_find(fc, event->nodeid, event->generation);
+		if (child)
+			vhostfs_self_event(n, child, event->mask);
+		else
+			vhostfs_count(n, VHOSTFS_STALE);
+		iput(child);
+		return;
+	}
+
+	dir = vhostfs_find(fc, event->nodeid, event->generation);
+	if (dir && !S_ISDIR(dir->i_mode)) {
+		iput(dir);
+		dir = NULL;
+	}
+	child = vhostfs_find_child(fc, dir, event);
+	if (child) {
+		vhostfs_stale_object(n, child, event->mask);
+	} else if (dir && !event->child_nodeid) {
+		/* Found since the device wrote this; caches only */
+		entry = vhostfs_lookup_cached(dir, event);
+		if (entry && d_really_is_positive(entry))
+			vhostfs_stale_object(n, d_inode(entry), event->mask);
+		dput(entry);
+	}
+
+	if (!dir && !child)
+		vhostfs_count(n, VHOSTFS_STALE);
+	for (i = 0; i < ARRAY_SIZE(vhostfs_object_events); i++) {
+		bits = event->mask & vhostfs_object_events[i];
+		if (bits && dir)
+			vhostfs_raise_child(n, dir, child, event, bits);
+		else if (bits && child)
+			vhostfs_raise_self(n, child, bits);
+	}
+	iput(child);
+	iput(dir);
+}
+
+/* ---- halves of renames ---------------------------------------------------------- */
+
+static void vhostfs_drop_half(struct vhostfs_notify *n,
+			      struct vhostfs_half *half)
+{
+	list_del(&half->list);
+	n->nhalves--;
+	kfree(half);
+}
+
+static void vhostfs_free_halves(struct vhostfs_notify *n)
+{
+	struct vhostfs_half *half, *next;
+
+	list_for_each_entry_safe(half, next, &n->halves, list)
+		vhostfs_drop_half(n, half);
+}
+
+/* The partner did not come in time, or too many wait: it is a plain event */
+static void vhostfs_give_up_half(struct vhostfs_notify *n, struct fuse_conn *fc,
+				 struct vhostfs_half *half)
+{
+	vhostfs_count(n, VHOSTFS_HALVES_TIMED_OUT);
+	vhostfs_entry_event(n, fc, &half->event);
+	vhostfs_drop_half(n, half);
+}
+
+static void vhostfs_half_event(struct vhostfs_notify *n, struct fuse_conn *fc,
+			       const struct vhostfs_event *event)
+{
+	struct vhostfs_half *half;
+
+	list_for_each_entry(half, &n->halves, list) {
+		if (half->event.cookie != event->cookie ||
+		    !((half->event.mask ^ event->mask) & FS_MOVED_FROM))
+			continue;
+		if (event->mask & FS_MOVED_TO)
+			vhostfs_rename_event(n, fc, &half->event, event);
+		else
+			vhostfs_rename_event(n, fc, event, &half->event);
+		vhostfs_drop_half(n, half);
+		return;
+	}
+
+	half = kmalloc(sizeof(*half), GFP_KERNEL);
+	if (!half) {
+		vhostfs_entry_event(n, fc, event);
+		return;
+	}
+	if (n->nhalves == VHOSTFS_MAX_HALVES)
+		vhostfs_give_up_half(n, fc, list_first_entry(&n->halves,
+							     struct vhostfs_half,
+							     list));
+	half->event = *event;
+	half->arrived = jiffies;
+	list_add_tail(&half->list, &n->halves);
+	if (!n->nhalves++)
+		queue_delayed_work(vhostfs_wq, &n->half_work,
+				   VHOSTFS_HALF_WAIT);
+}
+
+static void vhostfs_expire_halves(struct vhostfs_notify *n)
+{
+	struct vhostfs_half *half, *next;
+	struct fuse_conn *fc;
+
+	mutex_lock(&n->event_mutex);
+	fc = n->fc;
+	if (fc)
+		down_read(&fc->killsb);
+	list_for_each_entry_safe(half, next, &n->halves, list) {
+		if (time_before(jiffies, half->arrived + VHOSTFS_HALF_WAIT)) {
+			queue_delayed_work(vhostfs_wq, &n->half_work,
+					   half->arrived + VHOSTFS_HALF_WAIT -
+					   jiffies);
+			break;
+		}
+		if (fc)
+			vhostfs_give_up_half(n, fc, half);
+		else
+			vhostfs_drop_half(n, half);
+	}
+	if (fc)
+		up_read(&fc->killsb);
+	mutex_unlock(&n->event_mutex);
+}
+
+/* The one worker does it, so that events stay in order */
+static void vhostfs_half_timeout(struct work_struct *work)
+{
+	struct vhostfs_notify *n = container_of(to_delayed_work(work),
+						struct vhostfs_notify,
+						half_work);
+
+	queue_work(vhostfs_wq, &n->receive_work);
+}
+
+/* ---- overflow ------------------------------------------------------------------- */
+
+/*
+ * Events were lost, so nothing that is cached can be believed, and everybody
+ * who watches has to look again: their groups are given the overflow event that
+ * the kernel itself queues for them.
+ *
+ * No function to do so is exported. Its parts are: a mark of our own (for no
+ * events) on a watched object keeps the list of all marks there, each of which
+ * leads to its group. Groups that only have marks on a mount are not found.
+ */
+struct vhostfs_lost {
+	struct vhostfs_notify *notify;
+	struct fsnotify_group *groups[VHOSTFS_MAX_GROUPS];	/* referenced */
+	unsigned int ngroups;
+};
+
+/* What fsnotify_queue_overflow() does */
+static void vhostfs_queue_overflow(struct fsnotify_group *group)
+{
+	struct fsnotify_event *event = group->overflow_event;
+
+	if (!event)
+		return;
+	spin_lock(&group->notification_lock);
+	if (group->shutdown || !list_empty(&event->list)) {
+		spin_unlock(&group->notification_lock);
+		return;
+	}
+	group->q_len++;
+	list_add_tail(&event->list, &group->notification_list);
+	spin_unlock(&group->notification_lock);
+
+	wake_up(&group->notification_waitq);
+	kill_fasync(&group->fsn_fa, SIGIO, POLL_IN);
+}
+
+static void vhostfs_lost_group(struct vhostfs_lost *lost,
+			       struct fsnotify_group *group)
+{
+	unsigned int i;
+
+	for (i = 0; i < lost->ngroups; i++)
+		if (lost->groups[i] == group)
+			return;
+	if (i == VHOSTFS_MAX_GROUPS) {
+		/* Many: it may be told more than once */
+		vhostfs_queue_overflow(group);
+		return;
+	}
+	refcount_inc(&group->refcnt);
+	lost->groups[lost->ngroups++] = group;
+}
+
+static void vhostfs_free_mark(struct fsnotify_mark *mark)
+{
+	kfree(mark);
+}
+
+static int vhostfs_no_event(struct fsnotify_mark *mark, u32 mask,
+			    struct inode *inode, struct inode *dir,
+			    const struct qstr *name, u32 cookie)
+{
+	return 0;
+}
+
+static const struct fsnotify_ops vhostfs_group_ops = {
+	.handle_inode_event	= vhostfs_no_event,
+	.free_mark		= vhostfs_free_mark,
+};
+
+static int vhostfs_add_mark(struct fsnotify_mark *mark, struct inode *inode,
+			    struct super_block *sb)
+{
+	if (inode)
+		return fsnotify_add_inode_mark(mark, inode, 0);
+#if VHOSTFS_KERNEL < 610
+	return fsnotify_add_mark(mark, &sb->s_fsnotify_marks,
+				 FSNOTIFY_OBJ_TYPE_SB, 0, NULL);
+#else
+	return fsnotify_add_mark(mark, sb, FSNOTIFY_OBJ_TYPE_SB, 0);
+#endif
+}
+
+/* The groups with marks on inode or, without one, on sb */
+static void vhostfs_lost_groups(struct vhostfs_lost *lost, struct inode *inode,
+				struct super_block *sb)
+{
+	struct fsnotify_mark *mark, *other;
+	struct fsnotify_mark_connector *conn;
+
+	mark = kzalloc(sizeof(*mark), GFP_KERNEL);
+	if (!mark)
+		return;
+	fsnotify_init_mark(mark, vhostfs_group);
+	if (!vhostfs_add_mark(mark, inode, sb)) {
+		conn = mark->connector;
+		spin_lock(&conn->lock);
+		hlist_for_each_entry(other, &conn->list, obj_list)
+			if (other != mark)
+				vhostfs_lost_group(lost, other->group);
+		spin_unlock(&conn->lock);
+		fsnotify_destroy_mark(mark, vhostfs_group);
+	}
+	fsnotify_put_mark(mark);
+}
+
+static bool vhostfs_is_any(struct inode *inode, void *arg)
+{
+	return true;
+}
+
+static void vhostfs_lose_inode(struct inode *inode, void *arg)
+{
+	struct vhostfs_lost *lost = arg;
+	struct dentry *alias;
+
+	vhostfs_stale_object(lost->notify, inode, FS_MODIFY);
+	if (S_ISDIR(inode->i_mode))
+		inode_maybe_inc_iversion(inode, false);
+
+	alias = d_find_any_alias(inode);
+	if (alias) {
+		vhostfs_expire_dentry(alias);
+		dput(alias);
+	}
+	if (READ_ONCE(inode->i_fsnotify_mask))
+		vhostfs_lost_groups(lost, inode, NULL);
+}
+
+static void vhostfs_overflow_event(struct vhostfs_notify *n,
+				   struct fuse_conn *fc)
+{
+	struct vhostfs_lost *lost;
+	struct fuse_mount *fm;
+	unsigned int i;
+
+	vhostfs_count(n, VHOSTFS_OVERFLOWS);
+	lost = kzalloc(sizeof(*lost), GFP_KERNEL | __GFP_NOFAIL);
+	lost->notify = n;
+#if VHOSTFS_KERNEL >= 616
+	/* Every dentry and listing is checked again, those in use, too */
+	atomic_inc(&fc->epoch);
+#endif
+	list_for_each_entry(fm, &fc->mounts, fc_entry) {
+		if (!fm->sb)
+			continue;
+		/* Dentries that nobody uses: all the negative ones are such */
+		shrink_dcache_sb(fm->sb);
+		vhostfs_walk(fm->sb, vhostfs_is_any, vhostfs_lose_inode, lost);
+		if (READ_ONCE(fm->sb->s_fsnotify_mask))
+			vhostfs_lost_groups(lost, NULL, fm->sb);
+	}
+	for (i = 0; i < lost->ngroups; i++) {
+		vhostfs_queue_overflow(lost->groups[i]);
+		fsnotify_put_group(lost->groups[i]);
+	}
+	kfree(lost);
+}
+
+/* ---- elements ------------------------------------------------------------------- */
+
+/* Checks an element and takes it over; says what is wrong with it, or NULL */
+static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
+				 unsigned int len, struct vhostfs_event *event)
+{
+	u64 mask;
+
+	if (len < sizeof(*wire))
+		return "shorter than an element";
+	if (le32_to_cpu(wire->len) > len ||
+	    le32_to_cpu(wire->len) < sizeof(*wire))
+		return "length in its header";
+	if (le32_to_cpu(wire->error) != FUSE_NOTIFY_FSNOTIFY || wire->unique)
+		return "not FUSE_NOTIFY_FSNOTIFY";
+	if (wire->reserved || (le32_to_cpu(wire->flags) & ~FSNOTIFY_SPLIT_RENAME))
+		return "reserved fields";
+
+	mask = le64_to_cpu(wire->mask);
+	event->mask = mask & (VHOSTFS_EVENTS | FS_Q_OVERFLOW | FS_ISDIR);
+	if (event->mask != mask || !(mask & ~(u64)FS_ISDIR))
+		return "mask";
+	event->nodeid = le64_to_cpu(wire->nodeid);
+	event->generation = le32_to_cpu(wire->generation);
+	event->child_nodeid = le64_to_cpu(wire->child_nodeid);
+	event->child_generation = le32_to_cpu(wire->child_generation);
+	event->cookie = le32_to_cpu(wire->cookie);
+	event->flags = le32_to_cpu(wire->flags);
+	event->namelen = le32_to_cpu(wire->namelen);
+
+	if (event->namelen > NAME_MAX ||
+	    event->namelen > le32_to_cpu(wire->len) - sizeof(*wire))
+		return "length of its name";
+	memcpy(event->name, wire->name, event->namelen);
+	event->name[event->namelen] = '\0';
+	if (memchr(event->name, '/', event->namelen) ||
+	    memchr(event->name, '\0', event->namelen) ||
+	    !strcmp(event->name, ".") || !strcmp(event->name, ".."))
+		return "its name";
+
+	if (!event->child_nodeid && event->child_generation)
+		return "generation of no child";
+	if (mask & FS_Q_OVERFLOW) {
+		if (mask != FS_Q_OVERFLOW || event->nodeid || event->namelen ||
+		    event->child_nodeid || event->cookie || event->flags)
+			return "more in an overflow";
+		return NULL;
+	}
+	if (!event->nodeid)
+		return "no nodeid";
+	mask &= ~(u64)FS_ISDIR;
+	if (mask & VHOSTFS_ENTRY_EVENTS) {
+		if (!is_power_of_2(mask) || !event->namelen)
+			return "event in a directory";
+		if (!(mask & (FS_MOVED_FROM | FS_MOVED_TO)) &&
+		    (event->cookie || event->flags))
+			return "cookie without a rename";
+		if (event->flags && !event->cookie)
+			return "rename without a cookie";
+		return NULL;
+	}
+	if (event->cookie || event->flags)
+		return "cookie without a rename";
+	if ((mask & VHOSTFS_SELF_EVENTS) && event->namelen)
+		return "name of the object itself";
+	if (!event->namelen && event->child_nodeid)
+		return "child without a name";
+	return NULL;
+}
+
+static bool vhostfs_is_granted(struct vhostfs_notify *n)
+{
+	return READ_ONCE(n->session) == VHOSTFS_GRANTED;
+}
+
+static void vhostfs_element(struct vhostfs_notify *n, const void *data,
+			    unsigned int len)
+{
+	struct vhostfs_event *event = &n->event;
+	struct fuse_conn *fc;
+	const char *fault;
+
+	vhostfs_count(n, VHOSTFS_RECEIVED);
+	fault = vhostfs_check(data, len, event);
+	if (fault) {
+		vhostfs_count(n, VHOSTFS_MALFORMED);
+		dev_warn_ratelimited(&n->vdev->dev,
+				     "notification dropped, malformed: %s\n",
+				     fault);
+		return;
+	}
+
+	mutex_lock(&n->event_mutex);
+	fc = n->fc;
+	if (!fc || !vhostfs_is_granted(n)) {
+		vhostfs_count(n, VHOSTFS_STALE);
+		goto out;
+	}
+	down_read(&fc->killsb);
+	if (event->mask & FS_Q_OVERFLOW)
+		vhostfs_overflow_event(n, fc);
+	else if (event->flags & FSNOTIFY_SPLIT_RENAME)
+		vhostfs_half_event(n, fc, event);
+	else if (event->mask & VHOSTFS_ENTRY_EVENTS)
+		vhostfs_entry_event(n, fc, event);
+	else
+		vhostfs_object_event(n, fc, event);
+	up_read(&fc->killsb);
+out:
+	mutex_unlock(&n->event_mutex);
+}
+
+/* ---- queue 1 -------------------------------------------------------------------- */
+
+/* Under vq_lock. A queue that takes no buffer is broken; it stays as it is. */
+static void vhostfs_give_buffer(struct vhostfs_notify *n, void *buf)
+{
+	struct scatterlist sg;
+
+	sg_init_one(&sg, buf, n->buf_size);
+	virtqueue_add_inbuf(n->vq, &sg, 1, buf, GFP_ATOMIC);
+}
+
+/*
+ * Copies what came, at most a batch, and returns the buffers before anything is
+ * done about it: acting takes time, and few buffers may be all there are.
+ * Nothing is read from a buffer that the device may write to.
+ */
+static unsigned int vhostfs_take_batch(struct vhostfs_notify *n)
+{
+	unsigned int count = 0, len;
+	bool kick = false;
+	void *buf;
+
+	spin_lock(&n->vq_lock);
+	if (!n->running)
+		goto out;
+	virtqueue_disable_cb(n->vq);
+	do {
+		while (count < VHOSTFS_BATCH) {
+			buf = virtqueue_get_buf(n->vq, &len);
+			if (!buf)
+				break;
+			n->batch_len[count] = min_t(unsigned int, len,
+						    VHOSTFS_ELEMENT_SIZE);
+			memcpy(n->batch[count], buf, n->batch_len[count]);
+			count++;
+			vhostfs_give_buffer(n, buf);
+		}
+	} while (count < VHOSTFS_BATCH && !virtqueue_enable_cb(n->vq) &&
+		 !virtqueue_is_broken(n->vq));
+	if (count)
+		kick = virtqueue_kick_prepare(n->vq);
+	/* Under the lock, so that the queue cannot go meanwhile */
+	if (kick)
+		virtqueue_notify(n->vq);
+out:
+	spin_unlock(&n->vq_lock);
+	return count;
+}
+
+static void vhostfs_receive_work(struct work_struct *work)
+{
+	struct vhostfs_notify *n = container_of(work, struct vhostfs_notify,
+						receive_work);
+	unsigned int batches = VHOSTFS_BATCHES;
+	unsigned int count, i;
+
+	do {
+		count = vhostfs_take_batch(n);
+		for (i = 0; i < count; i++) {
+			vhostfs_element(n, n->batch[i], n->batch_len[i]);
+			cond_resched();
+		}
+	} while (count == VHOSTFS_BATCH && --batches);
+
+	vhostfs_expire_halves(n);
+	/* Others get their turn, however much the device sends */
+	if (count == VHOSTFS_BATCH)
+		queue_work(vhostfs_wq, &n->receive_work);
+}
+
+void vhostfs_notify_vq_done(struct virtqueue *vq)
+{
+	struct vhostfs_notify *n = vq->priv;
+
+	if (n)
+		queue_work(vhostfs_wq, &n->receive_work);
+}
+
+/* ---- watches ------------------------------------------------------------------- */
+
+/*
+ * The table has an entry for every inode that is watched or that the device
+ * believes to be. Probes write to it what an inode's marks want now; the worker
+ * sends what differs from what the device was told, one request for an inode
+ * at a time. What a probe could not write is found by a walk over the inodes.
+ */
+
+/* What the device is to report for marks that want @mask */
+static u32 vhostfs_wish(u32 mask)
+{
+	u32 wish = mask & (VHOSTFS_EVENTS | FS_EVENT_ON_CHILD);
+
+	if (mask & FS_RENAME)
+		wish |= FS_MOVED_FROM | FS_MOVED_TO;
+	if (!(wish & VHOSTFS_EVENTS))
+		return 0;
+	/* A watch ends with its object, whether that was asked for or not */
+	return wish | FS_DELETE_SELF;
+}
+
+static struct vhostfs_watch *vhostfs_find_watch(struct vhostfs_notify *n,
+						u64 nodeid)
+{
+	struct rb_node *node = n->watches.rb_node;
+	struct vhostfs_watch *watch;
+
+	while (node) {
+		watch = rb_entry(node, struct vhostfs_watch, node);
+		if (nodeid == watch->nodeid)
+			return watch;
+		node = nodeid < watch->nodeid ? node->rb_left : node->rb_right;
+	}
+	return NULL;
+}
+
+static struct vhostfs_watch *vhostfs_new_watch(struct vhostfs_notify *n,
+					       u64 nodeid)
+{
+	struct rb_node **link = &n->watches.rb_node, *parent = NULL;
+	struct vhostfs_watch *watch;
+
+	watch = kzalloc(sizeof(*watch), GFP_ATOMIC | __GFP_NOWARN);
+	if (!watch)
+		return NULL;
+	watch->nodeid = nodeid;
+	INIT_LIST_HEAD(&watch->changed);
+	while (*link) {
+		parent = *link;
+		if (nodeid < rb_entry(parent, struct vhostfs_watch,
+				      node)->nodeid)
+			link = &parent->rb_left;
+		else
+			link = &parent->rb_right;
+	}
+	rb_link_node(&watch->node, parent, link);
+	rb_insert_color(&watch->node, &n->watches);
+	n->nwatches++;
+	return watch;
+}
+
+static void vhostfs_drop_watch(struct vhostfs_notify *n,
+			       struct vhostfs_watch *watch)
+{
+	list_del(&watch->changed);
+	rb_erase(&watch->node, &n->watches);
+	n->nwatches--;
+	n->nrefused -= watch->refused;
+	kfree(watch);
+}
+
+static void vhostfs_free_watches(struct vhostfs_notify *n)
+{
+	struct rb_node *node;
+
+	while ((node = rb_first(&n->watches)))
+		vhostfs_drop_watch(n, rb_entry(node, struct vhostfs_watch,
+					       node));
+}
+
+/* The entry was changed: is there something to send, or is it done with? */
+static void vhostfs_watch_changed(struct vhostfs_notify *n,
+				  struct vhostfs_watch *watch)
+{
+	if (watch->sending)
+		return;
+	list_del_init(&watch->changed);
+	if (watch->mask != watch->told)
+		list_add_tail(&watch->changed, &n->changed);
+	else if (!watch->mask)
+		vhostfs_drop_watch(n, watch);
+}
+
+/*
+ * Writes down what the marks on an inode want now. The mask is read under the
+ * lock: whoever comes last to the table saw the newest.
+ */
+static void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
+			 const struct inode *inode)
+{
+	struct vhostfs_watch *watch;
+	u32 mask = 0;
+
+	lockdep_assert_held(&n->watch_lock);
+	if (inode)
+		mask = vhostfs_wish(READ_ONCE(inode->i_fsnotify_mask));
+	watch = vhostfs_find_watch(n, nodeid);
+	if (!watch && !mask)
+		return;
+	if (!watch)
+		watch = vhostfs_new_watch(n, nodeid);
+	if (!watch) {
+		n->resync = true;
+		return;
+	}
+	if (watch->generation != generation) {
+		watch->generation = generation;
+		watch->told = 0;
+	}
+	watch->mask = mask;
+	watch->pass = n->pass;
+	vhostfs_watch_changed(n, watch);
+}
+
+/* Under watch_lock: does the worker have to be woken, and when? */
+static void vhostfs_wake_session(struct vhostfs_notify *n)
+{
+	if (n->session == VHOSTFS_GRANTED && !list_empty(&n->changed))
+		mod_delayed_work(vhostfs_wq, &n->session_work, 0);
+	else if (n->resync)
+		queue_delayed_work(vhostfs_wq, &n->session_work,
+				   VHOSTFS_REPAIR_WAIT);
+}
+
+/* ---- the task that adds a watch waits for the host to watch, too --------------- */
+
+/*
+ * Who has added a watch may read the file next, and expects an event for every
+ * change from then on. The probe runs within the system call, where nothing can
+ * wait; so the task waits on its way back to user mode, where it holds nothing.
+ */
+struct vhostfs_settle {
+	struct callback_head work;
+	struct vhostfs_notify *notify;
+	u64 nodeid;
+};
+
+static bool vhostfs_is_settled(struct vhostfs_notify *n, u64 nodeid)
+{
+	const struct vhostfs_watch *watch;
+	bool settled = false;
+
+	spin_lock(&n->watch_lock);
+	if (n->session == VHOSTFS_GRANTED) {
+		watch = vhostfs_find_watch(n, nodeid);
+		settled = !watch || watch->refused ||
+			  !(watch->mask & ~watch->told);
+	} else {
+		settled = n->session == VHOSTFS_NONE ||
+			  n->session == VHOSTFS_REFUSED;
+	}
+	spin_unlock(&n->watch_lock);
+	return settled;
+}
+
+static void vhostfs_settle_work(struct callback_head *work)
+{
+	struct vhostfs_settle *settle = container_of(work,
+						     struct vhostfs_settle,
+						     work);
+	struct vhostfs_notify *n = settle->notify;
+
+	wait_event_killable_timeout(n->settled,
+				    vhostfs_is_settled(n, settle->nodeid),
+				    VHOSTFS_SETTLE_WAIT);
+	kfree(settle);
+	vhostfs_put(n);
+	module_put(THIS_MODULE);
+}
+
+static void vhostfs_settle_later(struct vhostfs_notify *n, u64 nodeid)
+{
+	struct vhostfs_settle *settle;
+
+	if (!READ_ONCE(sync_watches) || (current->flags & PF_KTHREAD))
+		return;
+	settle = kmalloc(sizeof(*settle), GFP_ATOMIC | __GFP_NOWARN);
+	if (!settle)
+		return;
+	settle->notify = n;
+	settle->nodeid = nodeid;
+	init_task_work(&settle->work, vhostfs_settle_work);
+	/* The inode's superblock holds the module */
+	__module_get(THIS_MODULE);
+	kref_get(&n->kref);
+	if (task_work_add(current, &settle->work, TWA_RESUME)) {
+		kfree(settle);
+		vhostfs_put(n);
+		module_put(THIS_MODULE);
+	}
+}
+
+/* ---- probes --------------------------------------------------------------------- */
+
+/*
+ * Marks come and go in these two functions of fs/notify/mark.c, both called
+ * with the connector's lock held. That keeps the inode alive, with its
+ * superblock and all that belongs to it, until the first has returned; of the
+ * second only what was copied at its entry is used at its return.
+ */
+struct vhostfs_probe {
+	struct vhostfs_notify *notify;
+	struct inode *inode;		/* not looked at once it is detached */
+	u64 nodeid;
+	u32 generation;
+};
+
+static int vhostfs_probe_entry(struct kretprobe_instance *ri,
+			       struct pt_regs *regs)
+{
+	struct vhostfs_probe *probe = (struct vhostfs_probe *)ri->data;
+	struct fsnotify_mark_connector *conn;
+	struct vhostfs_notify *n;
+	struct inode *inode;
+
+	conn = (struct fsnotify_mark_connector *)
+		regs_get_kernel_argument(regs, 0);
+	if (READ_ONCE(conn->type) != FSNOTIFY_OBJ_TYPE_INODE || !conn->obj)
+		return 1;
+#if VHOSTFS_KERNEL < 610
+	inode = container_of(conn->obj, struct inode, i_fsnotify_marks);
+#else
+	inode = conn->obj;
+#endif
+	if (inode->i_sb->s_type != vhostfs_type)
+		return 1;
+	n = vhostfs_notify_of(get_fuse_conn(inode));
+	if (!n || READ_ONCE(ignore_probes))
+		return 1;
+	probe->notify = n;
+	probe->inode = inode;
+	probe->nodeid = get_node_id(inode);
+	probe->generation = inode->i_generation;
+	return 0;
+}
+
+static void vhostfs_probed(struct kretprobe_instance *ri, bool attached)
+{
+	struct vhostfs_probe *probe = (struct vhostfs_probe *)ri->data;
+	struct vhostfs_notify *n = probe->notify;
+	bool waits;
+
+	spin_lock(&n->watch_lock);
+	if (n->session != VHOSTFS_NONE) {
+		vhostfs_note(n, probe->nodeid, probe->generation,
+			     attached ? probe->inode : NULL);
+		vhostfs_wake_session(n);
+	}
+	waits = attached && n->session != VHOSTFS_NONE &&
+		n->session != VHOSTFS_REFUSED;
+	spin_unlock(&n->watch_lock);
+	if (waits && !vhostfs_is_settled(n, probe->nodeid))
+		vhostfs_settle_later(n, probe->nodeid);
+}
+
+static int vhostfs_recalc_return(struct kretprobe_instance *ri,
+				 struct pt_regs *regs)
+{
+	vhostfs_probed(ri, true);
+	return 0;
+}
+
+static int vhostfs_detach_return(struct kretprobe_instance *ri,
+				 struct pt_regs *regs)
+{
+	vhostfs_probed(ri, false);
+	return 0;
+}
+
+/* Neither can sleep, so no more of them than CPUs run at a time */
+static struct kretprobe vhostfs_probes[] = {
+	{
+		.kp.symbol_name	= "__fsnotify_recalc_mask",
+		.entry_handler	= vhostfs_probe_entry,
+		.handler	= vhostfs_recalc_return,
+		.data_size	= sizeof(struct vhostfs_probe),
+		.maxactive	= 64,
+	}, {
+		.kp.symbol_name	= "fsnotify_detach_connector_from_object",
+		.entry_handler	= vhostfs_probe_entry,
+		.handler	= vhostfs_detach_return,
+		.data_size	= sizeof(struct vhostfs_probe),
+		.maxactive	= 64,
+	},
+};
+
+static unsigned long vhostfs_probes_missed(void)
+{
+	unsigned long missed = 0;
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(vhostfs_probes); i++)
+		missed += vhostfs_probes[i].nmissed +
+			  vhostfs_probes[i].kp.nmissed;
+	return missed;
+}
+
+/* ---- sending -------------------------------------------------------------------- */
+
+static bool vhostfs_look_at_marks(struct inode *inode, void *arg)
+{
+	struct vhostfs_notify *n = arg;
+
+	if (READ_ONCE(inode->i_fsnotify_mask)) {
+		spin_lock(&n->watch_lock);
+		vhostfs_note(n, get_node_id(inode), inode->i_generation,
+			     inode);
+		spin_unlock(&n->watch_lock);
+	}
+	return false;
+}
+
+static void vhostfs_no_act(struct inode *inode, void *arg)
+{
+}
+
+/* Brings the table up to date by the marks on all inodes. Under session_mutex */
+static void vhostfs_resync(struct vhostfs_notify *n)
+{
+	struct vhostfs_watch *watch;
+	struct rb_node *node, *next;
+	struct fuse_mount *fm;
+
+	vhostfs_count(n, VHOSTFS_RESYNCS);
+	spin_lock(&n->watch_lock);
+	n->resync = false;
+	n->pass++;
+	spin_unlock(&n->watch_lock);
+
+	down_read(&n->fc->killsb);
+	list_for_each_entry(fm, &n->fc->mounts, fc_entry)
+		if (fm->sb)
+			vhostfs_walk(fm->sb, vhostfs_look_at_marks,
+				     vhostfs_no_act, n);
+	up_read(&n->fc->killsb);
+
+	spin_lock(&n->watch_lock);
+	for (node = rb_first(&n->watches); node; node = next) {
+		next = rb_next(node);
+		watch = rb_entry(node, struct vhostfs_watch, node);
+		/* Probes have marked what came meanwhile */
+		if (watch->pass != n->pass)
+			watch->mask = 0;
+		if (watch->refused) {
+			watch->refused = false;
+			n->nrefused--;
+			watch->told = 0;
+		}
+		vhostfs_watch_changed(n, watch);
+	}
+	spin_unlock(&n->watch_lock);
+}
+
+static void vhostfs_watch_end(struct vhostfs_request *req, int error)
+{
+	struct vhostfs_notify *n = req->notify;
+	struct vhostfs_watch *watch = req->watch;
+	bool log = false;
+
+	spin_lock(&n->watch_lock);
+	n->sending--;
+	watch->sending = false;
+	switch (error) {
+	case 0:
+	case -ESTALE:
+		/* Not known any more: there is nothing to watch there */
+		watch->told = req->mask;
+		/* Perhaps there is room now for what was refused */
+		if (!req->mask && n->nrefused)
+			n->resync = true;
+		break;
+	case -ENOMEM:
+	case -ENOTCONN:
+	case -ECONNABORTED:
+		/* Ours; tried again by a walk, if there is a session then */
+		n->resync = true;
+		break;
+	default:
+		watch->told = req->mask;
+		watch->refused = true;
+		n->nrefused++;
+		log = !n->full_logged;
+		n->full_logged = true;
+	}
+	if (error)
+		vhostfs_count(n, VHOSTFS_WATCHES_REFUSED);
+	if (!n->resync || watch->mask == watch->told)
+		vhostfs_watch_changed(n, watch);
+	vhostfs_wake_session(n);
+	spin_unlock(&n->watch_lock);
+	wake_up_all(&n->settled);
+
+	if (log)
+		dev_warn(&n->vdev->dev,
+			 "the host does not watch all that is watched here: error %d\n",
+			 error);
+	kfree(req);
+}
+
+/* Sends one of the changes; false: there is none, or enough are on their way */
+static bool vhostfs_send_watch(struct vhostfs_notify *n, struct fuse_mount *fm)
+{
+	struct vhostfs_watch *watch;
+	struct vhostfs_request *req;
+	u32 generation;
+
+	req = vhostfs_new_request(FUSE_FSNOTIFY_WATCH, 0,
+				  sizeof(req->watch_in), 0);
+	spin_lock(&n->watch_lock);
+	if (!req || n->sending >= VHOSTFS_WATCHES_IN_FLIGHT ||
+	    list_empty(&n->changed)) {
+		if (!req) {
+			n->resync = true;
+			vhostfs_wake_session(n);
+		}
+		spin_unlock(&n->watch_lock);
+		kfree(req);
+		return false;
+	}
+	watch = list_first_entry(&n->changed, struct vhostfs_watch, changed);
+	list_del_init(&watch->changed);
+	watch->sending = true;
+	if (watch->refused) {
+		watch->refused = false;
+		n->nrefused--;
+	}
+	n->sending++;
+	req->end = vhostfs_watch_end;
+	req->watch = watch;
+	req->mask = watch->mask;
+	req->args.nodeid = watch->nodeid;
+	generation = watch->generation;
+	spin_unlock(&n->watch_lock);
+
+	req->watch_in.mask = cpu_to_le64(req->mask);
+	req->watch_in.generation = cpu_to_le32(generation);
+	vhostfs_count(n, VHOSTFS_WATCHES_SENT);
+	vhostfs_send(n, fm, req);
+	return true;
+}
+
+/* ---- session -------------------------------------------------------------------- */
+
+static void vhostfs_set_session(struct vhostfs_notify *n,
+				enum vhostfs_session session)
+{
+	spin_lock(&n->watch_lock);
+	n->session = session;
+	n->resync = session == VHOSTFS_GRANTED;
+	n->full_logged = false;
+	spin_unlock(&n->watch_lock);
+	wake_up_all(&n->settled);
+}
+
+static const char *vhostfs_why_refused(struct vhostfs_notify *n,
+				       const struct vhostfs_request *req,
+				       int error)
+{
+	const struct fuse_fsnotify_init_out *out = &req->init_out;
+
+	if (error)
+		return "the server does not offer them";
+	/* The size is what the device says that it sent */
+	if (req->args.out_args[0].size < sizeof(*out))
+		return "its answer is too short";
+	if (le32_to_cpu(out->major) != FUSE_FSNOTIFY_MAJOR)
+		return "its version is not known";
+	if (!(le64_to_cpu(out->flags) & FUSE_FSNOTIFY_VIRTQUEUE))
+		return "the server does not use the queue";
+	if (le32_to_cpu(out->notify_buf_size) > n->buf_size)
+		return "its notifications are too long";
+	return NULL;
+}
+
+static void vhostfs_init_end(struct vhostfs_request *req, int error)
+{
+	struct vhostfs_notify *n = req->notify;
+	const char *why = vhostfs_why_refused(n, req, error);
+
+	if (why) {
+		dev_info(&n->vdev->dev,
+			 "no notifications from the host: %s (%d)\n", why,
+			 error);
+		vhostfs_set_session(n, VHOSTFS_REFUSED);
+	} else {
+		dev_info(&n->vdev->dev,
+			 "notifications from the host by the notification queue\n");
+		vhostfs_set_session(n, VHOSTFS_GRANTED);
+		mod_delayed_work(vhostfs_wq, &n->session_work, 0);
+	}
+	kfree(req);
+}
+
+static void vhostfs_send_init(struct vhostfs_notify *n, struct fuse_mount *fm)
+{
+	struct vhostfs_request *req;
+	struct fuse_fsnotify_init_in *in;
+
+	req = vhostfs_new_request(FUSE_FSNOTIFY_INIT, FUSE_ROOT_ID,
+				  sizeof(req->init_in), sizeof(req->init_out));
+	if (!req) {
+		queue_delayed_work(vhostfs_wq, &n->session_work,
+				   VHOSTFS_REPAIR_WAIT);
+		return;
+	}
+	in = &req->init_in;
+	in->major = cpu_to_le32(FUSE_FSNOTIFY_MAJOR);
+	in->minor = cpu_to_le32(FUSE_FSNOTIFY_MINOR);
+	in->flags = cpu_to_le64(FUSE_FSNOTIFY_VIRTQUEUE |
+				FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD);
+	in->mask = cpu_to_le64(VHOSTFS_EVENTS | FS_ISDIR | FS_Q_OVERFLOW);
+	in->buf_size = cpu_to_le32(n->buf_size);
+	/* A server with a newer minor number answers with the prefix it has */
+	req->args.out_argvar = true;
+	req->end = vhostfs_init_end;
+	vhostfs_set_session(n, VHOSTFS_ASKED);
+	vhostfs_send(n, fm, req);
+}
+
+static void vhostfs_session_work(struct work_struct *work)
+{
+	struct vhostfs_notify *n = container_of(to_delayed_work(work),
+						struct vhostfs_notify,
+						session_work);
+	enum vhostfs_session session;
+	struct fuse_mount *fm;
+	bool resync;
+
+	mutex_lock(&n->session_mutex);
+	if (n->paused || !n->fc)
+		goto out;
+	/*
+	 * Of the connection's mounts any will do. It stays: before one goes,
+	 * vhostfs_notify_kill_sb() waits for us and for our requests.
+	 */
+	down_read(&n->fc->killsb);
+	fm = list_first_entry_or_null(&n->fc->mounts, struct fuse_mount,
+				      fc_entry);
+	up_read(&n->fc->killsb);
+	if (!fm)
+		goto out;
+
+	spin_lock(&n->watch_lock);
+	session = n->session;
+	resync = n->resync;
+	spin_unlock(&n->watch_lock);
+	if (session == VHOSTFS_NEW) {
+		vhostfs_send_init(n, fm);
+	} else if (session == VHOSTFS_GRANTED) {
+		if (resync)
+			vhostfs_resync(n);
+		while (vhostfs_send_watch(n, fm))
+			cond_resched();
+	}
+out:
+	mutex_unlock(&n->session_mutex);
+}
+
+/* Without probes, or when some were missed, only walks find all watches */
+static void vhostfs_check_probes(struct work_struct *work);
+static DECLARE_DEFERRABLE_WORK(vhostfs_probe_work, vhostfs_check_probes);
+
+static void vhostfs_check_probes(struct work_struct *work)
+{
+	static unsigned long seen;
+	unsigned long missed = vhostfs_probes_missed();
+	struct vhostfs_notify *n;
+
+	if (missed != seen || vhostfs_no_probes) {
+		seen = missed;
+		mutex_lock(&vhostfs_devices_mutex);
+		list_for_each_entry(n, &vhostfs_devices, list) {
+			spin_lock(&n->watch_lock);
+			n->resync = true;
+			vhostfs_wake_session(n);
+			spin_unlock(&n->watch_lock);
+		}
+		mutex_unlock(&vhostfs_devices_mutex);
+	}
+	queue_delayed_work(vhostfs_wq, &vhostfs_probe_work, 2 * HZ);
+}
+
+/* ---- superblocks ---------------------------------------------------------------- */
+
+/*
+ * The FUSE core reports no f_fsid, and fanotify marks that report file ids want
+ * one. The device number is unique while the system runs, which is what f_fsid
+ * promises.
+ */
+static struct super_operations vhostfs_super_ops;
+static const struct super_operations *vhostfs_fuse_super_ops;
+
+static int vhostfs_statfs(struct dentry *dentry, struct kstatfs *buf)
+{
+	int err = vhostfs_fuse_super_ops->statfs(dentry, buf);
+
+	if (!err && !buf->f_fsid.val[0] && !buf->f_fsid.val[1])
+		buf->f_fsid = u64_to_fsid(huge_encode_dev(dentry->d_sb->s_dev));
+	return err;
+}
+
+static void vhostfs_wrap_super_ops(struct super_block *sb)
+{
+	mutex_lock(&vhostfs_devices_mutex);
+	if (!vhostfs_fuse_super_ops) {
+		vhostfs_super_ops = *sb->s_op;
+		vhostfs_super_ops.statfs = vhostfs_statfs;
+		vhostfs_fuse_super_ops = sb->s_op;
+	}
+	if (sb->s_op == vhostfs_fuse_super_ops)
+		sb->s_op = &vhostfs_super_ops;
+	mutex_unlock(&vhostfs_devices_mutex);
+}
+
+static struct fs_context_operations vhostfs_submount_ops;
+static const struct fs_context_operations *vhostfs_fuse_submount_ops;
+
+static int vhostfs_get_tree_submount(struct fs_context *fsc)
+{
+	/* Where it is mounted, as the FUSE core passes it on */
+	const struct fuse_inode *mount_point = fsc->fs_private;
+	struct inode *root;
+	int err = vhostfs_fuse_submount_ops->get_tree(fsc);
+
+	if (err)
+		return err;
+	root = d_inode(fsc->root);
+	if (vhostfs_notify_of(get_fuse_conn(root))) {
+		/* They are one object to the device, so one identity here, too */
+		root->i_generation = mount_point->inode.i_generation;
+		vhostfs_wrap_super_ops(fsc->root->d_sb);
+	}
+	return 0;
+}
+
+int vhostfs_notify_init_submount(struct fs_context *fsc)
+{
+	int err = fuse_init_fs_context_submount(fsc);
+
+	if (err)
+		return err;
+	mutex_lock(&vhostfs_devices_mutex);
+	if (!vhostfs_fuse_submount_ops) {
+		vhostfs_submount_ops = *fsc->ops;
+		vhostfs_submount_ops.get_tree = vhostfs_get_tree_submount;
+		vhostfs_fuse_submount_ops = fsc->ops;
+	}
+	mutex_unlock(&vhostfs_devices_mutex);
+	fsc->ops = &vhostfs_submount_ops;
+	return 0;
+}
+
+/* A connection begins; FUSE_INIT was sent, and may not have been answered yet */
+void vhostfs_notify_mount(struct vhostfs_notify *n, struct super_block *sb)
+{
+	if (!n)
+		return;
+	vhostfs_wrap_super_ops(sb);
+	mutex_lock(&n->session_mutex);
+	mutex_lock(&n->event_mutex);
+	n->fc = get_fuse_conn_super(sb);
+	memset(n->cookies, 0, sizeof(n->cookies));
+	mutex_unlock(&n->event_mutex);
+	vhostfs_set_session(n, VHOSTFS_NEW);
+	mod_delayed_work(vhostfs_wq, &n->session_work, 0);
+	mutex_unlock(&n->session_mutex);
+}
+
+/*
+ * A superblock is about to go. Requests of ours were sent in its name and must
+ * be over before that. What is done for an element needs no care: it is done
+ * under fc->killsb, which fuse_mount_remove() takes next.
+ */
+void vhostfs_notify_kill_sb(struct vhostfs_notify *n, struct super_block *sb)
+{
+	if (!n)
+		return;
+	mutex_lock(&n->session_mutex);
+	n->paused++;
+	mutex_unlock(&n->session_mutex);
+	wait_event(n->idle, !atomic_read(&n->in_flight));
+}
+
+void vhostfs_notify_killed_sb(struct vhostfs_notify *n, bool last)
+{
+	if (!n)
+		return;
+	mutex_lock(&n->session_mutex);
+	if (last) {
+		mutex_lock(&n->event_mutex);
+		n->fc = NULL;
+		vhostfs_free_halves(n);
+		mutex_unlock(&n->event_mutex);
+
+		spin_lock(&n->watch_lock);
+		n->session = VHOSTFS_NONE;
+		n->resync = false;
+		vhostfs_free_watches(n);
+		spin_unlock(&n->watch_lock);
+		wake_up_all(&n->settled);
+	}
+	n->paused--;
+	mutex_unlock(&n->session_mutex);
+	if (!last)
+		mod_delayed_work(vhostfs_wq, &n->session_work, 0);
+}
+
+/* ---- sysfs: the folder "notifications" of the virtio device -------------------- */
+
+static struct vhostfs_notify *vhostfs_of_device(struct device *dev)
+{
+	struct vhostfs_notify *n, *found = NULL;
+
+	/* It stays: removing the attributes waits for their users */
+	mutex_lock(&vhostfs_devices_mutex);
+	list_for_each_entry(n, &vhostfs_devices, list)
+		if (&n->vdev->dev == dev)
+			found = n;
+	mutex_unlock(&vhostfs_devices_mutex);
+	return found;
+}
+
+static ssize_t vhostfs_counter_show(struct device *dev,
+				    struct device_attribute *attr, char *buf)
+{
+	struct vhostfs_notify *n = vhostfs_of_device(dev);
+	struct dev_ext_attribute *ext;
+
+	if (!n)
+		return -ENODEV;
+	ext = container_of(attr, struct dev_ext_attribute, attr);
+	return sysfs_emit(buf, "%lld\n",
+			  atomic64_read(&n->counters[(uintptr_t)ext->var]));
+}
+
+#define VHOSTFS_COUNTER(name, counter)					\
+static struct dev_ext_attribute vhostfs_attr_##name = {			\
+	__ATTR(name, 0444, vhostfs_counter_show, NULL),			\
+	(void *)(uintptr_t)(counter)					\
+}
+
+VHOSTFS_COUNTER(received, VHOSTFS_RECEIVED);
+VHOSTFS_COUNTER(raised, VHOSTFS_RAISED);
+VHOSTFS_COUNTER(stale, VHOSTFS_STALE);
+VHOSTFS_COUNTER(malformed, VHOSTFS_MALFORMED);
+VHOSTFS_COUNTER(overflows, VHOSTFS_OVERFLOWS);
+VHOSTFS_COUNTER(halves_timed_out, VHOSTFS_HALVES_TIMED_OUT);
+VHOSTFS_COUNTER(watches_sent, VHOSTFS_WATCHES_SENT);
+VHOSTFS_COUNTER(watches_refused, VHOSTFS_WATCHES_REFUSED);
+VHOSTFS_COUNTER(resyncs, VHOSTFS_RESYNCS);
+
+static ssize_t state_show(struct device *dev, struct device_attribute *attr,
+			  char *buf)
+{
+	static const char * const names[] = {
+		[VHOSTFS_NONE]		= "unmounted",
+		[VHOSTFS_NEW]		= "mounting",
+		[VHOSTFS_ASKED]		= "asked",
+		[VHOSTFS_GRANTED]	= "virtqueue",
+		[VHOSTFS_REFUSED]	= "none",
+	};
+	struct vhostfs_notify *n = vhostfs_of_device(dev);
+
+	if (!n)
+		return -ENODEV;
+	return sysfs_emit(buf, "%s\n", names[READ_ONCE(n->session)]);
+}
+static DEVICE_ATTR_RO(state);
+
+/* Inodes that the host watches or is about to */
+static ssize_t watches_show(struct device *dev, struct device_attribute *attr,
+			    char *buf)
+{
+	struct vhostfs_notify *n = vhostfs_of_device(dev);
+
+	if (!n)
+		return -ENODEV;
+	return sysfs_emit(buf, "%u\n", READ_ONCE(n->nwatches));
+}
+static DEVICE_ATTR_RO(watches);
+
+static ssize_t probes_missed_show(struct device *dev,
+				  struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%lu\n", vhostfs_probes_missed());
+}
+static DEVICE_ATTR_RO(probes_missed);
+
+/* Anything written starts a walk over all inodes */
+static ssize_t resync_store(struct device *dev, struct device_attribute *attr,
+			    const char *buf, size_t count)
+{
+	struct vhostfs_notify *n = vhostfs_of_device(dev);
+
+	if (!n)
+		return -ENODEV;
+	spin_lock(&n->watch_lock);
+	n->resync = true;
+	spin_unlock(&n->watch_lock);
+	mod_delayed_work(vhostfs_wq, &n->session_work, 0);
+	return count;
+}
+static DEVICE_ATTR_WO(resync);
+
+static struct attribute *vhostfs_attrs[] = {
+	&vhostfs_attr_received.attr.attr,
+	&vhostfs_attr_raised.attr.attr,
+	&vhostfs_attr_stale.attr.attr,
+	&vhostfs_attr_malformed.attr.attr,
+	&vhostfs_attr_overflows.attr.attr,
+	&vhostfs_attr_halves_timed_out.attr.attr,
+	&vhostfs_attr_watches_sent.attr.attr,
+	&vhostfs_attr_watches_refused.attr.attr,
+	&vhostfs_attr_resyncs.attr.attr,
+	&dev_attr_state.attr,
+	&dev_attr_watches.attr,
+	&dev_attr_probes_missed.attr,
+	&dev_attr_resync.attr,
+	NULL
+};
+
+static const struct attribute_group vhostfs_attr_group = {
+	.name	= "notifications",
+	.attrs	= vhostfs_attrs,
+};
+
+/* ---- device --------------------------------------------------------------------- */
+
+static u32 vhostfs_config_buf_size(struct virtio_device *vdev)
+{
+	__le32 size;
+
+	vdev->config->get(vdev, VHOSTFS_CONFIG_BUF_SIZE, &size, sizeof(size));
+	return le32_to_cpu(size);
+}
+
+/* Takes the feature only where the device makes sense; it works without */
 int vhostfs_notify_validate(struct virtio_device *vdev)
 {
-	__virtio_clear_bit(vdev, VIRTIO_FS_F_NOTIFICATION);
+	u32 size;
+
+	if (!__virtio_test_bit(vdev, VIRTIO_FS_F_NOTIFICATION))
+		return 0;
+	size = vhostfs_config_buf_size(vdev);
+	if (size < VHOSTFS_MIN_BUF_SIZE || size > VHOSTFS_MAX_BUF_SIZE) {
+		dev_warn(&vdev->dev,
+			 "no notifications: the device says notify_buf_size %u, %zu to %u were expected\n",
+			 size, VHOSTFS_MIN_BUF_SIZE, VHOSTFS_MAX_BUF_SIZE);
+		__virtio_clear_bit(vdev, VIRTIO_FS_F_NOTIFICATION);
+	}
 	return 0;
 }
 
 int vhostfs_notify_probe(struct virtio_device *vdev,
 			 struct vhostfs_notify **notify)
 {
+	struct vhostfs_notify *n;
+	u32 size;
+
 	*notify = NULL;
+	if (!virtio_has_feature(vdev, VIRTIO_FS_F_NOTIFICATION))
+		return 0;
+	n = kzalloc(sizeof(*n), GFP_KERNEL);
+	if (!n)
+		return -ENOMEM;
+	kref_init(&n->kref);
+	INIT_LIST_HEAD(&n->list);
+	n->vdev = vdev;
+	/* Read again, so not trusted again */
+	size = vhostfs_config_buf_size(vdev);
+	n->buf_size = clamp_t(u32, size, VHOSTFS_ELEMENT_SIZE,
+			      VHOSTFS_MAX_BUF_SIZE);
+	spin_lock_init(&n->vq_lock);
+	INIT_WORK(&n->receive_work, vhostfs_receive_work);
+	INIT_DELAYED_WORK(&n->half_work, vhostfs_half_timeout);
+	mutex_init(&n->event_mutex);
+	INIT_LIST_HEAD(&n->halves);
+	mutex_init(&n->session_mutex);
+	INIT_DELAYED_WORK(&n->session_work, vhostfs_session_work);
+	init_waitqueue_head(&n->idle);
+	spin_lock_init(&n->watch_lock);
+	n->watches = RB_ROOT;
+	INIT_LIST_HEAD(&n->changed);
+	init_waitqueue_head(&n->settled);
+	*notify = n;
 	return 0;
 }
 
-bool vhostfs_notify_has_queue(const struct vhostfs_notify *notify)
+bool vhostfs_notify_has_queue(const struct vhostfs_notify *n)
 {
-	return false;
+	return n;
 }
 
-void vhostfs_notify_vq_done(struct virtqueue *vq)
+/* The device is running: fills queue 1. Without memory it has fewer buffers */
+void vhostfs_notify_start(struct vhostfs_notify *n, struct virtqueue *vq)
 {
+	unsigned int count;
+
+	if (!n)
+		return;
+	count = min3(virtqueue_get_vring_size(vq),
+		     clamp_t(unsigned int, queue_buffers, 1,
+			     VHOSTFS_MAX_BUFFERS),
+		     (unsigned int)VHOSTFS_MAX_BUFFERS);
+	n->bufs = kcalloc(count, sizeof(*n->bufs), GFP_KERNEL);
+	while (n->bufs && n->nbufs < count) {
+		n->bufs[n->nbufs] = kzalloc(n->buf_size, GFP_KERNEL);
+		if (!n->bufs[n->nbufs])
+			break;
+		n->nbufs++;
+	}
+
+	mutex_lock(&vhostfs_devices_mutex);
+	list_add_tail(&n->list, &vhostfs_devices);
+	mutex_unlock(&vhostfs_devices_mutex);
+	if (sysfs_create_group(&n->vdev->dev.kobj, &vhostfs_attr_group))
+		dev_warn(&n->vdev->dev, "no counters in sysfs\n");
+
+	spin_lock(&n->vq_lock);
+	n->vq = vq;
+	n->running = true;
+	vq->priv = n;
+	for (count = 0; count < n->nbufs; count++)
+		vhostfs_give_buffer(n, n->bufs[count]);
+	virtqueue_kick(vq);
+	spin_unlock(&n->vq_lock);
 }
 
-void vhostfs_notify_start(struct vhostfs_notify *notify, struct virtqueue *vq)
+/* The device is about to be reset; tasks that wait for it have been released */
+void vhostfs_notify_stop(struct vhostfs_notify *n)
 {
+	if (!n)
+		return;
+	sysfs_remove_group(&n->vdev->dev.kobj, &vhostfs_attr_group);
+	mutex_lock(&vhostfs_devices_mutex);
+	list_del_init(&n->list);
+	mutex_unlock(&vhostfs_devices_mutex);
+
+	/* It may be mounted still, and be for long */
+	mutex_lock(&n->session_mutex);
+	n->paused++;
+	mutex_unlock(&n->session_mutex);
+	cancel_delayed_work_sync(&n->session_work);
+	wait_event(n->idle, !atomic_read(&n->in_flight));
+
+	spin_lock(&n->vq_lock);
+	n->running = false;
+	spin_unlock(&n->vq_lock);
+	cancel_work_sync(&n->receive_work);
 }
 
-void vhostfs_notify_stop(struct vhostfs_notify *notify)
+/* The device was reset and gives no buffer back any more */
+void vhostfs_notify_release_buffers(struct vhostfs_notify *n)
 {
+	if (!n || !n->vq)
+		return;
+	while (virtqueue_detach_unused_buf(n->vq))
+		;
+	while (n->nbufs)
+		kfree(n->bufs[--n->nbufs]);
+	kfree(n->bufs);
+	n->bufs = NULL;
 }
 
-void vhostfs_notify_release_buffers(struct vhostfs_notify *notify)
+/* Neither the device nor a superblock uses it any more */
+void vhostfs_notify_free(struct vhostfs_notify *n)
 {
+	if (!n)
+		return;
+	cancel_work_sync(&n->receive_work);
+	cancel_delayed_work_sync(&n->half_work);
+	cancel_delayed_work_sync(&n->session_work);
+	/* A late interrupt or timeout; it found nothing to do */
+	cancel_work_sync(&n->receive_work);
+	vhostfs_put(n);
 }
 
-void vhostfs_notify_free(struct vhostfs_notify *notify)
+/* ---- module --------------------------------------------------------------------- */
+
+static void vhostfs_unregister_probes(int count)
 {
+	while (count--)
+		unregister_kretprobe(&vhostfs_probes[count]);
 }
 
-int vhostfs_notify_init_submount(struct fs_context *fsc)
+static void vhostfs_register_probes(void)
 {
-	return fuse_init_fs_context_submount(fsc);
+	int i, err;
+
+	for (i = 0; i < ARRAY_SIZE(vhostfs_probes); i++) {
+		err = register_kretprobe(&vhostfs_probes[i]);
+		if (err) {
+			pr_warn("no probe on %s (%d): watches are found by walks\n",
+				vhostfs_probes[i].kp.symbol_name, err);
+			vhostfs_unregister_probes(i);
+			vhostfs_no_probes = true;
+			return;
+		}
+	}
 }
 
-void vhostfs_notify_mount(struct vhostfs_notify *notify,
-			  struct super_block *sb)
+int vhostfs_notify_register(struct file_system_type *type)
 {
+	int err = -ENOMEM;
+
+	vhostfs_type = type;
+	vhostfs_wq = alloc_workqueue("vhostfs", WQ_UNBOUND | WQ_HIGHPRI, 0);
+	if (!vhostfs_wq)
+		return err;
+	vhostfs_group = fsnotify_alloc_group(&vhostfs_group_ops, 0);
+	if (IS_ERR(vhostfs_group)) {
+		err = PTR_ERR(vhostfs_group);
+		goto destroy_wq;
+	}
+
+	err = register_filesystem(type);
+	if (err == -EBUSY) {
+		type->name = "vhostfs";
+		pr_info("the kernel has a virtiofs of its own, mount this one with -t %s\n",
+			type->name);
+		err = register_filesystem(type);
+	}
+	if (err)
+		goto put_group;
+
+	vhostfs_register_probes();
+	queue_delayed_work(vhostfs_wq, &vhostfs_probe_work, 2 * HZ);
+	return 0;
+
+put_group:
+	fsnotify_put_group(vhostfs_group);
+destroy_wq:
+	destroy_workqueue(vhostfs_wq);
+	return err;
 }
 
-void vhostfs_notify_kill_sb(struct vhostfs_notify *notify,
-			    struct super_block *sb)
+void vhostfs_notify_unregister(struct file_system_type *type)
 {
-}
-
-void vhostfs_notify_killed_sb(struct vhostfs_notify *notify, bool last)
-{
+	unregister_filesystem(type);
+	if (!vhostfs_no_probes)
+		vhostfs_unregister_probes(ARRAY_SIZE(vhostfs_probes));
+	cancel_delayed_work_sync(&vhostfs_probe_work);
+	/* Marks are freed later, by a function of ours */
+	fsnotify_wait_marks_destroyed();
+	fsnotify_put_group(vhostfs_group);
+	destroy_workqueue(vhostfs_wq);
+	/* The last request's end may have been in an RCU section of the core */
+	rcu_barrier();
 }
