@@ -120,6 +120,11 @@ struct vf_events {
 	pthread_mutex_t busy; /* held while records are read and reported; outermost of all */
 	int stop_fd, epoll_fd;
 	uint8_t *buffer; /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
+	/* inotify_source.c: records that will say again what was reported; the source's thread's */
+	struct vf_echo {
+		uint64_t nodeid, event, seen_ns;
+	} echoes[16];
+	uint32_t next_echo;
 	/* Counted by the source's thread; the outbox counts what follows. */
 	atomic_uint_fast64_t received, own, unknown, unwatched, host_overflows, host_marks;
 	struct vf_trace *trace;

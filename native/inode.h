@@ -80,6 +80,11 @@ int vf_inode_lookup_parent(struct vf_thread *t, struct vf_inode *inode, struct f
  */
 struct vf_inode *vf_inode_guard_removal(struct vf_share *share, struct vf_inode *dir, int dir_fd,
 					const char *name);
+/*
+ * known_name.c: the inode that the guest holds for this name on the host, referenced; NULL: none,
+ * or it is not certain.
+ */
+struct vf_inode *vf_inode_known(struct vf_share *share, struct vf_inode *dir, const char *name);
 /* Takes n from the lookup count; too large an n is cut to what is there. */
 void vf_inode_forget(struct vf_share *share, uint64_t nodeid, uint64_t n);
 
