@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <time.h>
 
 #include "events.h"
 
@@ -16,12 +18,58 @@
 
 /* ---- the source's thread ---------------------------------------------------- */
 
+/*
+ * While much happens on the host that the guest is not told of, waking up for each of it would cost
+ * more than looking at it: a nap gathers some, at the price of that much delay for the others.
+ */
+#define WINDOW_NS 1000000u
+static const struct {
+	uint64_t per_window; /* events in WINDOW_NS, from which on */
+	long nap_ns;
+} naps[] = {{150, 300000}, {30, 100000}};
+#define N_NAPS (sizeof(naps) / sizeof(naps[0]))
+
+struct pace {
+	uint64_t received, dropped; /* when the last turn ended */
+	uint64_t since_ns;	    /* of the window */
+	uint64_t in_window;	    /* so far */
+	long nap_ns;		    /* by the last whole window */
+};
+
+static void pace(struct vf_events *events, struct pace *pace)
+{
+	uint64_t received = atomic_load(&events->received);
+	uint64_t dropped = atomic_load(&events->own) + atomic_load(&events->unknown) +
+			   atomic_load(&events->unwatched);
+	bool all_dropped = received - pace->received <= dropped - pace->dropped;
+	struct timespec now;
+	uint64_t passed_ns;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	passed_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec - pace->since_ns;
+	pace->in_window += received - pace->received;
+	pace->received = received;
+	pace->dropped = dropped;
+	if (passed_ns >= WINDOW_NS) {
+		pace->nap_ns = 0;
+		for (uint32_t i = N_NAPS; i--;)
+			if (pace->in_window * WINDOW_NS / passed_ns >= naps[i].per_window)
+				pace->nap_ns = naps[i].nap_ns;
+		pace->since_ns += passed_ns;
+		pace->in_window = 0;
+	}
+	if (all_dropped && pace->nap_ns)
+		nanosleep(&(struct timespec){.tv_nsec = pace->nap_ns}, NULL);
+}
+
 static void *events_main(void *arg)
 {
 	struct vf_events *events = arg;
+	struct pace turns = {.since_ns = 0};
 	struct epoll_event ready;
 
 	pthread_setname_np(pthread_self(), "events");
+	prctl(PR_SET_TIMERSLACK, 1000);
 	for (;;) {
 		if (epoll_wait(events->epoll_fd, &ready, 1, -1) < 1)
 			continue; /* EINTR */
@@ -31,6 +79,7 @@ static void *events_main(void *arg)
 		events->ops->read(events);
 		vf_outbox_flush(events->outbox);
 		pthread_mutex_unlock(&events->busy);
+		pace(events, &turns);
 	}
 }
 

@@ -135,11 +135,18 @@ void inode_load_handle(const struct vf_inode *inode, struct handle *handle)
 
 bool inode_handle_is(const struct vf_inode *inode, const struct handle *handle)
 {
-	struct handle own;
+	uint32_t size = atomic_load_explicit(&((struct vf_inode *)inode)->handle_size,
+					     memory_order_acquire);
+	const uint8_t *bytes = inode->handle.bytes;
+	int32_t type = inode->handle_type;
 
-	inode_load_handle(inode, &own);
-	return own.size && own.size == handle->size && own.type == handle->type &&
-	       !memcmp(own.bytes, handle->bytes, own.size);
+	if (!size || size != handle->size)
+		return false;
+	if (type == TYPE_ON_HEAP) {
+		type = inode->handle.heap->type;
+		bytes = inode->handle.heap->bytes;
+	}
+	return type == handle->type && !memcmp(bytes, handle->bytes, size);
 }
 
 static int open_handle(struct vf_share *share, struct vf_inode *inode, int flags)
