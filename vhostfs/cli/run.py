@@ -22,6 +22,9 @@ from pathlib import Path
 from types import FrameType as PythonFrame
 from typing import NoReturn
 
+from vhostfs.control.client import ControlClient
+from vhostfs.errors import UserError
+from vhostfs.share.options import CONTROL_SUFFIX
 from vhostfs.vm.accel import choose_accelerator
 from vhostfs.vm.agent import GuestError, RunningCommand
 from vhostfs.vm.cache import cache_root
@@ -335,7 +338,7 @@ def _run(args: argparse.Namespace, steps: Steps) -> int:
         guest = Guest(_machine(args, equipment, accelerator, tuple(guest_shares)), lifeline=lifeline)
         try:
             with guest:
-                steps.note(_events_line(args, equipment))
+                steps.note(_events_line(args, equipment, guest_shares[0].socket_path))
                 if args.verbose:
                     print(f"vhostfs: ran {shlex.join(guest.command)}", file=sys.stderr)
                 return _run_command(args, guest, servers, interactive)
@@ -373,12 +376,21 @@ def _event_options(args: argparse.Namespace, equipment: Equipment) -> list[str]:
     return [f"--events={'off' if equipment.events_missing else args.events}"]
 
 
-def _events_line(args: argparse.Namespace, equipment: Equipment) -> str:
+def _events_line(args: argparse.Namespace, equipment: Equipment, socket_path: Path) -> str:
+    """What was chosen, or why there are none."""
     if args.events == "off":
         return "events: off"
-    if equipment.events_missing:
-        return f"events: none, watchers in the guest see only its own changes ({equipment.events_missing})"
-    return f"events: {args.events}, by the notification queue"
+    missing = equipment.events_missing
+    if missing is None:
+        try:
+            with ControlClient(f"{socket_path}{CONTROL_SUFFIX}") as control:
+                stats = control.stats()
+        except UserError as error:
+            return f"events: the server does not say which ({error})"
+        if stats["guest"] and stats["guest"]["fsnotify"]:
+            return f"events: {stats['events']['reason']}; delivered by the notification queue"
+        missing = "the guest's driver has not asked for them"
+    return f"events: none, watchers in the guest see only its own changes ({missing})"
 
 
 def _machine(

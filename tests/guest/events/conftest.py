@@ -181,16 +181,18 @@ class WatchedPlace:
         self._program = session.parts.program
         self._watches: list[Watch] = []
 
-    def watch(self, *names: str, mask: In = CHANGES, look: str = "", with_twin: bool = True) -> Watch:
+    def watch(
+        self, *names: str, mask: In = CHANGES, look: str = "", with_twin: bool = True, known: int = 0
+    ) -> Watch:
         """A watcher on `names` in it (default: itself) in the guest and, as its twin, on the host."""
         program = self._program if with_twin else None
-        watch = Watch(self.place, self.control, program, mask, names or (".",), look)
+        watch = Watch(self.place, self.control, program, mask, names or (".",), look, known)
         self._watches.append(watch)
         return watch
 
     def close(self) -> None:
         """Ends the watchers."""
-        for watch in self._watches:
+        for watch in reversed(self._watches):
             watch.close()
 
 

@@ -37,7 +37,8 @@ def awaited_handled(watch: Watch, count: int, step_s: float = 0.02) -> list[tupl
 def handled(watch: Watch) -> Iterator[tuple[Seen, str]]:
     """Each event with what its handler saw."""
     event: Seen | None = None
-    for line in watch.command.stdout.decode("utf-8", "surrogateescape").splitlines():
+    output = watch.command.stdout
+    for line in output[: output.rfind(b"\n") + 1].decode("utf-8", "surrogateescape").splitlines():
         if line[0].isdecimal():
             number, mask, cookie, name = line.split(" ", 3)
             event = Seen(int(number), In(int(mask, 16)), int(cookie), name)

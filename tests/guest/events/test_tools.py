@@ -117,7 +117,7 @@ def test_watchdog_s_observer_tells_a_program_of_the_host_s_changes(watched: Watc
     (host / "src").mkdir()
     before = watched.control.watches
     observer = watched.place.start(f"exec {python_command(OBSERVE)}")
-    observer.wait_for_output(b"ready\\n", 60)
+    observer.wait_for_output(b"ready\n", 60)
     assert watched.control.awaited_watches(before + 2) == before + 2
 
     def awaited_event(kind: str, is_directory: bool, source: str, target: str = "") -> None:

@@ -202,10 +202,12 @@ class Watch:
         mask: In = CHANGES,
         names: Sequence[str] = (".",),
         look: str = "",
+        known: int = 0,
     ) -> None:
         """Watches `names` below `place` with one watcher, and waits until the server knows of each.
 
         `look`: "--read" or "--list", for the watcher in the guest. Without `host_program` there is no twin.
+        `known`: how many of the names are watched by others already.
         """
         self.place = place
         self.control = control
@@ -214,7 +216,8 @@ class Watch:
         paths = " ".join(f"'{place.inside}/{name}'" for name in names)
         self.command: RunningCommand = place.start(f"exec {PROGRAM} {look} {int(mask):x} {paths}")
         self.command.wait_for_output(b"ready\n", READY_TIMEOUT_S)
-        assert control.awaited_watches(before + len(names)) == before + len(names)
+        new = len(names) - known
+        assert control.awaited_watches(before + new) == before + new, "the server does not watch all"
         self._native = None
         if host_program is not None:
             self._native = HostWatcher(host_program, mask, [place.host / name for name in names])
