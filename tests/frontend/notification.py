@@ -46,6 +46,8 @@ class NotificationQueue:
         self.poison = poison
         self.give_back = True
         self.received = 0
+        self.last_bytes = b""
+        """The last element as the device wrote it."""
         self._offered: dict[int, list[GuestBuffer]] = {}
         self._back: list[list[GuestBuffer]] = []
         self.offer(buffers)
@@ -126,7 +128,8 @@ class NotificationQueue:
         room = b"".join(map(GuestBuffer.bytes, parts))
         if used.length_bytes > len(room):
             raise ProtocolError(f"used length {used.length_bytes} of a buffer of {len(room)} bytes")
-        element = unpack_element(room[: used.length_bytes])
+        self.last_bytes = room[: used.length_bytes]
+        element = unpack_element(self.last_bytes)
         if self.poison and room[used.length_bytes :].strip(bytes([UNTOUCHED])):
             raise ProtocolError(f"bytes behind {element} were written too: {room[used.length_bytes :]!r}")
         if self.give_back:

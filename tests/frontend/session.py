@@ -101,6 +101,16 @@ class Pending(Generic[T]):
         assert self.used is not None
         return self._check(self.used.length_bytes)
 
+    @property
+    def request_bytes(self) -> bytes:
+        """The request as it lies in guest memory; only while it is in flight."""
+        return b"".join(buffer.bytes() for buffer in self.readable)
+
+    @property
+    def reply_bytes(self) -> bytes:
+        """The reply as the device wrote it, header and all; empty while it is in flight."""
+        return self._raw
+
     def take(self, used: Used) -> None:
         """The chain came back: copies the reply out and frees the guest memory."""
         self.used = used

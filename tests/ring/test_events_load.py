@@ -235,10 +235,10 @@ def test_what_finds_no_room_is_announced_once_behind_what_waited(
         assert event_counters(share)["depth"] == 65
         guest.notifications.give_back = True
         guest.notifications.give_back_all()
-        elements = guest.elements()
-        got += [element.name.decode() for element in elements if element != OVERFLOW]
+        waited, _ = guest.notifications.until(lambda element: element == OVERFLOW)
+        got += [element.name.decode() for element in waited]
         assert got == names[: 16 + 64]
-        assert [element == OVERFLOW for element in elements] == [False] * 64 + [True]
+        assert guest.told() == []
         os.mknod(share.path / f"d/after {turn}")
         assert guest.told() == [f"CREATE d[after {turn}]"]
     assert event_counters(share)["overflows"] == 3
@@ -257,9 +257,10 @@ def test_a_rename_is_told_whole_or_not_at_all(make_share: MakeShare) -> None:
     assert awaited(lambda: event_counters(share)["lost"] >= 300, 10)
     guest.notifications.give_back = True
     guest.notifications.give_back_all()
-    elements = [first, *guest.elements()]
-    assert elements.count(OVERFLOW) == 1
-    halves = [element for element in elements if element != OVERFLOW]
+    waited, _ = guest.notifications.until(lambda element: element == OVERFLOW)
+    assert guest.told() == []
+    halves = [first, *waited]
+    assert len(halves) == 64
     assert all(one.cookie == two.cookie for one, two in pairs(halves))
 
 
