@@ -252,7 +252,7 @@ void vf_outbox_free(struct vf_outbox *outbox);
  * Adds an element, or n (a few) that belong together: all of them or none.  A single one that
  * equals the newest that waits is merged into it (as inotify does; never part of a rename).
  * Without room they are lost, and an overflow element is put behind what waits, once until it was
- * delivered.  Nothing reaches the guest before vf_outbox_flush().
+ * delivered.  They leave by vf_outbox_flush() at the latest.
  */
 void vf_outbox_push(struct vf_outbox *outbox, const struct vf_outgoing *elements, uint32_t n);
 /* Events were lost before they came here. */

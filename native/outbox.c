@@ -43,6 +43,7 @@ struct vf_outbox {
 	struct record *newest; /* NULL: nothing waits */
 	uint32_t max_elements;
 	uint32_t depth;
+	uint32_t since_flush; /* elements added */
 	bool overflow_waits;
 	uint64_t merged, queued, delivered, lost, overflows, max_depth;
 	uint64_t latency[N_LATENCIES];
@@ -145,6 +146,54 @@ static void remove_oldest(struct vf_outbox *outbox)
 	}
 }
 
+/* ---- out ------------------------------------------------------------------- */
+
+/* A long flush lets the guest begin when it has this many: see docs/performance.md. */
+#define DONE_EVERY 16u
+
+static void count_delivery(struct vf_outbox *outbox, const struct record *record)
+{
+	uint64_t us = (now_ns() - record->seen_ns) / 1000;
+	uint32_t i = us ? 64 - (uint32_t)__builtin_clzll(us) : 0;
+	bool overflow = record->element.mask & VF_FS_Q_OVERFLOW;
+
+	outbox->latency[i < N_LATENCIES ? i : N_LATENCIES - 1]++;
+	outbox->delivered++;
+	if (overflow) {
+		outbox->overflows++;
+		outbox->overflow_waits = false;
+	}
+	vf_trace_add(outbox->trace, &record->element, record->name,
+		     overflow ? VF_EVENT_OVERFLOW : VF_EVENT_DELIVERED, record->pid);
+}
+
+static void flush(struct vf_outbox *outbox)
+{
+	struct vf_sink *sink = outbox->sink;
+	struct record *record;
+	uint32_t since_done = 0;
+
+	outbox->since_flush = 0;
+	while (sink && (record = oldest(outbox)) &&
+	       sink->put(sink, &record->element, record->name)) {
+		count_delivery(outbox, record);
+		remove_oldest(outbox);
+		if (++since_done == DONE_EVERY) {
+			since_done = 0;
+			sink->done(sink);
+		}
+	}
+	if (since_done)
+		sink->done(sink);
+}
+
+void vf_outbox_flush(struct vf_outbox *outbox)
+{
+	pthread_mutex_lock(&outbox->lock);
+	flush(outbox);
+	pthread_mutex_unlock(&outbox->lock);
+}
+
 /* ---- in -------------------------------------------------------------------- */
 
 /*
@@ -174,10 +223,17 @@ static bool same(const struct record *record, const struct vf_outgoing *out)
 	       (!a->namelen || !memcmp(record->name, out->name, a->namelen));
 }
 
+/* The overflow element does not take that of another. */
+static uint32_t room(const struct vf_outbox *outbox)
+{
+	return outbox->max_elements - (outbox->depth - outbox->overflow_waits);
+}
+
+/* Elements that are added at once before they begin to leave. */
+#define FLUSH_EVERY 64u
+
 static void push(struct vf_outbox *outbox, const struct vf_outgoing *elements, uint32_t n)
 {
-	/* The overflow element does not take the room of another. */
-	uint32_t depth = outbox->depth - outbox->overflow_waits;
 	uint32_t size = 0;
 
 	if (n == 1 && outbox->newest && same(outbox->newest, elements)) {
@@ -188,7 +244,12 @@ static void push(struct vf_outbox *outbox, const struct vf_outgoing *elements, u
 	}
 	for (uint32_t i = 0; i < n; i++)
 		size += record_size(elements[i].element.namelen);
-	if (n > outbox->max_elements - depth || !make_room(outbox, size)) {
+	/* Let the guest begin while a large batch is still being added; nothing is lost to a full
+	 * queue while there are buffers. */
+	outbox->since_flush += n;
+	if (n > room(outbox) || outbox->since_flush >= FLUSH_EVERY)
+		flush(outbox);
+	if (n > room(outbox) || !make_room(outbox, size)) {
 		outbox->lost += n;
 		for (uint32_t i = 0; i < n; i++)
 			vf_trace_add(outbox->trace, &elements[i].element, elements[i].name,
@@ -214,48 +275,7 @@ void vf_outbox_push_overflow(struct vf_outbox *outbox)
 	pthread_mutex_unlock(&outbox->lock);
 }
 
-/* ---- out ------------------------------------------------------------------- */
-
-/* A long flush lets the guest begin when it has this many: see docs/performance.md. */
-#define DONE_EVERY 16u
-
-static void count_delivery(struct vf_outbox *outbox, const struct record *record)
-{
-	uint64_t us = (now_ns() - record->seen_ns) / 1000;
-	uint32_t i = us ? 64 - (uint32_t)__builtin_clzll(us) : 0;
-	bool overflow = record->element.mask & VF_FS_Q_OVERFLOW;
-
-	outbox->latency[i < N_LATENCIES ? i : N_LATENCIES - 1]++;
-	outbox->delivered++;
-	if (overflow) {
-		outbox->overflows++;
-		outbox->overflow_waits = false;
-	}
-	vf_trace_add(outbox->trace, &record->element, record->name,
-		     overflow ? VF_EVENT_OVERFLOW : VF_EVENT_DELIVERED, record->pid);
-}
-
-void vf_outbox_flush(struct vf_outbox *outbox)
-{
-	struct vf_sink *sink;
-	struct record *record;
-	uint32_t since_done = 0;
-
-	pthread_mutex_lock(&outbox->lock);
-	sink = outbox->sink;
-	while (sink && (record = oldest(outbox)) &&
-	       sink->put(sink, &record->element, record->name)) {
-		count_delivery(outbox, record);
-		remove_oldest(outbox);
-		if (++since_done == DONE_EVERY) {
-			since_done = 0;
-			sink->done(sink);
-		}
-	}
-	if (since_done)
-		sink->done(sink);
-	pthread_mutex_unlock(&outbox->lock);
-}
+/* ---- the sink ------------------------------------------------------------- */
 
 int vf_outbox_attach(struct vf_outbox *outbox, struct vf_sink *sink)
 {

@@ -291,12 +291,39 @@ static void a_loss_is_told_once_behind_what_waits(void)
 	CHECK_EQ(b.taker->got[4].nodeid, 11);
 	CHECK_EQ(stats_of(b.outbox).overflows, 1);
 	/* The next loss is told again. */
+	b.taker->buffers = 0;
 	for (uint64_t i = 1; i <= 4; i++)
 		push(b.outbox, i, VF_FS_CREATE, "a");
+	b.taker->buffers = 100;
 	vf_outbox_flush(b.outbox);
 	CHECK_EQ(b.taker->n, 9);
 	CHECK_EQ(b.taker->got[8].mask, VF_FS_Q_OVERFLOW);
 	CHECK_EQ(stats_of(b.outbox).overflows, 2);
+	bench_free(&b);
+}
+
+static void nothing_is_lost_while_there_are_buffers(void)
+{
+	struct bench b = bench_new(3, 1000);
+
+	for (uint64_t i = 1; i <= 100; i++)
+		push(b.outbox, i, VF_FS_CREATE, "a");
+	vf_outbox_flush(b.outbox);
+	CHECK_EQ(b.taker->n, 100);
+	CHECK_EQ(stats_of(b.outbox).lost, 0);
+	bench_free(&b);
+}
+
+static void a_large_batch_begins_to_leave_before_its_end(void)
+{
+	struct bench b = bench_new(1000, 1000);
+
+	for (uint64_t i = 1; i <= 500; i++)
+		push(b.outbox, i, VF_FS_CREATE, "a");
+	CHECK(b.taker->n > 300);
+	vf_outbox_flush(b.outbox);
+	for (uint32_t i = 0; i < 500; i++)
+		CHECK_EQ(b.taker->got[i].nodeid, i + 1);
 	bench_free(&b);
 }
 
@@ -366,8 +393,10 @@ static void clearing_forgets_what_waits_and_the_loss(void)
 	b.taker->buffers = 100;
 	vf_outbox_flush(b.outbox);
 	CHECK_EQ(b.taker->n, 0);
+	b.taker->buffers = 0;
 	for (uint64_t i = 1; i <= 4; i++)
 		push(b.outbox, i, VF_FS_CREATE, "a");
+	b.taker->buffers = 100;
 	vf_outbox_flush(b.outbox);
 	CHECK_EQ(b.taker->n, 4);
 	CHECK_EQ(b.taker->got[0].nodeid, 1);
@@ -628,6 +657,8 @@ int main(void)
 	RUN(what_was_delivered_is_not_merged_with);
 	RUN(a_full_queue_still_merges);
 	RUN(a_loss_is_told_once_behind_what_waits);
+	RUN(nothing_is_lost_while_there_are_buffers);
+	RUN(a_large_batch_begins_to_leave_before_its_end);
 	RUN(a_loss_on_the_host_is_told_once);
 	RUN(both_halves_of_a_rename_or_none);
 	RUN(a_rename_passes_through_one_buffer);
