@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import vhostfs
+from vhostfs.control.client import ControlClient
 
 TIMEOUT_S = 20.0
 GET_FEATURES = struct.pack("<III", 1, 1, 0)
@@ -196,6 +198,9 @@ def test_mandatory_file_handles_that_cannot_be_had_are_an_error(place: Path) -> 
         (["--shared-dir=/nonexistent"], 2, "--shared-dir=/nonexistent: there is no such directory"),
         (["--socket-path=/nonexistent/s"], 1, "the directory /nonexistent does not exist"),
         (["--cache=sometimes"], 2, "--cache: 'sometimes' is not possible"),
+        (["--events=kqueue"], 2, "--events: 'kqueue' is not possible"),
+        (["--events=inotify"], 2, "--events=inotify needs --tag=TAG"),
+        (["--control-socket=/nonexistent/c"], 1, "--control-socket=/nonexistent/c: the directory"),
     ],
 )
 def test_what_is_wrong_is_one_line(place: Path, options: list[str], status: int, line: str) -> None:
@@ -211,3 +216,82 @@ def test_what_is_wrong_is_one_line(place: Path, options: list[str], status: int,
     assert run.stderr.startswith("vhostfs serve: error: ") or "vhostfs: error: " in run.stderr
     assert line in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("needs_root")
+@pytest.mark.parametrize("sandbox", ["namespace", "chroot", "none"])
+@pytest.mark.parametrize("source", ["auto", "fanotify:inodes", "inotify"])
+def test_behind_every_wall_it_answers_on_its_control_socket(place: Path, sandbox: str, source: str) -> None:
+    with running(place, at(place), f"--sandbox={sandbox}", "--tag=share", f"--events={source}") as server:
+        server.answers()
+        control = Path(f"{server.path}.ctl")
+        assert control.stat().st_mode & 0o777 == 0o600
+        with ControlClient(str(control)) as client:
+            stats = client.stats()
+        assert stats["server"]["tag"] == "share"
+        assert stats["events"]["source"] == {"auto": "fanotify:filesystem"}.get(source, source)
+        with ControlClient(str(control)) as client:
+            messages = client.watch()
+            watching = threading.Thread(target=list, args=(messages,))
+            watching.start()
+            server.answers()
+            server.process.terminate()
+            assert server.ended() == 0, server.log.read_text()
+            watching.join(TIMEOUT_S)
+            assert not watching.is_alive()
+        assert sorted(path.name for path in place.iterdir()) == ["log", "share"]
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_as_another_user_in_a_namespace_inodes_are_marked_and_root_may_ask(place: Path) -> None:
+    place.chmod(0o755)
+    maps = ("--uid-map=:0:100000:65536:", "--gid-map=:0:100000:65536:")
+    with running(place, at(place), "--tag=share", *maps) as server:
+        server.answers()
+        with ControlClient(f"{server.path}.ctl") as client:
+            assert client.stats()["events"]["source"] == "fanotify:inodes"
+        assert "events: fanotify, marks on watched inodes (no CAP_SYS_ADMIN)" in server.log.read_text()
+
+
+def test_the_control_socket_may_lie_elsewhere_or_nowhere(place: Path) -> None:
+    elsewhere = place / "c"
+    with running(place, at(place), "--sandbox=none", f"--control-socket={elsewhere}") as server:
+        server.answers()
+        with ControlClient(str(elsewhere)) as client:
+            assert client.stats()["events"]["source"] == "off"
+        assert not Path(f"{server.path}.ctl").exists()
+    with running(place, at(place), "--sandbox=none", "--no-control-socket") as server:
+        server.answers()
+        assert not Path(f"{server.path}.ctl").exists()
+
+
+def test_a_default_control_socket_that_is_in_the_way_of_a_file_leaves_both_alone(place: Path) -> None:
+    (place / "s.ctl").write_text("mine")
+    with running(place, at(place), "--sandbox=none") as server:
+        server.answers()
+        server.process.terminate()
+        assert server.ended() == 0
+    assert (place / "s.ctl").read_text() == "mine"
+    assert "cannot reach this server: --control-socket=" in server.log.read_text()
+
+
+def test_without_a_tag_events_are_off_and_one_line_says_why(place: Path) -> None:
+    with running(place, at(place), "--sandbox=none") as server:
+        server.answers()
+    assert server.log.read_text().count("events: off, because no --tag is given") == 1
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_rights_that_were_dropped_leave_the_mark_that_they_were_needed_for(place: Path) -> None:
+    with running(place, at(place), "--tag=share") as server:
+        server.answers()
+        pid = server.process.pid
+        inner = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        status = Path(f"/proc/{inner}/status").read_text()
+        effective = int(
+            next(line for line in status.splitlines() if line.startswith("CapEff:")).split()[1], 16
+        )
+        assert not effective & 1 << 21  # CAP_SYS_ADMIN
+        fdinfo = Path(f"/proc/{inner}/fdinfo")
+        assert any("fanotify sdev:" in (fdinfo / name.name).read_text() for name in fdinfo.iterdir())

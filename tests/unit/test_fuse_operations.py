@@ -7,13 +7,14 @@ import errno
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from vhostfs.fuse import operations
 from vhostfs.fuse.abi import Opcode
+from vhostfs.fuse.fsnotify import EventAbilities, FsnotifyFlag
 from vhostfs.fuse.init import SessionOptions
 from vhostfs.fuse.operations import Operations
 
@@ -30,6 +31,7 @@ class FakeTree:
 
     def __init__(self, file: Path | None = None) -> None:
         self.sessions: list[tuple[int, int] | None] = []
+        self.grants: list[tuple[int, int]] = []
         self._file = file
 
     def start_session(self, init_flags: int, max_write_bytes: int) -> None:
@@ -38,8 +40,8 @@ class FakeTree:
     def end_session(self) -> None:
         self.sessions.append(None)
 
-    def open_inode(self, nodeid: int) -> int:
-        raise OSError(errno.ESTALE, "no such inode")
+    def grant_events(self, flags: int, mask: int) -> None:
+        self.grants.append((flags, mask))
 
     def open_file(self, nodeid: int, fh: int) -> int:
         if fh != 5 or self._file is None:
@@ -54,6 +56,28 @@ def run(tree: FakeTree, opcode: int, args: bytes = b"", *, readonly: bool = Fals
 
 def init_args(major: int = 7, minor: int = 38, flags: int = 0) -> bytes:
     return struct.pack("<IIIIII40x", major, minor, 131072, flags, 0, 0)
+
+
+VIRTQUEUE = int(FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.RENAME)
+FSNOTIFY_ARGS = struct.pack("<IIQQII", 1, 0, VIRTQUEUE, 0xFFF, 320, 0)
+
+
+class EventServer:
+    """Operations with events, for a driver that acked `flags` of what there is."""
+
+    def __init__(self, flags: int = VIRTQUEUE) -> None:
+        self.tree = FakeTree()
+        self.flags = flags
+        abilities = EventAbilities(flags=0, mask=0x1FFF, max_watches=10)
+        self.operations = Operations(
+            self.tree,
+            SessionOptions(),
+            readonly=False,
+            event_abilities=lambda: replace(abilities, flags=self.flags),
+        )
+
+    def call(self, opcode: int, args: bytes = b"") -> bytes:
+        return self.operations.table[opcode](FakeRequest(opcode, args))
 
 
 def ioctl_args(cmd: int, *, data: bytes = b"", out_size: int = 0, fh: int = 5) -> bytes:
@@ -154,3 +178,74 @@ def test_attribute_flags_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch, 
         (operations.FS_IOC_GETFLAGS, bytes(4)),
         (operations.FS_IOC_SETFLAGS, b"\x20\0\0\0"),
     ]
+
+
+def test_a_driver_that_asks_for_events_is_granted_them_once_in_a_session() -> None:
+    server = EventServer()
+    server.call(Opcode.INIT, init_args())
+    reply = server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+    assert struct.unpack_from("<IIQQII", reply) == (1, 0, VIRTQUEUE, 0x1FFF, 320, 10)
+    assert server.tree.grants == [(VIRTQUEUE, 0xFFF)]
+    with pytest.raises(OSError) as again:
+        server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+    assert again.value.errno == errno.EALREADY
+    assert len(server.tree.grants) == 1
+
+
+@pytest.mark.parametrize("ending", ["a new INIT", "DESTROY", "its connection"])
+def test_what_was_agreed_about_events_ends_with_the_session(ending: str) -> None:
+    server = EventServer()
+    server.call(Opcode.INIT, init_args())
+    server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+    match ending:
+        case "a new INIT":
+            server.call(Opcode.INIT, init_args())
+        case "DESTROY":
+            server.call(Opcode.DESTROY)
+        case _:
+            server.operations.end_session()
+    assert server.operations.event_answer is None
+    server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+    assert len(server.tree.grants) == 2
+
+
+def test_without_a_way_for_events_to_travel_the_driver_is_answered_and_none_are_made() -> None:
+    server = EventServer(flags=int(FsnotifyFlag.RENAME))
+    server.call(Opcode.INIT, init_args())
+    reply = server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+    assert struct.unpack_from("<IIQ", reply) == (1, 0, int(FsnotifyFlag.RENAME))
+    assert server.tree.grants == []
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (b"", errno.EINVAL),
+        (FSNOTIFY_ARGS[:31], errno.EINVAL),
+        (struct.pack("<II", 2, 0), errno.EPROTO),
+        (struct.pack("<IIQQII", 1, 0, VIRTQUEUE, 0xFFF, 100, 0), errno.EINVAL),
+    ],
+)
+def test_an_offer_about_events_that_is_refused_leaves_the_next_one_possible(args: bytes, error: int) -> None:
+    server = EventServer()
+    server.call(Opcode.INIT, init_args())
+    with pytest.raises(OSError) as caught:
+        server.call(Opcode.FSNOTIFY_INIT, args)
+    assert caught.value.errno == error
+    assert server.tree.grants == []
+    assert server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+
+
+def test_with_events_off_the_driver_carries_on_without() -> None:
+    assert failure(FakeTree(), Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS) == errno.ENOSYS
+
+
+def test_a_guest_without_the_notification_queue_is_one_line_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    EventServer(flags=0).call(Opcode.INIT, init_args())
+    assert "events for the guest: none: VIRTIO_FS_F_NOTIFICATION is not accepted" in caplog.text
+    caplog.clear()
+    EventServer().call(Opcode.INIT, init_args())
+    assert "events for the guest" not in caplog.text

@@ -17,6 +17,7 @@ from vhostfs.share.capabilities import Capability, CapabilityChanges
 from vhostfs.share.idmap import IdRule, IdRuleKind, NamespaceRange
 from vhostfs.share.options import (
     CacheMode,
+    EventsMode,
     HandleMode,
     LogLevel,
     OptionError,
@@ -277,3 +278,31 @@ def test_a_shared_directory_is_checked_before_anything_starts(tmp_path: Path) ->
 def test_options_are_values_that_nobody_changes() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse(*NEEDED).cache = CacheMode.NEVER  # type: ignore[misc]
+
+
+def test_events_are_wanted_where_the_guest_can_learn_of_them() -> None:
+    assert not parse(*NEEDED).events_wanted
+    assert parse(*NEEDED, "--tag=x").events_wanted
+    assert not parse(*NEEDED, "--tag=x", "--events=off").events_wanted
+    assert parse(*NEEDED, "--tag=x", "--events=fanotify:inodes").events is EventsMode.FANOTIFY_INODES
+    assert not parse(*NEEDED, "--tag=x", "--no-fan-rename").fan_rename
+
+
+@pytest.mark.parametrize("source", ["fanotify", "fanotify:filesystem", "fanotify:inodes", "inotify"])
+def test_a_source_that_is_asked_for_needs_a_tag(source: str) -> None:
+    assert f"--events={source} needs --tag" in complaint(*NEEDED, f"--events={source}")
+
+
+@pytest.mark.parametrize("option", ["--event-queue", "--max-watches"])
+@pytest.mark.parametrize("value", ["0", "16777217"])
+def test_bounds_have_bounds(option: str, value: str) -> None:
+    assert f"{option}={value}: 1 to 16777216" in complaint(*NEEDED, f"{option}={value}")
+
+
+def test_the_control_socket_lies_beside_the_other_unless_told_otherwise() -> None:
+    assert parse(*NEEDED).control_path == "/run/s.ctl"
+    assert parse(*NEEDED, "--control-socket=/run/c").control_path == "/run/c"
+    assert parse(*NEEDED, "--no-control-socket").control_path is None
+    assert parse("--shared-dir=/srv", "--fd=3").control_path is None
+    assert "same file" in complaint(*NEEDED, "--control-socket=/run/s")
+    assert "--control-socket is empty" in complaint(*NEEDED, "--control-socket=")

@@ -11,6 +11,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
 from ..share.options import CacheMode, check_shared_dir
 from .logs import start_logging
 from .parser import Parser
@@ -147,7 +148,6 @@ def _serve(
                 options.events,
                 root_fd,
                 RunningKernel(),
-                handle_errno=probe.encode_errno,
                 use_rename=options.fan_rename,
             )
             _log.info("%s", source)
@@ -185,7 +185,10 @@ def _serve(
             listen_socket=control.socket, allowed_uids=_allowed_uids(control, has_own_users=has_own_users)
         )
     if source is not None:
-        share.start_events(_events_config(options, source))
+        try:
+            share.start_events(_events_config(options, source))
+        except OSError as error:
+            raise UserError(f"events cannot be read: {error.strerror}; --events=off does without") from None
     place = options.socket_path or f"descriptor {options.listen_fd}"
     _log.info("serving %s at %s (sandbox: %s)", options.shared_dir, place, options.sandbox.value)
     try:

@@ -32,7 +32,7 @@ _SHARE = {
 }
 _EVENTS = {
     "received": "events read from the host",
-    "own": "dropped: made by the guest itself",
+    "own": "dropped: made by this server for its guest",
     "unknown": "dropped: on objects that the guest does not hold",
     "unwatched": "dropped: on objects that nobody in the guest watches",
     "merged": "merged: the same as one that waited",

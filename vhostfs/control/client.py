@@ -136,6 +136,8 @@ class ControlClient:
     def _send(self, message: Mapping[str, Any]) -> None:
         try:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the server has closed; what it said before tells why
         except OSError as error:
             raise ControlError(f"{self.path}: {os.strerror(error.errno or errno.EIO)}") from None
 
@@ -175,6 +177,8 @@ class ControlClient:
                 raise ControlError(
                     f"{self.path} does not answer; it may be no control socket of vhostfs{self._hint()}"
                 ) from None
+            except ConnectionResetError:
+                return None
             except OSError as error:
                 raise ControlError(f"{self.path}: {os.strerror(error.errno or errno.EIO)}") from None
             if not data:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The running kernel as the choice of an event source sees it: system calls by the C core.
+"""The running kernel as the choice of an event source sees it: one method for each system call.
 Must not know what they are tried for.
 Specification: events/source.py, Kernel; native/api.h."""
 
 from __future__ import annotations
 
+import errno
 import os
 
 from .._native import lib
+from ..share.limits import encode_handle
 
 
 class RunningKernel:
@@ -22,6 +24,13 @@ class RunningKernel:
 
     def inotify_init(self, flags: int) -> int:
         return lib.vf_inotify_init(flags)
+
+    def encode_handle(self, directory_fd: int) -> int:
+        """name_to_handle_at(2), with AT_HANDLE_FID where there is no usual handle, as the C core does it."""
+        error = encode_handle(directory_fd)
+        if error == errno.EOPNOTSUPP:
+            error = encode_handle(directory_fd, for_events=True)
+        return -error
 
     def close(self, fd: int) -> None:
         os.close(fd)

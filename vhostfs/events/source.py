@@ -58,6 +58,7 @@ class Kernel(Protocol):
     def fanotify_init(self, flags: int) -> int: ...
     def fanotify_mark(self, group_fd: int, flags: int, mask: int, directory_fd: int) -> int: ...
     def inotify_init(self, flags: int) -> int: ...
+    def encode_handle(self, directory_fd: int) -> int: ...
     def close(self, fd: int) -> None: ...
 
 
@@ -86,19 +87,17 @@ def choose_source(
     root_fd: int,
     kernel: Kernel,
     *,
-    handle_errno: int = 0,
     use_rename: bool = True,
 ) -> EventSource:
     """
     Opens the best source there is, or the one that was asked for. Raises EventSourceError.
 
-    root_fd: the share's root, an O_PATH directory. handle_errno: of name_to_handle_at there, 0 where it
-    works; fanotify's records are of no use without. use_rename: False: as if the kernel had no FAN_RENAME.
+    root_fd: the share's root, an O_PATH directory. use_rename: False: as if the kernel had no FAN_RENAME.
     """
     why_not = ""
     if wanted is not EventsMode.INOTIFY:
         try:
-            return _fanotify(wanted, root_fd, kernel, handle_errno, use_rename)
+            return _fanotify(wanted, root_fd, kernel, use_rename)
         except _NotPossibleError as error:
             if wanted is not EventsMode.AUTO:
                 raise EventSourceError(f"--events={wanted.value} is not possible: {error}") from None
@@ -117,11 +116,11 @@ class _NotPossibleError(Exception):
     """fanotify in the way that was tried; the text says what was refused."""
 
 
-def _fanotify(
-    wanted: EventsMode, root_fd: int, kernel: Kernel, handle_errno: int, use_rename: bool
-) -> EventSource:
-    if handle_errno:
-        raise _NotPossibleError(f"the file system gives no file handles: {os.strerror(handle_errno)}")
+def _fanotify(wanted: EventsMode, root_fd: int, kernel: Kernel, use_rename: bool) -> EventSource:
+    # A record names its objects by handle; without our own of the same objects it says nothing.
+    result = kernel.encode_handle(root_fd)
+    if result:
+        raise _NotPossibleError(f"the file system gives no file handles: {_text(result)}")
     fd, knows_child = _open_group(kernel)
 
     def mark(flags: int, mask: int) -> int:

@@ -43,6 +43,15 @@ class FsnotifyFlag(enum.IntFlag):
     """Every change to an inode that the guest holds is reported, watched or not."""
 
 
+TRANSPORTS = FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED
+"""The ways for events to travel; without one of them none are made."""
+
+NO_NOTIFICATION_QUEUE = (
+    "VIRTIO_FS_F_NOTIFICATION is not accepted: "
+    "the VMM does not pass it or the guest's driver does not know it"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class FsnotifyInitIn:
     """What the driver asks for. Of a newer minor, the part that is known here."""
@@ -109,6 +118,11 @@ class EventAbilities:
     notify_buf_size_bytes: int = NOTIFY_BUF_SIZE_BYTES
     max_parked: int = 0
 
+    @property
+    def can_deliver(self) -> bool:
+        """Whether there is any way for events to travel."""
+        return bool(self.flags & TRANSPORTS)
+
 
 @dataclass(frozen=True, slots=True)
 class FsnotifyAnswer:
@@ -165,11 +179,11 @@ def flag_list(flags: int) -> list[str]:
 
 def _describe(offer: FsnotifyInitIn, granted: FsnotifyFlag) -> str:
     version = f"driver {offer.major}.{offer.minor}"
-    extras = [name.lower() for name in flag_list(granted & ~(FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED))]
+    extras = [name.lower() for name in flag_list(granted & ~TRANSPORTS)]
     details = ", ".join([version, *extras])
     if granted & FsnotifyFlag.VIRTQUEUE:
         return f"events for the guest: by the notification queue ({details})"
     missing = "its driver did not ask for the notification queue"
     if offer.flags & FsnotifyFlag.VIRTQUEUE:
-        missing = "VIRTIO_FS_F_NOTIFICATION was not accepted; does the VMM pass it?"
+        missing = NO_NOTIFICATION_QUEUE
     return f"events for the guest: none ({details}): {missing}"

@@ -16,7 +16,14 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from .abi import InitIn, IoctlIn, Opcode, pack_ioctl
-from .fsnotify import EventAbilities, FsnotifyAnswer, FsnotifyFlag, FsnotifyInitIn, negotiate_events
+from .fsnotify import (
+    NO_NOTIFICATION_QUEUE,
+    TRANSPORTS,
+    EventAbilities,
+    FsnotifyAnswer,
+    FsnotifyInitIn,
+    negotiate_events,
+)
 from .init import SessionOptions, negotiate
 
 _log = logging.getLogger("vhostfs.fuse")
@@ -99,6 +106,8 @@ class Operations:
             self.event_answer = None
             self._tree.start_session(answer.reply.flags, answer.max_write_bytes)
             _log.info("guest mounted the share (FUSE 7.%d)", offer.minor)
+            if self._event_abilities is not None and not self._event_abilities().can_deliver:
+                _log.info("events for the guest: none: %s", NO_NOTIFICATION_QUEUE)
         return answer.reply.pack()
 
     def destroy(self, request: Request) -> bytes:
@@ -128,7 +137,7 @@ class Operations:
         if answer.error:
             raise OSError(answer.error, "FUSE_FSNOTIFY_INIT")
         # Without a way for events to travel none are made.
-        if answer.reply.flags & (FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED):
+        if answer.reply.flags & TRANSPORTS:
             self._tree.grant_events(answer.reply.flags, answer.driver_mask)
         self.event_answer = answer
         return answer.reply.pack()

@@ -28,6 +28,7 @@ _MOUNTINFO_ESCAPES = (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134"
 
 _MAX_HANDLE_BYTES = 128  # MAX_HANDLE_SZ
 _AT_EMPTY_PATH = 0x1000
+_AT_HANDLE_FID = 0x200
 
 
 class LimitError(UserError):
@@ -142,21 +143,37 @@ class HandleProbe:
         return f"{self.file_system}, but open_by_handle_at fails: {os.strerror(self.open_errno)}"
 
 
+def encode_handle(fd: int, *, for_events: bool = False) -> int:
+    """
+    0 if the object behind any descriptor has a file handle, else the errno of name_to_handle_at(2).
+
+    for_events: one that need not lead back to the object (AT_HANDLE_FID, Linux 6.5), as fanotify reports it.
+    """
+    flags = _AT_EMPTY_PATH | (_AT_HANDLE_FID if for_events else 0)
+    return _encode(fd, _FileHandle(handle_bytes=_MAX_HANDLE_BYTES), flags)
+
+
+def _encode(fd: int, handle: _FileHandle, flags: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    mount_id = ctypes.c_int()
+    if libc.name_to_handle_at(fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), ctypes.c_int(flags)):
+        return ctypes.get_errno()
+    return 0
+
+
 def probe_file_handles(root_fd: int, file_system: str) -> HandleProbe:
     """Tries both calls once on the share's root (any directory descriptor), with this thread's rights."""
-    libc = ctypes.CDLL(None, use_errno=True)
     handle = _FileHandle(handle_bytes=_MAX_HANDLE_BYTES)
-    mount_id = ctypes.c_int()
-    if libc.name_to_handle_at(
-        root_fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), ctypes.c_int(_AT_EMPTY_PATH)
-    ):
-        return HandleProbe(file_system, ctypes.get_errno(), 0)
+    refusal = _encode(root_fd, handle, _AT_EMPTY_PATH)
+    if refusal:
+        return HandleProbe(file_system, refusal, 0)
     # The mount is named by a descriptor that must not be O_PATH.
     try:
         mount_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root_fd)
     except OSError as error:
         return HandleProbe(file_system, 0, error.errno or errno.EIO)
     try:
+        libc = ctypes.CDLL(None, use_errno=True)
         fd = libc.open_by_handle_at(mount_fd, ctypes.byref(handle), os.O_PATH | os.O_CLOEXEC)
         if fd < 0:
             return HandleProbe(file_system, 0, ctypes.get_errno())

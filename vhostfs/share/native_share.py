@@ -7,7 +7,6 @@ Specification: native/api.h.
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -164,15 +163,11 @@ class Share:
         native.max_queued = config.max_queued
         native.max_watches = config.max_watches
         native.notify_buf_size = config.notify_buf_size_bytes
-        result = lib.vf_share_start_events(self.native, native)
-        if result != -errno.ENOSYS:  # a core that cannot yet: offered all the same
-            _checked(result)
+        _checked(lib.vf_share_start_events(self.native, native))
 
     def grant_events(self, flags: int, mask: int) -> None:
         """What FUSE_FSNOTIFY_INIT granted for this session: FsnotifyFlag and FS_* bits."""
-        result = lib.vf_share_grant_events(self.native, flags, mask)
-        if result != -errno.ENOSYS:
-            _checked(result)
+        _checked(lib.vf_share_grant_events(self.native, flags, mask))
 
     def events_stats(self) -> EventsStats:
         """All 0 when no events were started."""

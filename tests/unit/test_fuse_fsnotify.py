@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FUSE_FSNOTIFY_INIT: what is agreed on, for every pair of what a driver asks and a server can do."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vhostfs.events.masks import DELIVERABLE, FsEvent
+from vhostfs.fuse.fsnotify import (
+    FSNOTIFY_INIT_IN_BYTES,
+    FSNOTIFY_INIT_OUT_BYTES,
+    TRANSPORTS,
+    EventAbilities,
+    FsnotifyFlag,
+    FsnotifyInitIn,
+    FsnotifyInitOut,
+    negotiate_events,
+)
+
+ALL = int(DELIVERABLE)
+U32 = st.integers(0, 0xFFFFFFFF)
+U64 = st.integers(0, (1 << 64) - 1)
+ABLE = EventAbilities(
+    flags=int(FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.RENAME | FsnotifyFlag.CHILD), mask=ALL, max_watches=1000
+)
+OFFER = FsnotifyInitIn(1, 0, 0x19, ALL, 320)
+
+
+def test_the_request_is_laid_out_as_specified() -> None:
+    data = bytes.fromhex("01000000 00000000 1900000000000000 ff1f000000000000 40010000 00000000")
+    assert len(data) == FSNOTIFY_INIT_IN_BYTES == 32
+    assert FsnotifyInitIn.unpack(data) == FsnotifyInitIn(1, 0, 0x19, 0x1FFF, 320)
+
+
+def test_the_answer_is_laid_out_as_specified() -> None:
+    data = FsnotifyInitOut(0, 0x19, 0x1FFF, 320, 500, 8).pack()
+    assert len(data) == FSNOTIFY_INIT_OUT_BYTES == 40
+    assert data == bytes.fromhex(
+        "01000000 00000000 1900000000000000 ff1f000000000000 40010000 f4010000 08000000 00000000"
+    )
+
+
+@given(data=st.binary(max_size=80))
+def test_any_request_is_understood_or_refused(data: bytes) -> None:
+    try:
+        offer = FsnotifyInitIn.unpack(data)
+    except ValueError:
+        assert len(data) < FSNOTIFY_INIT_IN_BYTES
+        return
+    assert len(data) >= 8
+    answer = negotiate_events(offer, ABLE)
+    assert "\n" not in answer.note
+
+
+def test_a_newer_minor_is_answered_with_ours_and_its_extra_fields_are_not_looked_at() -> None:
+    data = struct.pack("<IIQQII", 1, 7, 0x19, ALL, 320, 0) + bytes(24)
+    answer = negotiate_events(FsnotifyInitIn.unpack(data), ABLE)
+    assert answer.error == 0
+    assert answer.reply.minor == 0
+
+
+@pytest.mark.parametrize("major", [0, 2, 0xFFFFFFFF])
+def test_another_major_is_refused_whatever_follows(major: int) -> None:
+    offer = FsnotifyInitIn.unpack(struct.pack("<II", major, 0))
+    assert negotiate_events(offer, ABLE).error == errno.EPROTO
+
+
+@pytest.mark.parametrize("size", [0, 16, 319])
+def test_buffers_that_do_not_hold_every_element_are_refused(size: int) -> None:
+    answer = negotiate_events(replace(OFFER, buf_size_bytes=size), ABLE)
+    assert answer.error == errno.EINVAL
+    assert "320 are needed" in answer.note
+
+
+def test_larger_buffers_are_fine() -> None:
+    answer = negotiate_events(replace(OFFER, buf_size_bytes=4096), ABLE)
+    assert answer.error == 0
+    assert answer.reply.notify_buf_size_bytes == 320
+
+
+def test_a_driver_that_can_raise_nothing_is_refused() -> None:
+    assert negotiate_events(replace(OFFER, mask=0), ABLE).error == errno.EINVAL
+    assert negotiate_events(replace(OFFER, mask=int(FsEvent.UNMOUNT)), ABLE).error == errno.EINVAL
+
+
+@given(offered=U64, able=U64, offered_mask=U64, able_mask=U64, minor=U32, size=st.integers(320, 1 << 32))
+def test_only_what_both_want_and_can_is_granted(
+    offered: int, able: int, offered_mask: int, able_mask: int, minor: int, size: int
+) -> None:
+    abilities = EventAbilities(flags=able, mask=able_mask, max_watches=5, max_parked=3)
+    answer = negotiate_events(FsnotifyInitIn(1, minor, offered, offered_mask, size), abilities)
+    if not offered_mask & able_mask:
+        assert answer.error == errno.EINVAL
+        return
+    assert answer.error == 0
+    assert answer.reply.flags == offered & able
+    assert answer.driver_mask == offered_mask & able_mask
+    assert answer.reply.mask == able_mask
+    assert answer.reply.minor == 0
+    assert answer.reply.max_watches == 5
+    assert answer.reply.max_parked == (3 if offered & able & FsnotifyFlag.PARKED else 0)
+    assert answer.note.count("\n") == 0
+
+
+def test_the_log_says_what_was_agreed() -> None:
+    assert negotiate_events(OFFER, ABLE).note == (
+        "events for the guest: by the notification queue (driver 1.0, rename, child)"
+    )
+
+
+def test_the_log_says_when_there_is_no_way_for_events_to_travel_and_why() -> None:
+    without = replace(ABLE, flags=ABLE.flags & ~FsnotifyFlag.VIRTQUEUE)
+    assert not without.can_deliver
+    refused = negotiate_events(OFFER, without)
+    assert refused.error == 0
+    assert not refused.reply.flags & TRANSPORTS
+    assert "VIRTIO_FS_F_NOTIFICATION is not accepted" in refused.note
+    unasked = negotiate_events(replace(OFFER, flags=int(FsnotifyFlag.CHILD)), ABLE)
+    assert "did not ask for the notification queue" in unasked.note
