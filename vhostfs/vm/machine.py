@@ -21,7 +21,6 @@ _VIRTIO_ID_FS = 26
 _FS_CONFIG_SIZE_WITH_NOTIFICATION = 44
 # Of the test device: hiprio and notification beside the request queues.
 _QUEUES_BESIDE_REQUESTS = 2
-_FIRST_WITH_RECONNECT_MS = (9, 2, 0)
 
 
 class Accelerator(Enum):
@@ -53,8 +52,6 @@ class Share:
     read_only: bool = False
     device: ShareDevice = ShareDevice.STOCK
     request_queues: int = 1
-    reconnects: bool = False
-    """QEMU connects again, for ever, when the server ends; the guest must then mount again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +144,8 @@ def _share_arguments(qemu: Qemu, number: int, share: Share) -> list[str]:
             f"num_vqs={_QUEUES_BESIDE_REQUESTS + share.request_queues},"
             f"config_size={_FS_CONFIG_SIZE_WITH_NOTIFICATION}"
         )
-    options = f"socket,id={chardev},path={_escaped(str(share.socket_path))}"
-    if share.reconnects:
-        options += ",reconnect-ms=200" if qemu.version >= _FIRST_WITH_RECONNECT_MS else ",reconnect=1"
-    return ["-chardev", options, "-device", device]
+    path = _escaped(str(share.socket_path))
+    return ["-chardev", f"socket,id={chardev},path={path}", "-device", device]
 
 
 def _escaped(value: str) -> str:

@@ -28,7 +28,7 @@ from tests.guest.events.conftest import (
 )
 from tests.guest.events.scenario import a_day
 from tests.guest.events.watching import ALL, CHANGES, Watch
-from tests.guest.place import Place, awaited
+from tests.guest.place import Place
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 from vhostfs.vm.lifeline import Lifeline
@@ -146,8 +146,8 @@ def second(session: EventSession) -> Iterator[Second]:
     image = image_or_lacking(parts.launchpad, parts.image_spec(DEFAULT_SERIES))
     with Lifeline() as lifeline:
         share = start_share(lifeline, session.shares["auto"].directory, "second")
-        places = (replace(as_share(share), reconnects=True),)
-        machine = replace(parts.launchpad.machine(image, places, qemu=parts.qemu), allow_reboot=True)
+        machine = parts.launchpad.machine(image, (as_share(share),), qemu=parts.qemu)
+        machine = replace(machine, allow_reboot=True)
         guest = Guest(machine, lifeline=lifeline)
         with guest:
             state = Second(guest, share, lifeline, itertools.count(1))
@@ -188,10 +188,8 @@ def test_a_watcher_after_a_new_mount_is_told(second: Second) -> None:
 def test_an_unmount_under_a_watcher_ends_its_watches(second: Second) -> None:
     place = second.place()
     watch = Watch(place, second.share.control, None)
-    (place.host / "dir").mkdir()
-    watch.step(lambda: None, "CREATE|ISDIR dir")
-    # From elsewhere: the watcher itself must not stand in it.
-    second.guest.run("umount /second || umount -l /second", 20).check()
+    watch.step((place.host / "dir").mkdir, "CREATE|ISDIR dir")
+    watch.step(lambda: second.guest.run("umount /second", 20).check(), "UNMOUNT|ISDIR", "IGNORED")
     assert second.share.control.awaited_watches(0) == 0
     watch.command.close_stdin()
     watch.command.wait(TIMEOUT_S)
@@ -208,15 +206,17 @@ def test_the_guest_is_told_again_after_it_has_rebooted(second: Second) -> None:
     second.is_told()
 
 
-def test_a_server_that_is_started_again_tells_the_guest_once_it_has_mounted_again(second: Second) -> None:
-    second.is_told()
-    old = second.share
-    old.control.close()
-    assert old.server.stop() == 0
-    second.share = start_share(second.lifeline, old.directory, "second")
-    assert awaited(lambda: second.share.control.stats()["guest"] is not None, TIMEOUT_S)
-    second.guest.run("cd /; umount -l /second; mount -t virtiofs second /second", 40).check()
-    second.is_told()
+def test_the_guest_survives_the_end_of_its_server(second: Second) -> None:
+    """The last of the second guest: neither device of QEMU connects again to another server."""
+    place = second.place()
+    watch = Watch(place, second.share.control, None)
+    assert second.share.server.stop() == 0
+    (place.host / "unseen").mkdir()
+    second.guest.run("echo alive; sleep 0.2", 10).check()
+    assert watch.command.status is None
+    watch.command.send_signal(signal.SIGKILL)
+    watch.command.wait(TIMEOUT_S)
+    second.guest.close(graceful=False)
 
 
 # -- the other kernels

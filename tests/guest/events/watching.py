@@ -214,7 +214,10 @@ class Watch:
         self.names = names
         before = control.watches
         paths = " ".join(f"'{place.inside}/{name}'" for name in names)
-        self.command: RunningCommand = place.start(f"exec {PROGRAM} {look} {int(mask):x} {paths}")
+        # From elsewhere, so that the mount can be taken away under it.
+        self.command: RunningCommand = place.guest.start(
+            f"exec {PROGRAM} {look} {int(mask):x} {paths}", stdin=True
+        )
         self.command.wait_for_output(b"ready\n", READY_TIMEOUT_S)
         new = len(names) - known
         assert control.awaited_watches(before + new) == before + new, "the server does not watch all"
