@@ -13,9 +13,6 @@
 
 #include "events.h"
 
-/* Until it is there. */
-#pragma weak vf_inotify_source
-
 /* ---- the source's thread ---------------------------------------------------- */
 
 /*
@@ -127,8 +124,7 @@ static struct vf_events *events_new(vf_share *share, const struct vf_events_conf
 	struct vf_events *events = calloc(1, sizeof(*events));
 
 	*error = -ENOMEM;
-	if (!events || (config->source == VF_EVENTS_INOTIFY && !&vf_inotify_source)) {
-		free(events);
+	if (!events) {
 		close(config->source_fd);
 		return NULL;
 	}

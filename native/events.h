@@ -95,6 +95,11 @@ struct vf_source_ops {
 	 */
 	int (*mark)(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
 		    uint64_t new_mask, int32_t *wd);
+	/*
+	 * The inode, which was watched or has vf_inode_set_marked(), is being freed; its watch has
+	 * ended.  May be NULL.  Under watches->change_lock.
+	 */
+	void (*gone)(struct vf_events *events, struct vf_inode *inode);
 };
 extern const struct vf_source_ops vf_fanotify_source, vf_inotify_source;
 
@@ -190,7 +195,9 @@ int vf_watch_set(struct vf_watches *watches, struct vf_inode *inode, uint64_t ma
 uint64_t vf_watch_mask(struct vf_watches *watches, const struct vf_inode *inode);
 /* The union over all watches. */
 uint64_t vf_watches_union(const struct vf_watches *watches);
-/* The inode is being freed: its watch ends.  Called by the inode table only for watched ones. */
+/* The same wish again: where the inode lies has changed. */
+void vf_watch_renew(struct vf_watches *watches, struct vf_inode *inode);
+/* The inode is being freed: its watch ends.  For those that are watched or marked. */
 void vf_watch_inode_gone(struct vf_watches *watches, struct vf_inode *inode);
 /*
  * inotify: the inodes of this number (more than one when they are one object of the host), at most
@@ -200,6 +207,8 @@ uint32_t vf_watches_by_wd(struct vf_watches *watches, int32_t wd, struct vf_inod
 			  uint32_t max);
 /* What the guest watches on inodes of this number other than `but`. */
 uint64_t vf_watches_wd_mask(struct vf_watches *watches, int32_t wd, const struct vf_inode *but);
+/* Those that have it have none from now on. */
+void vf_watches_forget_wd(struct vf_watches *watches, int32_t wd);
 uint64_t vf_watches_count(const struct vf_watches *watches);
 
 /* ---- handle_index.c ------------------------------------------------------------- */
@@ -218,6 +227,9 @@ void vf_handle_index_stop(struct vf_share *share);
 uint32_t vf_inodes_by_handle(struct vf_share *share, struct vf_fsid fsid, int32_t type,
 			     const uint8_t *bytes, uint32_t size, struct vf_inode **found,
 			     uint32_t max);
+/* The same for a name in a directory of the host. */
+uint32_t vf_inodes_of_name(struct vf_share *share, struct vf_inode *dir, const char *name,
+			   struct vf_inode **found, uint32_t max);
 /* What the guest watches on other inodes that are the same object of the host. */
 uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode);
 /* Does it lie on the file system of the share's root? */

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Changes on the host as fanotify(7) tells them: records become single events
- * on the guest's inodes; marks on what the guest watches and no file system
- * mark reports.  The group is Python's choice; docs/events.md.
+ * on the guest's inodes.  The group is Python's choice; docs/events.md.
  *
  * What costs least comes first: our own changes by their pid, then one look
  * into the index of handles, where nearly all that happens elsewhere on the
@@ -11,12 +10,10 @@
 #include <sys/fanotify.h>
 #include <time.h>
 
+#include "fanotify_marks.h"
 #include "fanotify_record.h"
-#include "proc_name.h"
 
-/* All that is told to guests; OPEN_EXEC always comes with OPEN, and nobody but fanotify has it. */
 #define CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
-#define EVENTS (VF_FS_ENTRY_EVENTS | CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_RENAME)
 /* In how many places of a share one object may be mounted; more are not told of. */
 #define MAX_PLACES 8u
 
@@ -210,9 +207,20 @@ static void report_rename(struct reader *reader, const struct vf_fanotify_record
 	}
 }
 
+/* Whoever moved it: the mark that tells of its removal is on its parent. */
+static void directory_moved(struct vf_events *events, const struct vf_fanotify_record *record)
+{
+	struct places places;
+
+	find(events, record->object.there ? &record->object : &record->dir, &places);
+	for (uint32_t i = 0; i < places.n; i++)
+		vf_watch_renew(events->watches, places.inodes[i]);
+	put(events, &places);
+}
+
 static uint32_t count_events(uint64_t mask)
 {
-	return (uint32_t)__builtin_popcountll(mask & EVENTS) + !!(mask & VF_FS_RENAME);
+	return (uint32_t)__builtin_popcountll(mask & VF_FANOTIFY_EVENTS) + !!(mask & VF_FS_RENAME);
 }
 
 /* It has the guest's inodes in it. */
@@ -247,6 +255,8 @@ static void take(struct reader *reader, const struct vf_fanotify_record *record)
 	}
 	vf_count_n(&events->received, n);
 	reader->own = record->pid && record->pid == events->pid;
+	if ((record->mask & VF_FS_MOVE_SELF) && (record->mask & VF_FS_ISDIR))
+		directory_moved(events, record);
 	if (reader->own) {
 		vf_count_n(&events->own, n);
 		if (!vf_trace_is_on(events->trace))
@@ -300,84 +310,8 @@ static void fanotify_read(struct vf_events *events)
 	}
 }
 
-/* ---- marks --------------------------------------------------------------------------- */
-
-/* What the host is to report on this inode alone, so that the guest gets what it watches. */
-static uint64_t mark_of(struct vf_events *events, const struct vf_inode *inode, uint64_t mask)
-{
-	const uint64_t moves = VF_FS_MOVED_FROM | VF_FS_MOVED_TO | VF_FS_RENAME;
-	bool dir = vf_inode_type(inode) == S_IFDIR;
-	uint64_t bits = mask & EVENTS;
-
-	if (bits & moves) {
-		bits &= ~(VF_FS_RENAME | (events->config.host_mask & VF_FS_RENAME ? moves : 0));
-		bits |= events->config.host_mask & VF_FS_RENAME ? VF_FS_RENAME : 0;
-		if ((mask & VF_FS_RENAME) && !(bits & VF_FS_RENAME))
-			bits |= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
-	}
-	if (!dir) {
-		bits &= ~(VF_FS_ENTRY_EVENTS | VF_FS_RENAME);
-		/* The end of an object whose descriptor we hold shows in its link count. */
-		if (bits & VF_FS_DELETE_SELF)
-			bits |= VF_FS_ATTRIB;
-	}
-	bits &= events->config.host_mask;
-	if (events->config.filesystem_mask && vf_inode_on_root_fs(events->share, inode))
-		bits &= ~events->config.filesystem_mask;
-	if (bits && dir)
-		bits |= VF_FS_ISDIR | (mask & VF_FS_EVENT_ON_CHILD);
-	return bits;
-}
-
-static int change_mark(struct vf_events *events, struct vf_inode *inode, uint32_t how,
-		       uint64_t bits)
-{
-	int fd = vf_inode_path_fd(events->share, inode);
-	char name[PROC_NAME_SIZE];
-
-	if (fd < 0)
-		return fd;
-	if (fanotify_mark(events->config.source_fd, how, bits, events->share->config.proc_fd_dir,
-			  proc_name(name, fd)))
-		return -errno;
-	return 0;
-}
-
-static int fanotify_mark_inode(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
-			       uint64_t new_mask, int32_t *wd)
-{
-	uint64_t others = mark_of(events, inode, vf_inode_twins_watch_mask(events->share, inode));
-	uint64_t before = mark_of(events, inode, old_mask) | others;
-	uint64_t after = mark_of(events, inode, new_mask) | others;
-	int error = 0;
-
-	(void)wd;
-	if (after & ~before)
-		error = change_mark(events, inode, FAN_MARK_ADD, after);
-	if (error) {
-		if (error != events->mark_error)
-			vf_events_notice(events,
-					 "fanotify_mark: %s; the guest misses events that it "
-					 "watches for",
-					 strerror(-error));
-		events->mark_error = error;
-		/* Of what it watches most comes by the file system's mark all the same. */
-		return vf_inode_on_root_fs(events->share, inode) &&
-			       events->config.filesystem_mask && error != -ENOSPC
-			   ? 0
-			   : error;
-	}
-	/* Fails when the object is gone, and its mark with it. */
-	if (before & ~after)
-		change_mark(events, inode, FAN_MARK_REMOVE, before & ~after);
-	if (!before && after)
-		vf_count(&events->host_marks);
-	else if (before && !after)
-		vf_count_n(&events->host_marks, UINT64_MAX);
-	return 0;
-}
-
 const struct vf_source_ops vf_fanotify_source = {
     .read = fanotify_read,
-    .mark = fanotify_mark_inode,
+    .mark = vf_fanotify_mark_inode,
+    .gone = vf_fanotify_inode_gone,
 };

@@ -311,6 +311,22 @@ uint32_t vf_inodes_by_handle(struct vf_share *share, struct vf_fsid fsid, int32_
 	return n;
 }
 
+uint32_t vf_inodes_of_name(struct vf_share *share, struct vf_inode *dir, const char *name,
+			   struct vf_inode **found, uint32_t max)
+{
+	int fd = vf_inode_path_fd(share, dir);
+	struct handle handle;
+	struct vf_fsid fsid;
+	struct statfs fs;
+
+	if (fd < 0 ||
+	    (handle_of(fd, name, 0, &handle) && handle_of(fd, name, VF_AT_HANDLE_FID, &handle)) ||
+	    fstatfs(fd, &fs))
+		return 0;
+	memcpy(&fsid, &fs.f_fsid, sizeof(fsid));
+	return vf_inodes_by_handle(share, fsid, handle.type, handle.bytes, handle.size, found, max);
+}
+
 uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode)
 {
 	struct vf_inode_table *table = share->inodes;

@@ -91,12 +91,37 @@ bool vf_inode_is_watched(const struct vf_inode *inode)
 	return flags_of(inode) & INODE_WATCHED;
 }
 
+static void set_flag(struct vf_inode *inode, unsigned char flag, bool on)
+{
+	if (on)
+		atomic_fetch_or(&inode->flags, flag);
+	else
+		atomic_fetch_and(&inode->flags, (unsigned char)~flag);
+}
+
 void vf_inode_set_watched(struct vf_inode *inode, bool watched)
 {
-	if (watched)
-		atomic_fetch_or(&inode->flags, INODE_WATCHED);
-	else
-		atomic_fetch_and(&inode->flags, (unsigned char)~INODE_WATCHED);
+	set_flag(inode, INODE_WATCHED, watched);
+}
+
+bool vf_inode_is_marked(const struct vf_inode *inode)
+{
+	return flags_of(inode) & INODE_MARKED;
+}
+
+void vf_inode_set_marked(struct vf_inode *inode, bool marked)
+{
+	set_flag(inode, INODE_MARKED, marked);
+}
+
+int32_t vf_inode_slot(const struct vf_inode *inode)
+{
+	return (int32_t)inode->slot; /* MAX_CHUNKS << CHUNK_BITS of them */
+}
+
+struct vf_inode *vf_inode_in_slot(struct vf_share *share, int32_t slot)
+{
+	return inode_ref_slot(share->inodes, (uint32_t)slot);
 }
 
 bool vf_inode_tell_deleted(struct vf_inode *inode)
@@ -246,7 +271,7 @@ static void inode_free(struct vf_share *share, struct vf_inode *inode)
 	pthread_mutex_lock(&shard->lock);
 	unhash(table, shard, hash, inode);
 	pthread_mutex_unlock(&shard->lock);
-	if ((flags_of(inode) & INODE_WATCHED) && share->events)
+	if ((flags_of(inode) & (INODE_WATCHED | INODE_MARKED)) && share->events)
 		vf_watch_inode_gone(share->events->watches, inode);
 	if (flags_of(inode) & INODE_INDEXED)
 		handle_index_remove(table, inode);

@@ -35,6 +35,13 @@ uint16_t vf_inode_mount(const struct vf_inode *inode);
 /* watch.c: whether the guest watches it; told to the table so that others cost one load. */
 bool vf_inode_is_watched(const struct vf_inode *inode);
 void vf_inode_set_watched(struct vf_inode *inode, bool watched);
+/* A source's: the host has something for it although the guest may not watch it. */
+bool vf_inode_is_marked(const struct vf_inode *inode);
+void vf_inode_set_marked(struct vf_inode *inode, bool marked);
+/* A number that no other inode has at the same time. */
+int32_t vf_inode_slot(const struct vf_inode *inode);
+/* The inode that has it now, referenced, or NULL. */
+struct vf_inode *vf_inode_in_slot(struct vf_share *share, int32_t slot);
 /* route.c: true for the first who tells the guest that the object was deleted. */
 bool vf_inode_tell_deleted(struct vf_inode *inode);
 

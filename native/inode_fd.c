@@ -135,8 +135,8 @@ void inode_load_handle(const struct vf_inode *inode, struct handle *handle)
 
 bool inode_handle_is(const struct vf_inode *inode, const struct handle *handle)
 {
-	uint32_t size = atomic_load_explicit(&((struct vf_inode *)inode)->handle_size,
-					     memory_order_acquire);
+	uint32_t size =
+	    atomic_load_explicit(&((struct vf_inode *)inode)->handle_size, memory_order_acquire);
 	const uint8_t *bytes = inode->handle.bytes;
 	int32_t type = inode->handle_type;
 

@@ -42,6 +42,7 @@ enum inode_flags {
 	INODE_INDEXED = 4,	/* in the index of handles, or about to be */
 	INODE_WATCHED = 8,	/* watch.c has an entry for it */
 	INODE_DELETE_TOLD = 16, /* see vf_inode_tell_deleted() */
+	INODE_MARKED = 32,	/* see vf_inode_set_marked() */
 };
 
 /* One cache line; 64 bytes for each inode that the guest holds, beside 4 to 8 of hash. */

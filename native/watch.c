@@ -24,10 +24,14 @@ struct watch {
 
 struct vf_watches {
 	struct vf_events *events;
-	pthread_mutex_t change_lock; /* watches change one after the other, with their marks */
-	pthread_mutex_t lock;	     /* what follows */
-	struct watch *all;	     /* [0] is none */
-	uint32_t room, used, free;   /* entries there, ever used, first free one */
+	/*
+	 * Watches change one after the other, with their marks.  Recursive: a source may give the
+	 * last reference to another inode back, whose watch ends then.
+	 */
+	pthread_mutex_t change_lock;
+	pthread_mutex_t lock;	   /* what follows */
+	struct watch *all;	   /* [0] is none */
+	uint32_t room, used, free; /* entries there, ever used, first free one */
 	uint32_t *buckets, *wd_buckets;
 	uint32_t bucket_mask;
 	uint32_t of_bit[N_BITS]; /* watches that have this bit */
@@ -38,6 +42,7 @@ struct vf_watches {
 struct vf_watches *vf_watches_new(struct vf_events *events, int *error)
 {
 	struct vf_watches *w = calloc(1, sizeof(*w));
+	pthread_mutexattr_t attributes;
 
 	*error = -ENOMEM;
 	if (!w)
@@ -49,7 +54,10 @@ struct vf_watches *vf_watches_new(struct vf_events *events, int *error)
 	w->all = calloc(w->room, sizeof(*w->all));
 	w->buckets = calloc(w->bucket_mask + 1, sizeof(*w->buckets));
 	w->wd_buckets = calloc(w->bucket_mask + 1, sizeof(*w->wd_buckets));
-	pthread_mutex_init(&w->change_lock, NULL);
+	pthread_mutexattr_init(&attributes);
+	pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
+	pthread_mutex_init(&w->change_lock, &attributes);
+	pthread_mutexattr_destroy(&attributes);
 	pthread_mutex_init(&w->lock, NULL);
 	if (!w->all || !w->buckets || !w->wd_buckets) {
 		vf_watches_free(w);
@@ -281,6 +289,22 @@ void vf_watch_inode_gone(struct vf_watches *w, struct vf_inode *inode)
 		w->events->ops->mark(w->events, inode, mask, 0, &wd);
 		store(w, inode, 0, -1);
 	}
+	if (w->events->ops->gone)
+		w->events->ops->gone(w->events, inode);
+	pthread_mutex_unlock(&w->change_lock);
+}
+
+void vf_watch_renew(struct vf_watches *w, struct vf_inode *inode)
+{
+	uint64_t mask;
+	int32_t wd;
+
+	if (!vf_inode_is_watched(inode))
+		return;
+	pthread_mutex_lock(&w->change_lock);
+	mask = load(w, inode, &wd);
+	if (mask && !w->events->ops->mark(w->events, inode, mask, mask, &wd))
+		store(w, inode, mask, wd);
 	pthread_mutex_unlock(&w->change_lock);
 }
 
@@ -357,4 +381,20 @@ uint64_t vf_watches_wd_mask(struct vf_watches *w, int32_t wd, const struct vf_in
 			mask |= w->all[i].mask;
 	pthread_mutex_unlock(&w->lock);
 	return mask;
+}
+
+void vf_watches_forget_wd(struct vf_watches *w, int32_t wd)
+{
+	pthread_mutex_lock(&w->lock);
+	for (uint32_t *link = wd_bucket(w, wd); *link;) {
+		struct watch *watch = &w->all[*link];
+
+		if (watch->wd == wd) {
+			*link = watch->next_wd;
+			watch->wd = -1;
+		} else {
+			link = &watch->next_wd;
+		}
+	}
+	pthread_mutex_unlock(&w->lock);
 }

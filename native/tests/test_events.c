@@ -795,6 +795,51 @@ static void a_replaced_object_has_ended(struct guest *g)
 	expect_nothing(events);
 }
 
+static void a_watched_directory_ends_in_an_unwatched_one(struct guest *g)
+{
+	struct vf_events *events = start_events(g, marks, ALL_FLAGS);
+	uint64_t a, b, sub, other;
+
+	host_mkdir("a");
+	host_mkdir("b");
+	host_mkdir("a/sub");
+	host_mkdir("a/other");
+	a = must_lookup(g, 1, "a");
+	b = must_lookup(g, 1, "b");
+	sub = must_lookup(g, a, "sub");
+	other = must_lookup(g, a, "other");
+	CHECK_EQ(watch(g, sub, VF_FS_DELETE_SELF), 0);
+	CHECK_EQ(watch(g, other, VF_FS_DELETE_SELF | VF_FS_CREATE), 0);
+	CHECK_EQ(event_stats(g).host_marks, marks == BY_INODE ? 3 : 0);
+	/* Moved by the host, and by the guest itself, it is still seen to go. */
+	CHECK_EQ(renameat(host_fd, "a/sub", host_fd, "b/sub"), 0);
+	expect_nothing(events);
+	CHECK_EQ(event_stats(g).host_marks, marks == BY_INODE ? 4 : 0);
+	set_pid(events, getpid());
+	CHECK_EQ(renameat(host_fd, "a/other", host_fd, "b/other"), 0);
+	expect_nothing(events);
+	CHECK_EQ(event_stats(g).host_marks, marks == BY_INODE ? 3 : 0);
+	set_pid(events, -1);
+	/* The parent's own watch comes and goes. */
+	CHECK_EQ(watch(g, b, VF_FS_CREATE | VF_FS_DELETE), 0);
+	CHECK_EQ(watch(g, b, 0), 0);
+	CHECK_EQ(unlinkat(host_fd, "b/sub", AT_REMOVEDIR), 0);
+	expect(events, "DELETE_SELF dir %llx", U(sub));
+	expect_nothing(events);
+	CHECK_EQ(watch(g, sub, 0), 0);
+	CHECK_EQ(event_stats(g).host_marks, marks == BY_INODE ? 2 : 0);
+	/* A guest that forgets the parent first hears no more, and nothing is left behind. */
+	forget(g, b, 1);
+	CHECK_EQ(event_stats(g).host_marks, marks == BY_INODE ? 1 : 0);
+	forget(g, other, 1);
+	CHECK_EQ(event_stats(g).host_marks, 0);
+	CHECK_EQ(watch(g, a, VF_FS_DELETE_SELF), 0);
+	CHECK_EQ(watch(g, 1, VF_FS_DELETE_SELF), 0);
+	CHECK_EQ(watch(g, 1, 0), 0);
+	CHECK_EQ(watch(g, a, 0), 0);
+	CHECK_EQ(event_stats(g).host_marks, 0);
+}
+
 static void merged_records_come_apart_in_the_usual_order(struct guest *g)
 {
 	struct vf_events *events = start_events(g, marks, ALL_FLAGS);
@@ -1082,6 +1127,7 @@ int main(void)
 	RUN_MARKS(exchanged_names);
 	RUN_MARKS(the_end_of_a_watched_object_is_told_once);
 	RUN_MARKS(a_replaced_object_has_ended);
+	RUN_MARKS(a_watched_directory_ends_in_an_unwatched_one);
 	RUN_MARKS(merged_records_come_apart_in_the_usual_order);
 	RUN_MARKS(our_own_changes_are_not_told);
 	RUN_MARKS(what_the_guest_does_not_hold_is_dropped);
