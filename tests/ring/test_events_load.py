@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("ours")
 
 BURST = int(os.environ.get("VHOSTFS_EVENT_BURST", "100000"))
 MEDIAN_LIMIT_S = 0.1
-GROWTH_LIMIT_BYTES = 64 << 20
+GROWTH_LIMIT_BYTES = 32 << 20
 
 
 @pytest.fixture(params=SOURCES, ids=lambda source: source.name)
@@ -79,9 +79,12 @@ def test_an_event_is_there_at_once(share: Share, source: Source) -> None:
 
 
 def create(directory: str, count: int) -> None:
+    """Names for one file beside the directory: the cheapest that there is, at most 65,000 on ext4."""
+    file = Path(f"{directory}.file")
+    file.touch()
     fd = os.open(directory, os.O_RDONLY)
     for i in range(count):
-        os.mknod(str(i), dir_fd=fd)
+        os.link(file, str(i), dst_dir_fd=fd)
     os.close(fd)
 
 
@@ -265,18 +268,18 @@ def test_a_rename_is_told_whole_or_not_at_all(make_share: MakeShare) -> None:
 
 
 def test_a_guest_that_takes_nothing_costs_bounded_memory(make_share: MakeShare, source: Source) -> None:
-    share = start_share(make_share, source, "--event-queue=20000", private=True)
+    share = start_share(make_share, source, "--event-queue=5000", private=True)
     (share.path / "d").mkdir()
     guest = EventGuest(share, buffers=16)
     guest.watch("d")
     guest.notifications.give_back = False
     resident = share.server.resident_bytes()
-    child = in_a_child(churn, str(share.path / "d"), 60_000)
+    child = in_a_child(churn, str(share.path / "d"), 30_000)
     child.join()
     assert awaited(lambda: event_counters(share)["lost"] > 0, 30)
-    assert event_counters(share)["depth"] <= 20_001
+    assert event_counters(share)["depth"] <= 5001
     grown = share.server.resident_bytes() - resident
-    print(f"{source.name}: {grown >> 20} MiB more for 20,000 elements that wait")
+    print(f"{source.name}: {grown >> 20} MiB more for 5000 elements that wait")
     assert grown < GROWTH_LIMIT_BYTES
     assert guest.fs.getattr(guest.fs.root).nlink >= 2, "requests are served meanwhile"
     share.unmount()
@@ -289,7 +292,7 @@ def test_a_guest_that_takes_nothing_costs_bounded_memory(make_share: MakeShare, 
 def churn(directory: str, count: int) -> None:
     fd = os.open(directory, os.O_RDONLY)
     for i in range(count // 2):
-        os.mknod(f"{i:0200}", dir_fd=fd)
+        os.symlink("x", f"{i:0200}", dir_fd=fd)
         os.unlink(f"{i:0200}", dir_fd=fd)
     os.close(fd)
 
