@@ -136,3 +136,28 @@ def test_output_for_a_command_that_does_not_run_ends_the_connection(guest: FakeG
     guest.say(FrameType.STDOUT, 77, b"x")
     with pytest.raises(GuestGoneError, match="does not run"):
         running.wait(TIMEOUT_S)
+
+
+def test_a_reboot_ends_what_ran_and_later_commands_go_on(guest: FakeGuest) -> None:
+    guest.hello()
+    assert guest.connection.wait_ready(TIMEOUT_S)
+    before, old = guest.start()
+    assert guest.connection.boots == 1
+    guest.hello()
+    assert guest.connection.wait_rebooted(1, TIMEOUT_S)
+    with pytest.raises(GuestGoneError, match="rebooted"):
+        before.wait(TIMEOUT_S)
+    after, new = guest.start()
+    guest.say(FrameType.STDOUT, old, b"of the boot before")
+    guest.say(FrameType.STDOUT, new, b"after")
+    guest.exit(new)
+    assert after.wait(TIMEOUT_S).stdout == b"after"
+    assert not guest.connection.gone
+
+
+def test_a_guest_that_goes_while_it_reboots_is_not_waited_for(guest: FakeGuest) -> None:
+    guest.hello()
+    assert guest.connection.wait_ready(TIMEOUT_S)
+    guest.stream.shutdown(socket.SHUT_RDWR)
+    assert guest.connection.wait_rebooted(1, TIMEOUT_S)
+    assert guest.connection.gone

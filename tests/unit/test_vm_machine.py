@@ -320,3 +320,8 @@ def test_the_newest_kernel_of_a_series_is_chosen_whatever_else_the_archive_has(
 def test_what_an_image_needs_of_the_kernel_command_line_is_there() -> None:
     image = replace(IMAGE, kernel_arguments=("initcall_blacklist=x",))
     assert "initcall_blacklist=x" in kernel_command_line(replace(MACHINE, image=image)).split()
+
+
+def test_a_guest_ends_at_its_reboot_unless_that_is_allowed() -> None:
+    assert "-no-reboot" in arguments(MACHINE)
+    assert "-no-reboot" not in arguments(replace(MACHINE, allow_reboot=True))

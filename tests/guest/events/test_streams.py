@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tests.guest.events.conftest import MakeWatchedPlace, WatchedPlace
 from tests.guest.events.scenario import a_day
-from tests.guest.events.watching import ALL
+from tests.guest.events.watching import ALL, CHANGES, In
+from tests.guest.place import awaited
 
 
 def test_a_day_s_work_on_the_host_is_seen_in_the_guest_as_on_the_host(watched: WatchedPlace) -> None:
@@ -157,6 +158,29 @@ def test_one_watcher_sees_many_directories_and_many_watchers_one(watched_on: Mak
         step = (place.host / name / "f").mkdir
         wide.step(step, " ".join([*([str(number)] if number else []), "CREATE|ISDIR", "f"]))
     narrow.step(lambda: None, "CREATE|ISDIR f", "1 CREATE|ISDIR f")
+
+
+def test_fanotify_watchers_see_it_too(watched: WatchedPlace) -> None:
+    file = watched.host / "file"
+    watch = watched.watch(look="--fanotify", mask=CHANGES & ~(In.DELETE_SELF | In.MOVE_SELF), with_twin=False)
+    # What happens to one name may come as one event with several bits: so it is natively.
+    file.write_text("text")
+    file.chmod(0o600)
+    file.unlink()
+    (watched.host / "dir").mkdir()
+    wanted = {
+        "file": In.CREATE | In.MODIFY | In.CLOSE_WRITE | In.ATTRIB | In.DELETE,
+        "dir": In.CREATE | In.ISDIR,
+    }
+
+    def seen() -> dict[str, In]:
+        masks: dict[str, In] = {}
+        for event in watch.events():
+            masks[event.name] = masks.get(event.name, In(0)) | event.mask
+        return masks
+
+    awaited(lambda: seen() == wanted, 15)
+    assert seen() == wanted
 
 
 def append(file: Path, text: str) -> None:

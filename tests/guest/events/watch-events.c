@@ -12,26 +12,32 @@
  *             or "gone"
  *   --list    "saw NAME/NAME/..." all names in the watched directory, sorted
  *
+ * With --fanotify the events come from fanotify, by marks on the inodes, those of
+ * their children included; there are no cookies then.
+ *
  * Lines on stdin: "add PATH", answered "added INDEX"; "remove INDEX", answered
  * "removed INDEX"; its end ends the program.
  *
- * usage: watch-events [--read | --list] MASK PATH...
+ * usage: watch-events [--read | --list | --fanotify] MASK PATH...
  */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/fanotify.h>
 #include <sys/inotify.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #define MAX_WATCHES 256
 
-static int inotify_fd;
+static int group_fd;
+static bool by_fanotify;
 static uint32_t mask;
 static enum { NOTHING, READ, LIST } look;
 static struct {
@@ -46,9 +52,16 @@ static void fail(const char *what)
 	exit(1);
 }
 
+static int add_mark(const char *path)
+{
+	uint64_t bits = mask | FAN_EVENT_ON_CHILD | FAN_ONDIR;
+
+	return fanotify_mark(group_fd, FAN_MARK_ADD, bits, AT_FDCWD, path);
+}
+
 static int add(const char *path)
 {
-	int wd = inotify_add_watch(inotify_fd, path, mask);
+	int wd = by_fanotify ? add_mark(path) : inotify_add_watch(group_fd, path, mask);
 
 	if (wd < 0)
 		fail(path);
@@ -137,7 +150,7 @@ static void handle(const struct inotify_event *event)
 static void read_events(void)
 {
 	static char buffer[65536] __attribute__((aligned(__alignof__(struct inotify_event))));
-	ssize_t n = read(inotify_fd, buffer, sizeof(buffer));
+	ssize_t n = read(group_fd, buffer, sizeof(buffer));
 
 	if (n < 0)
 		fail("read");
@@ -147,6 +160,37 @@ static void read_events(void)
 		handle(event);
 		at += sizeof(*event) + event->len;
 	}
+	fflush(stdout);
+}
+
+/* The name in the directory's record, "" without; all watched paths are told as the first. */
+static const char *fanotify_name(const struct fanotify_event_metadata *event)
+{
+	const char *at = (const char *)event + event->metadata_len;
+	const char *end = (const char *)event + event->event_len;
+	const struct fanotify_event_info_fid *fid;
+	const struct file_handle *handle;
+
+	for (; at < end; at += fid->hdr.len) {
+		fid = (const struct fanotify_event_info_fid *)at;
+		if (fid->hdr.info_type != FAN_EVENT_INFO_TYPE_DFID_NAME)
+			continue;
+		handle = (const struct file_handle *)fid->handle;
+		return (const char *)handle->f_handle + handle->handle_bytes;
+	}
+	return "";
+}
+
+static void read_fanotify(void)
+{
+	static char buffer[65536] __attribute__((aligned(8)));
+	ssize_t n = read(group_fd, buffer, sizeof(buffer));
+	const struct fanotify_event_metadata *event = (void *)buffer;
+
+	if (n < 0)
+		fail("read");
+	for (; FAN_EVENT_OK(event, n); event = FAN_EVENT_NEXT(event, n))
+		printf("0 %llx 0 %s\n", (unsigned long long)event->mask, fanotify_name(event));
 	fflush(stdout);
 }
 
@@ -162,7 +206,7 @@ static int read_command(void)
 	} else if (!strncmp(line, "remove ", 7)) {
 		int i = atoi(line + 7);
 
-		if (inotify_rm_watch(inotify_fd, watches[i].wd))
+		if (inotify_rm_watch(group_fd, watches[i].wd))
 			fail("inotify_rm_watch");
 		printf("removed %d\n", i);
 	} else {
@@ -185,25 +229,32 @@ int main(int argc, char **argv)
 	} else if (at < argc && !strcmp(argv[at], "--list")) {
 		look = LIST;
 		at++;
+	} else if (at < argc && !strcmp(argv[at], "--fanotify")) {
+		by_fanotify = true;
+		at++;
 	}
 	if (at >= argc) {
-		fprintf(stderr, "usage: watch-events [--read | --list] MASK PATH...\n");
+		fprintf(stderr,
+			"usage: watch-events [--read | --list | --fanotify] MASK PATH...\n");
 		return 2;
 	}
 	mask = (uint32_t)strtoul(argv[at++], NULL, 16);
-	inotify_fd = inotify_init1(IN_CLOEXEC);
-	if (inotify_fd < 0)
-		fail("inotify_init1");
+	group_fd = by_fanotify ? fanotify_init(FAN_CLOEXEC | FAN_REPORT_DFID_NAME, O_RDONLY)
+			       : inotify_init1(IN_CLOEXEC);
+	if (group_fd < 0)
+		fail(by_fanotify ? "fanotify_init" : "inotify_init1");
 	while (at < argc)
 		add(argv[at++]);
 	printf("ready\n");
 	fflush(stdout);
-	polls[0] = (struct pollfd){.fd = inotify_fd, .events = POLLIN};
+	polls[0] = (struct pollfd){.fd = group_fd, .events = POLLIN};
 	polls[1] = (struct pollfd){.fd = 0, .events = POLLIN};
 	for (;;) {
 		if (poll(polls, 2, -1) < 0)
 			fail("poll");
-		if (polls[0].revents)
+		if (polls[0].revents && by_fanotify)
+			read_fanotify();
+		else if (polls[0].revents)
 			read_events();
 		if (polls[1].revents && !read_command())
 			return 0;

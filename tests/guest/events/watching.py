@@ -206,7 +206,7 @@ class Watch:
     ) -> None:
         """Watches `names` below `place` with one watcher, and waits until the server knows of each.
 
-        `look`: "--read" or "--list", for the watcher in the guest. Without `host_program` there is no twin.
+        `look`: an option for the watcher in the guest. Without `host_program` there is no twin.
         `known`: how many of the names are watched by others already.
         """
         self.place = place
