@@ -261,6 +261,7 @@ async def test_recording_is_on_only_while_somebody_watches(pipeline: Pipeline) -
 async def test_notices_go_to_the_log_although_nobody_watches(
     pipeline: Pipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING")
     pipeline.records.say("the host lost events")
     async with asyncio.timeout(10):
         while "the host lost events" not in caplog.text:

@@ -236,6 +236,18 @@ def test_an_offer_about_events_that_is_refused_leaves_the_next_one_possible(args
     assert server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
 
 
+def test_a_guest_that_goes_on_offering_nonsense_does_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("WARNING")
+    server = EventServer()
+    server.call(Opcode.INIT, init_args())
+    for args in (b"", struct.pack("<II", 2, 0), b"") * 10:
+        with pytest.raises(OSError):
+            server.call(Opcode.FSNOTIFY_INIT, args)
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
 def test_with_events_off_the_driver_carries_on_without() -> None:
     assert failure(FakeTree(), Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS) == errno.ENOSYS
 

@@ -90,7 +90,8 @@ def _print_help() -> None:
     print("\nvhostfs COMMAND --help shows a command's options.\n")
     print("examples:")
     print("  vhostfs run . -- ls -l /share")
-    print("  vhostfs serve --socket-path /run/vm1.sock --shared-dir /srv/vm1")
+    print("  vhostfs serve --socket-path /run/vm1.sock --shared-dir /srv/vm1 --tag share")
+    print("  vhostfs watch /run/vm1.sock")
 
 
 def _run_command(command: Command, program: str, arguments: list[str]) -> int:

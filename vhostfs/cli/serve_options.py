@@ -31,6 +31,7 @@ _DESCRIPTION = "Serves a host directory to one VM: a vhost-user back end for vir
 _EXAMPLES = """\
 examples:
   vhostfs serve --socket-path /run/vm1.sock --shared-dir /srv/vm1
+  vhostfs serve --socket-path /run/vm1.sock --shared-dir /srv/vm1 --tag vm1 --events inotify
   vhostfs serve --socket-path /run/vm1.sock --shared-dir ~/project --sandbox none --once
   vhostfs serve --socket-path /run/vm1.sock --shared-dir /srv/vm1 --cache never --xattr --readonly
 

@@ -17,10 +17,9 @@ from ..control.client import ControlClient, find_control_socket
 from .display import Style, printable, styled, wants_colour
 from .parser import Parser
 
-_DESCRIPTION = (
-    "Shows what a running server learns of changes on the host and what becomes of each: given to the guest, "
-    "merged with the one before, or lost."
-)
+_DESCRIPTION = """\
+Shows what a running server learns of changes on the host, as they happen, and
+what becomes of each: given to the guest, merged with the one before, or lost."""
 _EXAMPLES = """\
 what became of an event:
   delivered  it was given to the guest

@@ -83,6 +83,7 @@ class Operations:
         self._event_abilities = event_abilities
         self.event_answer: FsnotifyAnswer | None = None
         """What was agreed about events in this session; None: nothing."""
+        self._event_refusal_said = False
         self.table: Mapping[int, Operation] = {
             Opcode.INIT: self.init,
             Opcode.DESTROY: self.destroy,
@@ -104,6 +105,7 @@ class Operations:
             raise OSError(answer.error, "FUSE_INIT")
         if answer.max_write_bytes:
             self.event_answer = None
+            self._event_refusal_said = False
             self._tree.start_session(answer.reply.flags, answer.max_write_bytes)
             _log.info("guest mounted the share (FUSE 7.%d)", offer.minor)
             if self._event_abilities is not None and not self._event_abilities().can_deliver:
@@ -130,17 +132,24 @@ class Operations:
         try:
             offer = FsnotifyInitIn.unpack(request.args)
         except ValueError as error:
-            _log.warning("%s", error)
+            self._say_refused(str(error))
             raise OSError(errno.EINVAL, "FUSE_FSNOTIFY_INIT") from None
         answer = negotiate_events(offer, self._event_abilities())
-        _log.log(logging.WARNING if answer.error else logging.INFO, "%s", answer.note)
         if answer.error:
+            self._say_refused(answer.note)
             raise OSError(answer.error, "FUSE_FSNOTIFY_INIT")
+        _log.info("%s", answer.note)
         # Without a way for events to travel none are made.
         if answer.reply.flags & TRANSPORTS:
             self._tree.grant_events(answer.reply.flags, answer.driver_mask)
         self.event_answer = answer
         return answer.reply.pack()
+
+    def _say_refused(self, note: str) -> None:
+        """Once in a session: a guest may go on offering nonsense for ever."""
+        if not self._event_refusal_said:
+            _log.warning("%s", note)
+            self._event_refusal_said = True
 
     def ioctl(self, request: Request) -> bytes:
         """Attribute flags and project ids of files; anything else is for devices, which the guest has."""
