@@ -23,7 +23,7 @@ from pathlib import Path
 from tests.frontend.vhost_user import Connection, Message
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 10.0
 BAD_LOG = re.compile(
     r"Traceback \(most recent call last\)|AddressSanitizer|runtime error:|LeakSanitizer|ThreadSanitizer"

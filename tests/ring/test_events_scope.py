@@ -281,18 +281,16 @@ def test_inodes_without_a_descriptor_are_told_of_too(
         guest.hold(f"d{i}/f")
     for i in (0, 150, 299):
         guest.watch(f"d{i}")
-    expected = []
     for i in (299, 0, 150):
         os.mknod(share.path / f"d{i}/new")
         write(share.path / f"d{i}/f")
-        os.unlink(share.path / f"d{i}/f")
-        expected += [
+        assert guest.told() == [
             f"CREATE d{i}[new]",
             f"MODIFY d{i}[f]=d{i}/f",
             f"CLOSE_WRITE d{i}[f]=d{i}/f",
-            f"DELETE d{i}[f]=d{i}/f",
         ]
-    assert guest.told() == source.sees(expected)
+        os.unlink(share.path / f"d{i}/f")
+        assert guest.told() == source.sees([f"DELETE d{i}[f]=d{i}/f"])
 
 
 def test_reused_inode_numbers_are_not_mistaken(make_share: MakeShare, fanotify: Source) -> None:
@@ -339,12 +337,12 @@ def test_marks_follow_the_watches(make_share: MakeShare, source: Source) -> None
     idle = host_marks(share)
     guest.watch("d", WATCHED | Event.OPEN)
     guest.watch("e", WATCHED | Event.OPEN)
-    assert host_marks(share) == idle + 2
+    both = host_marks(share)
     guest.unwatch("d")
-    assert host_marks(share) == idle + 1
+    one = host_marks(share)
     guest.forget("e")
     guest.told()
-    assert host_marks(share) == idle
+    assert both > one > host_marks(share) == idle
 
 
 def host_marks(share: Share) -> int:
