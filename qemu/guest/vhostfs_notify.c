@@ -200,7 +200,7 @@ struct vhostfs_notify {
 	atomic64_t counters[VHOSTFS_NR_COUNTERS];
 
 	/* Queue 1 */
-	spinlock_t vq_lock;
+	spinlock_t vq_lock;		/* calls for vq, and running */
 	struct virtqueue *vq;
 	bool running;			/* vq may be used */
 	unsigned int buf_size;
@@ -231,8 +231,7 @@ struct vhostfs_notify {
 	unsigned int paused;
 	atomic_t in_flight;
 	wait_queue_head_t idle;
-	spinlock_t watch_lock;
-	/* Below: under watch_lock */
+	spinlock_t watch_lock;		/* what follows */
 	enum vhostfs_session session;
 	struct rb_root watches;
 	struct list_head changed;
@@ -1809,7 +1808,8 @@ static void vhostfs_watch_end(struct vhostfs_request *req, int error)
 		log = !n->full_logged;
 		n->full_logged = true;
 	}
-	if (error)
+	/* That a watch on what is gone ends is no refusal */
+	if (error && (error != -ESTALE || req->mask))
 		vhostfs_count(n, VHOSTFS_WATCHES_REFUSED);
 	if (!n->resync || watch->mask == watch->told)
 		vhostfs_watch_changed(n, watch);
