@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.frontend import FuseClient, Machine, NotificationQueue
 from tests.frontend import fuse_abi as abi
-from tests.frontend.fsnotify import CHANGES, Element, Event, Granted, InitAnswer
+from tests.frontend.fsnotify import ALL_EVENTS, CHANGES, Element, Event, Granted, InitAnswer
 from tests.ring.share import Share
 
 WATCHED = CHANGES | Event.EVENT_ON_CHILD
@@ -43,6 +43,7 @@ class EventGuest:
         machine: Machine = NOTIFYING,
         buffers: int = 16,
         flags: int = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD,
+        mask: int = ALL_EVENTS,
         pieces: Sequence[int] = (),
         direct: bool = False,
         poison: bool = True,
@@ -55,7 +56,7 @@ class EventGuest:
         self.notifications = notifications or NotificationQueue(
             self.fs.vmm, buffers=buffers, pieces=pieces, direct=direct, poison=poison
         )
-        self.granted: InitAnswer = self.fs.fsnotify_init(flags)
+        self.granted: InitAnswer = self.fs.fsnotify_init(flags, mask)
         self._names: dict[tuple[int, int], str] = {}
         self._held: dict[str, Held] = {"": Held(self.fs.root, self._generation_of_root())}
         self._names[self.fs.root, self._held[""].generation] = "."

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend.fsnotify import ALL_EVENTS, Event
+from tests.frontend.fsnotify import ALL_EVENTS, Event, Granted
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import INOTIFY, SOURCES, Source, start_share
 from tests.ring.events import WATCHED, EventGuest, merged, write
@@ -394,6 +394,59 @@ def test_hard_links_are_told_by_the_name_that_was_used(
     assert guest.told() == source.sees(["DELETE e[hard]=d/f"])
 
 
+# ---- what was agreed -------------------------------------------------------------------------------------
+
+
+def watching_with(share: Share, flags: int, mask: int = ALL_EVENTS) -> EventGuest:
+    (share.path / "d").mkdir()
+    (share.path / "d/f").touch()
+    guest = EventGuest(share, flags=flags, mask=mask)
+    guest.hold("d/f")
+    guest.watch("d")
+    return guest
+
+
+def test_without_the_rename_flag_halves_are_plain(share: Share) -> None:
+    guest = watching_with(share, Granted.VIRTQUEUE | Granted.CHILD)
+    os.rename(share.path / "d/f", share.path / "d/new")
+    away, here = guest.elements()
+    assert [guest.describe(half) for half in (away, here)] == [
+        "MOVED_FROM d[f]=d/f half",
+        "MOVED_TO d[new]=d/f half",
+    ]
+    assert away.cookie == here.cookie != 0
+
+
+def test_without_the_child_flag_no_child_is_named(share: Share) -> None:
+    guest = watching_with(share, Granted.VIRTQUEUE | Granted.RENAME)
+    write(share.path / "d/f")
+    os.rename(share.path / "d/f", share.path / "d/new")
+    assert guest.told() == [
+        "MODIFY d[f]",
+        "CLOSE_WRITE d[f]",
+        "MOVED_FROM d[f] pair 1",
+        "MOVED_TO d[new] pair 1",
+    ]
+
+
+def test_what_the_driver_cannot_raise_is_not_told(share: Share) -> None:
+    guest = watching_with(share, Granted.VIRTQUEUE, Event.CREATE | Event.MODIFY)
+    write(share.path / "d/f")
+    os.mknod(share.path / "d/new")
+    os.unlink(share.path / "d/f")
+    assert guest.told() == ["MODIFY d[f]", "CREATE d[new]"]
+
+
+def test_a_host_that_does_not_join_renames_tells_both_halves(make_share: MakeShare, source: Source) -> None:
+    share = start_share(make_share, source, "--no-fan-rename")
+    guest = watching_with(share, Granted.VIRTQUEUE | Granted.RENAME)
+    os.rename(share.path / "d/f", share.path / "d/new")
+    told = [
+        line.rsplit(" ", 2)[0] if " pair " in line else line.removesuffix(" half") for line in guest.told()
+    ]
+    assert told == ["MOVED_FROM d[f]", "MOVED_TO d[new]"]
+
+
 # ---- what the watch says ---------------------------------------------------------------------------------
 
 
@@ -404,10 +457,10 @@ def test_the_newest_watch_counts(guest: EventGuest, share: Share) -> None:
     write(share.path / "d/f")
     assert guest.told() == ["CREATE d[new]"]
     guest.watch("d", Event.DELETE | Event.MODIFY | Event.EVENT_ON_CHILD)
-    os.mknod(share.path / "d/new")
+    os.mknod(share.path / "d/newer")
     write(share.path / "d/f")
-    os.unlink(share.path / "d/new")
-    assert guest.told() == ["MODIFY d[f]=d/f", "DELETE d[new]"]
+    os.unlink(share.path / "d/x")
+    assert guest.told() == ["MODIFY d[f]=d/f", "DELETE d[x]"]
 
 
 def test_without_event_on_child_a_directory_tells_nothing_of_its_files(
