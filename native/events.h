@@ -106,6 +106,7 @@ extern const struct vf_source_ops vf_fanotify_source, vf_inotify_source;
 /* ---- events.c --------------------------------------------------------------- */
 
 struct vf_outbox;
+struct vf_own_changes;
 struct vf_watches;
 
 struct vf_events {
@@ -130,6 +131,8 @@ struct vf_events {
 		uint64_t nodeid, event, seen_ns;
 	} echoes[16];
 	uint32_t next_echo;
+	/* From the first watch by inotify on; NULL: own changes are told apart otherwise. */
+	struct vf_own_changes *_Atomic own_changes;
 	/* Counted by the source's thread; the outbox counts what follows. */
 	atomic_uint_fast64_t received, own, unknown, unwatched, host_overflows, host_marks;
 	struct vf_trace *trace;
@@ -230,6 +233,9 @@ uint32_t vf_inodes_by_handle(struct vf_share *share, struct vf_fsid fsid, int32_
 /* The same for a name in a directory of the host. */
 uint32_t vf_inodes_of_name(struct vf_share *share, struct vf_inode *dir, const char *name,
 			   struct vf_inode **found, uint32_t max);
+/* Has this name in the directory the object of this handle now? */
+bool vf_name_has_handle(struct vf_share *share, struct vf_inode *dir, const char *name,
+			int32_t type, const uint8_t *bytes, uint32_t size);
 /* What the guest watches on other inodes that are the same object of the host. */
 uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode);
 /* Does it lie on the file system of the share's root? */

@@ -80,25 +80,17 @@ static void report(struct reader *reader, const struct vf_change *changes, uint3
 static bool came_last(struct reader *reader, const struct vf_change *change,
 		      const struct vf_fanotify_object *object)
 {
-	struct {
-		struct file_handle head;
-		uint8_t bytes[MAX_HANDLE_SZ];
-	} handle = {.head.handle_bytes = MAX_HANDLE_SZ};
 	uint64_t flags = atomic_load(&reader->events->flags);
 	char name[VF_NAME_MAX + 1];
-	int fd, mount_id;
 
-	if (!change->namelen || !(vf_inode_is_watched(change->dir) ||
-				  (flags & (VF_FSNOTIFY_WATCH_ALL | VF_FSNOTIFY_INVALIDATE))))
+	if (!change->namelen || !object->there ||
+	    !(vf_inode_is_watched(change->dir) ||
+	      (flags & (VF_FSNOTIFY_WATCH_ALL | VF_FSNOTIFY_INVALIDATE))))
 		return false;
-	fd = vf_inode_path_fd(reader->events->share, change->dir);
 	memcpy(name, change->name, change->namelen);
 	name[change->namelen] = 0;
-	return fd >= 0 && object->there &&
-	       !name_to_handle_at(fd, name, &handle.head, &mount_id, 0) &&
-	       handle.head.handle_type == object->type &&
-	       handle.head.handle_bytes == object->handle_size &&
-	       !memcmp(handle.head.f_handle, object->handle, object->handle_size);
+	return vf_name_has_handle(reader->events->share, change->dir, name, object->type,
+				  object->handle, object->handle_size);
 }
 
 /* Reports each event of mask on its own; change has all but its mask. */

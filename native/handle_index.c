@@ -153,18 +153,22 @@ void vf_handle_index_stop(struct vf_share *share)
 
 /* ---- adding and removing ---------------------------------------------------- */
 
-/* A handle to find it by; one that cannot be opened is as good (overlayfs, Linux 6.6). */
+/* To find it by, one that cannot be opened is as good (overlayfs, Linux 6.6). */
+static int findable_handle(int dir_fd, const char *name, int flags, struct handle *handle)
+{
+	int error = handle_of(dir_fd, name, flags, handle);
+
+	if (error == -EOPNOTSUPP)
+		error = handle_of(dir_fd, name, flags | VF_AT_HANDLE_FID, handle);
+	return error;
+}
+
 static void store_handle(struct vf_inode *inode, int fd)
 {
 	struct handle handle;
-	int error;
 
-	if (fd < 0 || atomic_load(&inode->handle_size))
-		return;
-	error = handle_of(fd, "", AT_EMPTY_PATH, &handle);
-	if (error == -EOPNOTSUPP)
-		error = handle_of(fd, "", AT_EMPTY_PATH | VF_AT_HANDLE_FID, &handle);
-	if (!error)
+	if (fd >= 0 && !atomic_load(&inode->handle_size) &&
+	    !findable_handle(fd, "", AT_EMPTY_PATH, &handle))
 		inode_store_handle(inode, &handle);
 }
 
@@ -319,12 +323,20 @@ uint32_t vf_inodes_of_name(struct vf_share *share, struct vf_inode *dir, const c
 	struct vf_fsid fsid;
 	struct statfs fs;
 
-	if (fd < 0 ||
-	    (handle_of(fd, name, 0, &handle) && handle_of(fd, name, VF_AT_HANDLE_FID, &handle)) ||
-	    fstatfs(fd, &fs))
+	if (fd < 0 || findable_handle(fd, name, 0, &handle) || fstatfs(fd, &fs))
 		return 0;
 	memcpy(&fsid, &fs.f_fsid, sizeof(fsid));
 	return vf_inodes_by_handle(share, fsid, handle.type, handle.bytes, handle.size, found, max);
+}
+
+bool vf_name_has_handle(struct vf_share *share, struct vf_inode *dir, const char *name,
+			int32_t type, const uint8_t *bytes, uint32_t size)
+{
+	int fd = vf_inode_path_fd(share, dir);
+	struct handle handle;
+
+	return fd >= 0 && !findable_handle(fd, name, 0, &handle) && handle.type == type &&
+	       handle.size == size && !memcmp(handle.bytes, bytes, size);
 }
 
 uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode)

@@ -407,6 +407,8 @@ void vf_inode_table_free(struct vf_inode_table *table)
 		inode_drop_fd(table, inode);
 		inode_free_handle(inode);
 	}
+	if (table->root)
+		inode_free_handle(table->root); /* its descriptor is the configuration's */
 	for (uint32_t i = 0; i < MAX_CHUNKS; i++)
 		free(table->chunks[i]);
 	for (uint32_t i = 0; i < N_SHARDS; i++) {
