@@ -148,7 +148,7 @@ def _fanotify(wanted: EventsMode, root_fd: int, kernel: Kernel, use_rename: bool
     elif refusal == -errno.EPERM:
         why = "no CAP_SYS_ADMIN"
     else:
-        why = f"marking the file system: {_text(refusal)}"
+        why = f"the file system cannot be marked as a whole: {_text(refusal)}"
     reason = f"fanotify, marks on watched inodes ({why})"
     return _fanotify_source(EventsMode.FANOTIFY_INODES, fd, 0, mask, knows_child, reason)
 
