@@ -154,7 +154,7 @@ static void report_entry(struct reader *reader, const struct vf_fanotify_record 
 		    .seen_ns = reader->now_ns,
 		};
 
-		report_each(reader, &change, record->mask, &record->object);
+		report_each(reader, &change, record->mask & ~VF_FS_SELF_EVENTS, &record->object);
 	}
 }
 

@@ -547,6 +547,84 @@ static void mutated_records_do_no_harm(struct guest *g)
 	CHECK(parsed > 1000 && parsed < 190000);
 }
 
+/* With the handle of an object that the guest holds. */
+static void make_object(struct maker *m, uint8_t type, const char *object, const char *name)
+{
+	struct {
+		struct file_handle head;
+		uint8_t bytes[MAX_HANDLE_SZ];
+	} handle = {.head.handle_bytes = MAX_HANDLE_SZ};
+	uint32_t start = m->size;
+	struct statfs fs;
+	int mount_id, fd = openat(host_fd, ".", O_RDONLY | O_DIRECTORY);
+
+	CHECK_EQ(name_to_handle_at(host_fd, object, &handle.head, &mount_id, 0), 0);
+	CHECK_EQ(fstatfs(fd, &fs), 0);
+	close(fd);
+	make_info(m, type, handle.head.handle_bytes, name);
+	memcpy(m->bytes + start + 4, &fs.f_fsid, 8);
+	memcpy(m->bytes + start + 16, &handle.head.handle_type, 4);
+	memcpy(m->bytes + start + 20, handle.head.f_handle, handle.head.handle_bytes);
+}
+
+/* A pipe in place of the group: whatever comes through it, the guest is told of what it holds. */
+static void mutated_streams_do_no_harm(struct guest *g)
+{
+	struct vf_events_config config = {
+	    .source = VF_EVENTS_FANOTIFY,
+	    .host_mask = HOST_MASK,
+	    .max_queued = 100,
+	    .max_watches = 10,
+	    .notify_buf_size = 320,
+	};
+	struct maker kinds[4], m;
+	struct vf_events *events;
+	int pipes[2];
+
+	CHECK_EQ(pipe2(pipes, O_CLOEXEC | O_NONBLOCK), 0);
+	config.source_fd = pipes[0];
+	CHECK_EQ(vf_share_start_events(g->share, &config), 0);
+	events = g->share->events;
+	CHECK_EQ(vf_share_grant_events(g->share, ALL_FLAGS | VF_FSNOTIFY_WATCH_ALL, EVERYTHING), 0);
+	vf_share_trace_events(g->share, true);
+	host_mkdir("dir");
+	host_touch("dir/file");
+	must_lookup(g, must_lookup(g, 1, "dir"), "file");
+	make(&kinds[0], FAN_RENAME);
+	make_object(&kinds[0], FAN_EVENT_INFO_TYPE_OLD_DFID_NAME, "dir", "old");
+	make_object(&kinds[0], FAN_EVENT_INFO_TYPE_NEW_DFID_NAME, ".", "new");
+	make_object(&kinds[0], FAN_EVENT_INFO_TYPE_FID, "dir/file", NULL);
+	make(&kinds[1], FAN_CREATE | FAN_DELETE | FAN_MODIFY);
+	make_object(&kinds[1], FAN_EVENT_INFO_TYPE_DFID_NAME, "dir", "file");
+	make_object(&kinds[1], FAN_EVENT_INFO_TYPE_FID, "dir/file", NULL);
+	make(&kinds[2], FAN_ATTRIB | FAN_ONDIR | FAN_MOVE_SELF);
+	make_object(&kinds[2], FAN_EVENT_INFO_TYPE_DFID_NAME, "dir", ".");
+	make(&kinds[3], FAN_DELETE_SELF);
+	make_object(&kinds[3], FAN_EVENT_INFO_TYPE_FID, "dir/file", NULL);
+	CHECK_EQ(write(pipes[1], kinds[1].bytes, kinds[1].size), kinds[1].size);
+	settle(events);
+	CHECK_EQ(events->received, 3);
+	CHECK_EQ(vf_watches_count(events->watches), 0);
+	srandom(2);
+	for (uint32_t i = 0; i < 10000; i++) {
+		m = kinds[random() % 4];
+		/* Any kind of event; now and then a broken byte or a cut. */
+		if (random() % 2)
+			memcpy(m.bytes + 8, &(uint64_t){(uint64_t)random() & HOST_MASK}, 8);
+		if (!(random() % 4))
+			m.bytes[(uint32_t)random() % m.size] = (uint8_t)(random() >> 8);
+		if (!(random() % 50))
+			m.size = 1 + (uint32_t)random() % m.size;
+		/* One at a time: what comes with a broken one is lost. */
+		CHECK_EQ(write(pipes[1], m.bytes, m.size), m.size);
+		settle(events);
+	}
+	CHECK(events->received > 10000);
+	CHECK(events->host_overflows > 100); /* what was not understood is lost, and said so */
+	close(pipes[1]);
+	settle(events);
+}
+
 /* ---- what the guest is told of the host's changes -------------------------------------- */
 
 static enum marks marks;
@@ -1120,6 +1198,7 @@ int main(void)
 	RUN(records_are_taken_apart, VF_HANDLES_NEVER, 5000);
 	RUN(broken_records_are_refused, VF_HANDLES_NEVER, 5000);
 	RUN(mutated_records_do_no_harm, VF_HANDLES_NEVER, 5000);
+	RUN(mutated_streams_do_no_harm, VF_HANDLES_NEVER, 5000);
 	RUN_MARKS(entries_of_a_watched_directory);
 	RUN_MARKS(children_of_a_watched_directory);
 	RUN_MARKS(a_watched_file);
