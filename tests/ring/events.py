@@ -22,7 +22,7 @@ from tests.ring.share import Share
 
 WATCHED = CHANGES | Event.EVENT_ON_CHILD
 """What a program that follows changes asks for, as inotify puts it into the inode's mask."""
-NOTIFYING = Machine().with_notifications()
+NOTIFYING = Machine(region_bytes=16 << 20).with_notifications()
 
 
 @dataclass(frozen=True, slots=True)
