@@ -5,7 +5,7 @@
  *
  * Begun when events are granted to a session, so that it costs nothing
  * without: 4 bytes for each inode (its successor in a chain, beside the table's
- * slots) and 4 to 8 of hash.  The handle itself lies in the inode.
+ * slots) and 3 to 5 of hash.  The handle itself lies in the inode.
  *
  * Locks: a shard's lock guards its chains; within it only watches->lock is
  * taken, and references without waiting for anybody who holds a lock.
@@ -257,7 +257,7 @@ void handle_index_add(struct vf_inode_table *table, struct vf_inode *inode, int 
 	hash = inode_handle_hash(inode);
 	shard = shard_of(index, hash);
 	pthread_mutex_lock(&shard->lock);
-	if (shard->count > shard->mask)
+	if (shard->count > shard->mask + shard->mask / 2)
 		shard_grow(table, shard);
 	head = bucket(shard, hash);
 	*next_of(index, inode->slot) = *head;
