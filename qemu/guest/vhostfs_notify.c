@@ -699,13 +699,13 @@ static void vhostfs_raise_entry(struct vhostfs_notify *n, struct inode *dir,
  */
 static void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 				struct inode *child,
-				const struct vhostfs_event *event, u32 bits)
+				const struct vhostfs_event *event, u32 bit)
 {
 	struct qstr name = { .name = event->name, .len = event->namelen };
-	u32 mask = bits | (event->mask & FS_ISDIR) | vhostfs_isdir(child);
+	u32 mask = event->mask | vhostfs_isdir(child);
 
 	vhostfs_count(n, VHOSTFS_RAISED);
-	if (bits & fsnotify_inode_watches_children(dir))
+	if (bit & fsnotify_inode_watches_children(dir))
 		mask |= FS_EVENT_ON_CHILD;
 	if (child && child->i_sb == dir->i_sb) {
 		fsnotify(mask, child, FSNOTIFY_EVENT_INODE, dir, &name, child,
@@ -725,18 +725,18 @@ static void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
  * know).
  */
 static void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
-			       u32 bits)
+			       u32 bit)
 {
 	struct dentry *alias = NULL;
 
 	vhostfs_count(n, VHOSTFS_RAISED);
-	if (S_ISDIR(inode->i_mode) && !(bits & VHOSTFS_SELF_EVENTS))
+	if (S_ISDIR(inode->i_mode) && !(bit & VHOSTFS_SELF_EVENTS))
 		alias = d_find_any_alias(inode);
 	if (alias) {
-		fsnotify_parent(alias, bits, inode, FSNOTIFY_EVENT_INODE);
+		fsnotify_parent(alias, bit, inode, FSNOTIFY_EVENT_INODE);
 		dput(alias);
 	} else {
-		fsnotify_inode(inode, bits);
+		fsnotify_inode(inode, bit);
 	}
 }
 
@@ -897,71 +897,54 @@ out:
 	iput(old_dir);
 }
 
-/* In the order in which they happen to a file that is opened, used and closed */
-static const u32 vhostfs_object_events[] = {
-	FS_OPEN | FS_OPEN_EXEC, FS_ACCESS, FS_MODIFY, FS_ATTRIB,
-	FS_CLOSE_WRITE, FS_CLOSE_NOWRITE, FS_MOVE_SELF, FS_DELETE_SELF,
-};
-
 static void vhostfs_self_event(struct vhostfs_notify *n, struct inode *inode,
-			       u32 mask)
+			       u32 bit)
 {
-	u32 bits;
-	int i;
-
-	vhostfs_stale_object(n, inode, mask);
-	for (i = 0; i < ARRAY_SIZE(vhostfs_object_events); i++) {
-		bits = mask & vhostfs_object_events[i];
-		if (bits == FS_DELETE_SELF)
-			vhostfs_raise_delete_self(n, inode);
-		else if (bits)
-			vhostfs_raise_self(n, inode, bits);
-	}
+	vhostfs_stale_object(n, inode, bit);
+	if (bit == FS_DELETE_SELF)
+		vhostfs_raise_delete_self(n, inode);
+	else
+		vhostfs_raise_self(n, inode, bit);
 }
 
 static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 				 const struct vhostfs_event *event)
 {
-	struct inode *dir = NULL, *child;
+	u32 bit = event->mask & ~FS_ISDIR;
+	struct inode *dir, *child;
 	struct dentry *entry;
-	u32 bits;
-	int i;
 
+	dir = vhostfs_find(fc, event->nodeid, event->generation);
 	if (!event->namelen) {
-		child = vhostfs_find(fc, event->nodeid, event->generation);
-		if (child)
-			vhostfs_self_event(n, child, event->mask);
+		if (dir)
+			vhostfs_self_event(n, dir, bit);
 		else
 			vhostfs_count(n, VHOSTFS_STALE);
-		iput(child);
+		iput(dir);
 		return;
 	}
 
-	dir = vhostfs_find(fc, event->nodeid, event->generation);
 	if (dir && !S_ISDIR(dir->i_mode)) {
 		iput(dir);
 		dir = NULL;
 	}
 	child = vhostfs_find_child(fc, dir, event);
 	if (child) {
-		vhostfs_stale_object(n, child, event->mask);
+		vhostfs_stale_object(n, child, bit);
 	} else if (dir && !event->child_nodeid) {
 		/* Found since the device wrote this; caches only */
 		entry = vhostfs_lookup_cached(dir, event);
 		if (entry && d_really_is_positive(entry))
-			vhostfs_stale_object(n, d_inode(entry), event->mask);
+			vhostfs_stale_object(n, d_inode(entry), bit);
 		dput(entry);
 	}
 
-	if (!dir && !child)
+	if (dir)
+		vhostfs_raise_child(n, dir, child, event, bit);
+	else if (child)
+		vhostfs_raise_self(n, child, bit);
+	else
 		vhostfs_count(n, VHOSTFS_STALE);
-	for (i = 0; i < ARRAY_SIZE(vhostfs_object_events); i++) {
-		bits = event->mask & vhostfs_object_events[i];
-		if (bits && dir)
-			vhostfs_raise_child(n, dir, child, event, bits);
-		else if (bits && child)
-			vhostfs_raise_self(n, child, bits);
-	}
 	iput(child);
 	iput(dir);
 }
@@ -1233,9 +1216,6 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 
 	if (len < sizeof(*wire))
 		return "shorter than an element";
-	if (le32_to_cpu(wire->len) > len ||
-	    le32_to_cpu(wire->len) < sizeof(*wire))
-		return "length in its header";
 	if (le32_to_cpu(wire->error) != FUSE_NOTIFY_FSNOTIFY || wire->unique)
 		return "not FUSE_NOTIFY_FSNOTIFY";
 	if (wire->reserved || (le32_to_cpu(wire->flags) & ~FSNOTIFY_SPLIT_RENAME))
@@ -1243,7 +1223,7 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 
 	mask = le64_to_cpu(wire->mask);
 	event->mask = mask & (VHOSTFS_EVENTS | FS_Q_OVERFLOW | FS_ISDIR);
-	if (event->mask != mask || !(mask & ~(u64)FS_ISDIR))
+	if (event->mask != mask || !is_power_of_2(mask & ~(u64)FS_ISDIR))
 		return "mask";
 	event->nodeid = le64_to_cpu(wire->nodeid);
 	event->generation = le32_to_cpu(wire->generation);
@@ -1254,8 +1234,9 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 	event->namelen = le32_to_cpu(wire->namelen);
 
 	if (event->namelen > NAME_MAX ||
-	    event->namelen > le32_to_cpu(wire->len) - sizeof(*wire))
-		return "length of its name";
+	    le32_to_cpu(wire->len) != sizeof(*wire) + event->namelen ||
+	    le32_to_cpu(wire->len) > len)
+		return "length";
 	memcpy(event->name, wire->name, event->namelen);
 	event->name[event->namelen] = '\0';
 	if (memchr(event->name, '/', event->namelen) ||
@@ -1266,24 +1247,19 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 	if (!event->child_nodeid && event->child_generation)
 		return "generation of no child";
 	if (mask & FS_Q_OVERFLOW) {
-		if (mask != FS_Q_OVERFLOW || event->nodeid || event->namelen ||
+		if (event->mask != FS_Q_OVERFLOW || event->nodeid ||
+		    event->generation || event->namelen ||
 		    event->child_nodeid || event->cookie || event->flags)
 			return "more in an overflow";
 		return NULL;
 	}
 	if (!event->nodeid)
 		return "no nodeid";
-	mask &= ~(u64)FS_ISDIR;
-	if (mask & VHOSTFS_ENTRY_EVENTS) {
-		if (!is_power_of_2(mask) || !event->namelen)
-			return "event in a directory";
-		if (!(mask & (FS_MOVED_FROM | FS_MOVED_TO)) &&
-		    (event->cookie || event->flags))
-			return "cookie without a rename";
-		if (event->flags && !event->cookie)
-			return "rename without a cookie";
-		return NULL;
-	}
+	if ((mask & VHOSTFS_ENTRY_EVENTS) && !event->namelen)
+		return "event in a directory without a name";
+	if (mask & (FS_MOVED_FROM | FS_MOVED_TO))
+		return event->flags && !event->cookie ?
+		       "half of a rename without a cookie" : NULL;
 	if (event->cookie || event->flags)
 		return "cookie without a rename";
 	if ((mask & VHOSTFS_SELF_EVENTS) && event->namelen)
