@@ -52,6 +52,7 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 MAIN_MOUNT_POINT = "/share"
 _MAIN_TAG = "share"
 _WATCH_INTERVAL_S = 0.25
+_SERVER_END_TIMEOUT_S = 0.5
 _STDERR = 2
 _SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -il; fi"
 _TAG = re.compile(r"[A-Za-z0-9_.-]{1,36}")
@@ -344,8 +345,19 @@ def _run(args: argparse.Namespace, steps: Steps) -> int:
                 return _run_command(args, guest, servers, interactive)
         except VmError as error:
             # A server that failed is the cause, whatever QEMU or the guest then said.
-            failed = next((server for server in servers if server.process.poll()), None)
+            failed = _failed_server(servers)
             raise VmError(failed.describe_end()) if failed else error from error
+
+
+def _failed_server(servers: list[ShareServer]) -> ShareServer | None:
+    """A server that has ended with an error, or is about to: QEMU may notice first."""
+    deadline = time.monotonic() + _SERVER_END_TIMEOUT_S
+    while time.monotonic() < deadline:
+        for server in servers:
+            if server.process.poll():
+                return server
+        time.sleep(0.02)
+    return None
 
 
 def _share_options(args: argparse.Namespace) -> list[ShareOption]:
