@@ -16,11 +16,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType as PythonFrame
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vhostfs.control.client import ControlClient
 from vhostfs.errors import UserError
@@ -53,6 +53,7 @@ MAIN_MOUNT_POINT = "/share"
 _MAIN_TAG = "share"
 _WATCH_INTERVAL_S = 0.25
 _SERVER_END_TIMEOUT_S = 0.5
+_DRIVER_TIMEOUT_S = 5.0
 _STDERR = 2
 _SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -il; fi"
 _TAG = re.compile(r"[A-Za-z0-9_.-]{1,36}")
@@ -395,14 +396,26 @@ def _events_line(args: argparse.Namespace, equipment: Equipment, socket_path: Pa
     missing = equipment.events_missing
     if missing is None:
         try:
-            with ControlClient(f"{socket_path}{CONTROL_SUFFIX}") as control:
-                stats = control.stats()
+            stats = _stats_once_agreed(socket_path)
         except UserError as error:
             return f"events: the server does not say which ({error})"
-        if stats["guest"] and stats["guest"]["fsnotify"]:
+        if _has_agreed(stats):
             return f"events: {stats['events']['reason']}; delivered by the notification queue"
         missing = "the guest's driver has not asked for them"
     return f"events: none, watchers in the guest see only its own changes ({missing})"
+
+
+def _has_agreed(stats: Mapping[str, Any]) -> bool:
+    return bool(stats["guest"] and stats["guest"]["fsnotify"])
+
+
+def _stats_once_agreed(socket_path: Path) -> Mapping[str, Any]:
+    """The server's statistics once the guest's driver has asked for events: the mount does not wait for it."""
+    deadline = time.monotonic() + _DRIVER_TIMEOUT_S
+    with ControlClient(f"{socket_path}{CONTROL_SUFFIX}") as control:
+        while not _has_agreed(stats := control.stats()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    return stats
 
 
 def _machine(

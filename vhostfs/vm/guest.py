@@ -85,6 +85,7 @@ class Guest:
         ours, theirs = socket.socketpair()
         try:
             command = qemu_command(self.machine, agent_fd=theirs.fileno(), console_path=self.console_path)
+            self.command = command
             started = time.monotonic()
             self._process = self._lifeline.start(command, log=self._qemu_log_path, pass_fds=[theirs.fileno()])
         except BaseException:
