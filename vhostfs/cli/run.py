@@ -410,7 +410,7 @@ def _has_agreed(stats: Mapping[str, Any]) -> bool:
 
 
 def _stats_once_agreed(socket_path: Path) -> Mapping[str, Any]:
-    """The server's statistics once the guest's driver has asked for events: the mount does not wait for it."""
+    """The server's statistics once the guest's driver has asked for events; the mount does not wait."""
     deadline = time.monotonic() + _DRIVER_TIMEOUT_S
     with ControlClient(f"{socket_path}{CONTROL_SUFFIX}") as control:
         while not _has_agreed(stats := control.stats()) and time.monotonic() < deadline:
