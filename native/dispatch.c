@@ -4,7 +4,7 @@
  * An opcode that is not here is Python's to decide (upcall.c), which answers
  * ENOSYS to what it does not know either.
  */
-#include "core.h"
+#include "own_changes.h"
 
 const struct vf_op_entry vf_ops[] = {
     [FUSE_LOOKUP] = {vf_op_lookup, 0},
@@ -74,6 +74,19 @@ static const struct vf_op_entry *find_op(uint32_t opcode)
 	return op->run || op->flags ? op : &unknown;
 }
 
+/* Tells the source of host events, where it needs that, what the operation does. */
+static int32_t run_noted(struct vf_thread *t, struct vf_req *r, vf_op run)
+{
+	struct vf_events *events = r->share->events;
+	struct vf_own_changes *own = events ? events->own_changes : NULL;
+	struct vf_own_window *noted = own ? vf_own_changes_begin(events, own, r) : NULL;
+	int32_t result = run(t, r);
+
+	if (noted)
+		vf_own_changes_end(own, noted);
+	return result;
+}
+
 int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
 {
 	const struct vf_op_entry *op = find_op(r->header.opcode);
@@ -97,7 +110,7 @@ int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
 	if (!atomic_load(&r->share->init_flags))
 		result = -EIO;
 	else
-		result = op->run(t, r);
+		result = run_noted(t, r, op->run);
 	atomic_store_explicit(&t->busy, false, memory_order_release);
 	return result;
 }

@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "events.h"
+#include "own_changes.h"
 
 /* ---- the source's thread ---------------------------------------------------- */
 
@@ -176,6 +177,7 @@ void vf_events_free(struct vf_events *events)
 	if (events->outbox)
 		vf_outbox_free(events->outbox);
 	vf_watches_free(events->watches);
+	vf_own_changes_free(events->own_changes);
 	vf_trace_free(events->trace);
 	close(events->config.source_fd);
 	if (events->epoll_fd >= 0)

@@ -12,7 +12,7 @@
 #include <sys/inotify.h>
 #include <time.h>
 
-#include "events.h"
+#include "own_changes.h"
 #include "proc_name.h"
 
 /* All that inotify can be asked for. */
@@ -39,6 +39,7 @@ struct reader {
 	struct vf_events *events;
 	uint64_t now_ns;
 	uint32_t size; /* of what was read */
+	uint64_t at;   /* where in the instance's stream it began */
 };
 
 static struct inotify_event *record_at(const struct reader *reader, uint32_t at)
@@ -138,6 +139,21 @@ static struct vf_inode *object_of(struct vf_events *events, const struct vf_chan
 	return vf_inode_known(events->share, change->dir, name);
 }
 
+/* Changes of one record, or of two that belong together. */
+static void report(struct reader *reader, const struct inotify_event *record,
+		   const struct vf_change *changes, uint32_t n)
+{
+	struct vf_events *events = reader->events;
+	uint64_t at = reader->at + (uint64_t)((const uint8_t *)record - events->buffer);
+
+	if (!vf_own_changes_is(events->own_changes, at, changes)) {
+		vf_events_report(events, changes, n);
+		return;
+	}
+	vf_count_n(&events->own, n);
+	vf_events_trace_own(events, changes, n);
+}
+
 static void report_entry(struct reader *reader, const struct inotify_event *record,
 			 struct vf_inode *dir)
 {
@@ -146,7 +162,7 @@ static void report_entry(struct reader *reader, const struct inotify_event *reco
 
 	change.child = object_of(events, &change);
 	expect_echo(reader, &change);
-	vf_events_report(events, &change, 1);
+	report(reader, record, &change, 1);
 	if (change.child)
 		vf_inode_put(events->share, change.child);
 }
@@ -157,7 +173,7 @@ static void report_object(struct reader *reader, const struct inotify_event *rec
 	struct vf_change change = change_of(reader, record, object);
 
 	if (!is_echo(reader, &change))
-		vf_events_report(reader->events, &change, 1);
+		report(reader, record, &change, 1);
 }
 
 static void take_one(struct reader *reader, const struct inotify_event *record)
@@ -224,7 +240,7 @@ static void report_pair(struct reader *reader, const struct inotify_event *from,
 		changes[i].cookie = events->last_cookie;
 		changes[i].flags = VF_FSNOTIFY_SPLIT_RENAME;
 	}
-	vf_events_report(events, changes, 2);
+	report(reader, from, changes, 2);
 	if (object)
 		vf_inode_put(events->share, object);
 }
@@ -257,12 +273,13 @@ static void read_more(struct reader *reader)
 {
 	struct vf_events *events = reader->events;
 	struct pollfd more = {.fd = events->config.source_fd, .events = POLLIN};
+	uint64_t at;
 	ssize_t n;
 
 	if (poll(&more, 1, SECOND_HALF_MS) != 1)
 		return;
-	n = read(events->config.source_fd, events->buffer + reader->size,
-		 VF_SOURCE_BUFFER - reader->size);
+	n = vf_own_changes_read(events->own_changes, events->buffer + reader->size,
+				VF_SOURCE_BUFFER - reader->size, &at);
 	if (n > 0)
 		reader->size += (uint32_t)n;
 }
@@ -316,7 +333,8 @@ static void inotify_read(struct vf_events *events)
 	struct timespec now;
 	ssize_t n;
 
-	n = read(events->config.source_fd, events->buffer, VF_SOURCE_BUFFER - READ_ROOM);
+	n = vf_own_changes_read(events->own_changes, events->buffer, VF_SOURCE_BUFFER - READ_ROOM,
+				&reader.at);
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
 	if (n <= 0) {
@@ -328,6 +346,7 @@ static void inotify_read(struct vf_events *events)
 	reader.size = (uint32_t)n;
 	for (uint32_t at = 0; (record = record_at(&reader, at)); at = record_end(at, record))
 		take(&reader, record, record_end(at, record));
+	vf_own_changes_pass(events->own_changes, reader.at + reader.size);
 }
 
 /* ---- watches ---------------------------------------------------------------------------- */
@@ -388,6 +407,10 @@ static int inotify_mark(struct vf_events *events, struct vf_inode *inode, uint64
 		how = IN_MASK_ADD;
 	else
 		bits |= bits_of(events, inode, others);
+	if (!events->own_changes)
+		events->own_changes = vf_own_changes_new(events->config.source_fd);
+	if (!events->own_changes)
+		return -ENOMEM;
 	fd = vf_inode_path_fd(events->share, inode);
 	if (fd < 0)
 		return fd;

@@ -312,23 +312,23 @@ static void the_hosts_overflow_is_passed_on(struct guest *g)
 {
 	struct vf_events *events = start_events(g, ALL_FLAGS);
 	unsigned int limit = 0;
-	char name[20];
 	FILE *f = fopen("/proc/sys/fs/inotify/max_queued_events", "r");
 
 	CHECK(f && fscanf(f, "%u", &limit) == 1);
 	fclose(f);
-	CHECK_EQ(watch(g, 1, VF_FS_CREATE), 0);
+	host_touch("a");
+	CHECK_EQ(watch(g, 1, VF_FS_RENAME | VF_FS_CREATE), 0);
 	pthread_mutex_lock(&events->busy);
-	for (unsigned int i = 0; i < limit + 10; i++) {
-		sprintf(name, "n%u", i);
-		host_touch(name);
-	}
-	/* More than the outbox holds, too. */
+	/* Two records each. */
+	for (unsigned int i = 0; i < limit / 2 + 10; i++)
+		CHECK_EQ(renameat(host_fd, i % 2 ? "b" : "a", host_fd, i % 2 ? "a" : "b"), 0);
+	/* More than this guest takes. */
 	vf_outbox_detach(events->outbox, &taker.sink);
 	pthread_mutex_unlock(&events->busy);
 	CHECK_EQ(event_stats(g).host_overflows, 1);
-	CHECK_EQ(vf_outbox_attach(events->outbox, &taker.sink), 0);
+	CHECK_EQ(event_stats(g).queued + event_stats(g).lost, limit + 1);
 	vf_outbox_clear(events->outbox);
+	CHECK_EQ(vf_outbox_attach(events->outbox, &taker.sink), 0);
 	host_touch("after");
 	expect(events, "CREATE 1 after");
 }
@@ -346,6 +346,244 @@ static void a_new_session_hears_nothing_of_the_old(struct guest *g)
 	CHECK_EQ(watch(g, 1, VF_FS_CREATE), 0);
 	host_touch("g");
 	expect(events, "CREATE 1 g");
+}
+
+/* ---- the guest's own ---------------------------------------------------------------- */
+
+/* As the queue's thread runs it; payload: what a WRITE brings. */
+static int32_t dispatch(struct guest *g, uint32_t opcode, uint64_t nodeid, const char *payload)
+{
+	struct iovec iov = {(char *)payload, payload ? strlen(payload) : 0};
+	struct vf_req r = {
+	    .share = g->share,
+	    .header = g->header,
+	    .args = g->args,
+	    .args_size = g->args_size,
+	    .in = &iov,
+	    .n_in = payload ? 1 : 0,
+	    .in_size = (uint32_t)iov.iov_len,
+	    .out_size = 65536,
+	};
+
+	r.header.opcode = opcode;
+	r.header.nodeid = nodeid;
+	r.header.len = (uint32_t)sizeof(r.header) + r.args_size + r.in_size;
+	g->args_size = 0;
+	return vf_dispatch(&g->thread, &r);
+}
+
+static void guest_write(struct guest *g, uint64_t nodeid, uint64_t fh, const char *text)
+{
+	struct fuse_write_in in = {.fh = fh, .size = (uint32_t)strlen(text)};
+
+	arg(g, &in, sizeof(in));
+	CHECK_EQ(dispatch(g, FUSE_WRITE, nodeid, text), sizeof(struct fuse_write_out));
+}
+
+static void guest_chmod(struct guest *g, uint64_t nodeid, uint32_t mode)
+{
+	struct fuse_setattr_in in = {.valid = FATTR_MODE, .mode = mode};
+
+	arg(g, &in, sizeof(in));
+	CHECK_EQ(dispatch(g, FUSE_SETATTR, nodeid, NULL), sizeof(struct fuse_attr_out));
+}
+
+/* Creates a file and gives its nodeid. */
+static uint64_t guest_create(struct guest *g, uint64_t dir, const char *name, uint64_t *fh)
+{
+	struct fuse_create_in in = {.flags = O_RDWR | O_CREAT, .mode = 0644};
+
+	arg(g, &in, sizeof(in));
+	arg_string(g, name);
+	CHECK_EQ(dispatch(g, FUSE_CREATE, dir, NULL),
+		 sizeof(struct fuse_entry_out) + sizeof(struct fuse_open_out));
+	*fh = ((struct fuse_open_out *)(entry(g) + 1))->fh;
+	return entry(g)->nodeid;
+}
+
+static void guest_release(struct guest *g, uint64_t nodeid, uint64_t fh)
+{
+	arg(g, &(struct fuse_release_in){.fh = fh}, sizeof(struct fuse_release_in));
+	CHECK_EQ(dispatch(g, FUSE_RELEASE, nodeid, NULL), 0);
+}
+
+static void guest_rename(struct guest *g, uint64_t from, const char *old, uint64_t to,
+			 const char *new)
+{
+	arg(g, &(struct fuse_rename2_in){.newdir = to}, sizeof(struct fuse_rename2_in));
+	arg_string(g, old);
+	arg_string(g, new);
+	CHECK_EQ(dispatch(g, FUSE_RENAME2, from, NULL), 0);
+}
+
+static void guest_remove(struct guest *g, uint32_t opcode, uint64_t dir, const char *name)
+{
+	arg_string(g, name);
+	CHECK_EQ(dispatch(g, opcode, dir, NULL), 0);
+}
+
+#define ALL_OF_INOTIFY (IN_ALL_EVENTS | ON_CHILD)
+
+/* Everything that a guest does, with everything watched; nothing of it is told. */
+static void guest_at_work(struct guest *g, uint64_t d, uint64_t e)
+{
+	struct fuse_mkdir_in mkdir_in = {.mode = 0755};
+	struct fuse_link_in link_in;
+	struct fuse_open_in open_in = {.flags = O_RDONLY};
+	struct fuse_read_in read_in = {.size = 4096};
+	struct fuse_setattr_in truncate = {.valid = FATTR_SIZE};
+	uint64_t f, fh, other, sub;
+
+	f = guest_create(g, d, "f", &fh);
+	CHECK_EQ(watch(g, f, ALL_OF_INOTIFY), 0);
+	guest_write(g, f, fh, "some text");
+	guest_chmod(g, f, 0600);
+	arg(g, &truncate, sizeof(truncate));
+	CHECK_EQ(dispatch(g, FUSE_SETATTR, f, NULL), sizeof(struct fuse_attr_out));
+	guest_release(g, f, fh);
+	link_in.oldnodeid = f;
+	arg(g, &link_in, sizeof(link_in));
+	arg_string(g, "hard");
+	CHECK_EQ(dispatch(g, FUSE_LINK, e, NULL), sizeof(struct fuse_entry_out));
+	guest_remove(g, FUSE_UNLINK, e, "hard");
+	guest_rename(g, d, "f", d, "g");
+	guest_rename(g, d, "g", e, "f");
+	/* Over another that is watched, too. */
+	other = guest_create(g, d, "over", &fh);
+	guest_release(g, other, fh);
+	CHECK_EQ(watch(g, other, ALL_OF_INOTIFY), 0);
+	guest_rename(g, d, "over", e, "f");
+	forget(g, f, 2);
+	guest_remove(g, FUSE_UNLINK, e, "f");
+	forget(g, other, 1);
+	arg(g, &mkdir_in, sizeof(mkdir_in));
+	arg_string(g, "sub");
+	CHECK_EQ(dispatch(g, FUSE_MKDIR, d, NULL), sizeof(struct fuse_entry_out));
+	sub = entry(g)->nodeid;
+	CHECK_EQ(watch(g, sub, ALL_OF_INOTIFY), 0);
+	arg(g, &open_in, sizeof(open_in));
+	CHECK_EQ(dispatch(g, FUSE_OPENDIR, sub, NULL), sizeof(struct fuse_open_out));
+	read_in.fh = ((struct fuse_open_out *)g->thread.reply)->fh;
+	fh = read_in.fh;
+	arg(g, &read_in, sizeof(read_in));
+	CHECK(dispatch(g, FUSE_READDIR, sub, NULL) >= 0);
+	arg(g, &(struct fuse_release_in){.fh = fh}, sizeof(struct fuse_release_in));
+	CHECK_EQ(dispatch(g, FUSE_RELEASEDIR, sub, NULL), 0);
+	arg_string(g, "link");
+	arg_string(g, "nowhere");
+	CHECK_EQ(dispatch(g, FUSE_SYMLINK, d, NULL), sizeof(struct fuse_entry_out));
+	forget(g, entry(g)->nodeid, 1);
+	guest_remove(g, FUSE_UNLINK, d, "link");
+	guest_remove(g, FUSE_RMDIR, d, "sub");
+	forget(g, sub, 1);
+}
+
+static void our_own_changes_are_not_told(struct guest *g)
+{
+	struct vf_events *events = start_events(g, ALL_FLAGS);
+	uint64_t d, e;
+
+	host_mkdir("d");
+	host_mkdir("e");
+	d = must_lookup(g, 1, "d");
+	e = must_lookup(g, 1, "e");
+	CHECK_EQ(watch(g, d, ALL_OF_INOTIFY), 0);
+	CHECK_EQ(watch(g, e, ALL_OF_INOTIFY), 0);
+	guest_at_work(g, d, e);
+	expect_nothing(events);
+	CHECK(event_stats(g).own > 20);
+	CHECK_EQ(event_stats(g).host_marks, 2);
+	/* All of it while the source cannot read, which sees it later as one stream. */
+	taker.read = taker.n;
+	host_touch("d/before");
+	pthread_mutex_lock(&events->busy);
+	for (int i = 0; i < 5; i++) {
+		struct fuse_mkdir_in in = {.mode = 0755};
+
+		arg(g, &in, sizeof(in));
+		arg_string(g, "sub");
+		CHECK_EQ(dispatch(g, FUSE_MKDIR, d, NULL), sizeof(struct fuse_entry_out));
+		forget(g, entry(g)->nodeid, 1);
+		CHECK_EQ(mkdirat(host_fd, "d/host", 0755), 0);
+		guest_remove(g, FUSE_RMDIR, d, "sub");
+		CHECK_EQ(unlinkat(host_fd, "d/host", AT_REMOVEDIR), 0);
+	}
+	pthread_mutex_unlock(&events->busy);
+	expect(events, "CREATE %llx before", U(d));
+	for (int i = 0; i < 5; i++) {
+		expect(events, "CREATE dir %llx host", U(d));
+		expect(events, "DELETE dir %llx host", U(d));
+	}
+	expect_nothing(events);
+}
+
+/* The host does the same as the guest just did, to the same object. */
+static void the_hosts_same_change_is_told(struct guest *g)
+{
+	struct vf_events *events = start_events(g, ALL_FLAGS);
+	uint64_t f;
+
+	host_touch("f");
+	f = must_lookup(g, 1, "f");
+	CHECK_EQ(watch(g, f, VF_FS_ATTRIB), 0);
+	for (int i = 0; i < 100; i++) {
+		guest_chmod(g, f, 0600);
+		/* Else the kernel makes one record of both. */
+		settle(events);
+		CHECK_EQ(fchmodat(host_fd, "f", 0644, 0), 0);
+		expect(events, "ATTRIB %llx", U(f));
+		expect_nothing(events);
+	}
+	CHECK_EQ(event_stats(g).own, 100);
+}
+
+struct worker {
+	struct guest g;
+	uint64_t f;
+	uint32_t n;
+};
+
+static void *worker_main(void *arg)
+{
+	struct worker *w = arg;
+
+	guest_enter(&w->g, w->g.share);
+	for (uint32_t i = 0; i < w->n; i++)
+		guest_chmod(&w->g, w->f, i % 2 ? 0600 : 0644);
+	guest_leave(&w->g);
+	return NULL;
+}
+
+/* Threads of the server on their own files, the host on another: its changes all come. */
+static void many_at_once_are_told_apart(struct guest *g)
+{
+	struct vf_events *events = start_events(g, ALL_FLAGS);
+	struct worker workers[3];
+	pthread_t threads[3];
+	char name[16];
+	uint64_t h;
+
+	host_touch("h");
+	h = must_lookup(g, 1, "h");
+	CHECK_EQ(watch(g, 1, VF_FS_ATTRIB | VF_FS_CREATE | ON_CHILD), 0);
+	for (int i = 0; i < 3; i++) {
+		sprintf(name, "f%d", i);
+		host_touch(name);
+		workers[i].f = must_lookup(g, 1, name);
+		workers[i].g.share = g->share;
+		workers[i].n = 500;
+	}
+	settle(events);
+	taker.read = taker.n;
+	for (int i = 0; i < 3; i++)
+		CHECK_EQ(pthread_create(&threads[i], NULL, worker_main, &workers[i]), 0);
+	for (int i = 0; i < 100; i++) {
+		CHECK_EQ(fchmodat(host_fd, "h", i % 2 ? 0600 : 0644, 0), 0);
+		expect(events, "ATTRIB 1 h > %llx", U(h));
+	}
+	for (int i = 0; i < 3; i++)
+		CHECK_EQ(pthread_join(threads[i], NULL), 0);
+	expect_nothing(events);
 }
 
 #define RUN_ALL(test)                                                                              \
@@ -366,6 +604,9 @@ int main(void)
 	RUN_ALL(both_mounts_of_an_object_are_told);
 	RUN_ALL(the_hosts_overflow_is_passed_on);
 	RUN_ALL(a_new_session_hears_nothing_of_the_old);
+	RUN_ALL(our_own_changes_are_not_told);
+	RUN_ALL(the_hosts_same_change_is_told);
+	RUN_ALL(many_at_once_are_told_apart);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
 }
