@@ -72,21 +72,23 @@ def test_a_handler_that_lists_the_directory_sees_what_came_and_not_what_went(
     watched_any: WatchedPlace,
 ) -> None:
     watch = watched_any.watch(mask=In.CREATE | In.DELETE, look="--list", with_twin=False)
-    for number in range(CHANGES_MADE // 2):
-        (watched_any.host / f"d{number}").mkdir()
-        if number >= 5:
-            (watched_any.host / f"d{number - 5}").rmdir()
-    gone: set[str] = set()
-    for event, line in awaited_handled(watch, CHANGES_MADE - 5):
-        names = line.removeprefix("saw ").split("/")
-        if event.mask & In.DELETE:
-            gone.add(event.name)
-        # Of what was made later, some may be there already; and of this, gone already.
-        later = {f"d{n}" for n in range(int(event.name[1:]), CHANGES_MADE)}
-        assert not gone & set(names), (event, line)
-        if event.mask & In.CREATE:
-            assert event.name in names or later & set(names), (event, line)
-    assert watch.place.sh("ls").split() == sorted(os.listdir(watched_any.host))
+    names = [f"d{number}" for number in range(CHANGES_MADE // 2)]
+    for name in names:
+        (watched_any.host / name).mkdir()
+    made = awaited_handled(watch, len(names))
+    for number, (event, line) in enumerate(made):
+        assert event.name == names[number]
+        assert set(names[: number + 1]) <= listed(line), (event, line)
+    for name in names:
+        (watched_any.host / name).rmdir()
+    removed = awaited_handled(watch, 2 * len(names))[len(names) :]
+    for number, (event, line) in enumerate(removed):
+        assert event.name == names[number]
+        assert not set(names[: number + 1]) & listed(line), (event, line)
+
+
+def listed(line: str) -> set[str]:
+    return set(line.removeprefix("saw ").split("/"))
 
 
 def test_what_was_looked_up_in_vain_is_found_when_its_event_comes(watched_any: WatchedPlace) -> None:

@@ -35,17 +35,29 @@ def test_files_are_created_written_and_removed(watched: WatchedPlace) -> None:
 
 
 def test_attributes_are_changed(watched: WatchedPlace) -> None:
-    file, directory = watched.host / "file", watched.host / "directory"
+    file = watched.host / "file"
     file.touch()
-    directory.mkdir()
     watch = watched.watch()
     watch.step(lambda: file.chmod(0o600), "ATTRIB file")
     watch.step(lambda: os.utime(file, (1, 2)), "ATTRIB file")
     watch.step(lambda: os.setxattr(file, "user.colour", b"red"), "ATTRIB file")
     watch.step(lambda: os.chown(file, 12, 34), "ATTRIB file")
-    watch.step(lambda: directory.chmod(0o700), "ATTRIB|ISDIR directory")
     watch.step(lambda: subprocess.run(["touch", file], check=True), "ATTRIB file", "CLOSE_WRITE file")
     watch.ends()
+
+
+def test_a_directory_s_own_events_are_seen_by_who_watches_its_parent(watched: WatchedPlace) -> None:
+    directory = watched.host / "directory"
+    directory.mkdir()
+    watch = watched.watch(mask=ALL)
+    watch.step(lambda: directory.chmod(0o700), "ATTRIB|ISDIR directory")
+    watch.step(lambda: os.utime(directory, (1, 2)), "ATTRIB|ISDIR directory")
+    watch.step(
+        lambda: os.listdir(directory),
+        "OPEN|ISDIR directory",
+        "ACCESS|ISDIR directory",
+        "CLOSE_NOWRITE|ISDIR directory",
+    )
 
 
 def test_directories_links_and_special_files_are_made_and_removed(watched: WatchedPlace) -> None:
