@@ -154,6 +154,11 @@ struct vf_events_config {
 	uint32_t source;
 	int source_fd; /* the group, non-blocking; taken over, also when the call fails */
 	/*
+	 * fanotify: an inotify instance that keeps the order of events, non-blocking and taken over
+	 * likewise; -1: none, and under load events of one directory may come out of order.
+	 */
+	int order_fd;
+	/*
 	 * fanotify: events that a mark on the root's whole file system reports already, whose
 	 * setting took rights that are gone by now; 0: no such mark.  What a guest watches beyond
 	 * that is marked inode by inode.

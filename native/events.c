@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "events.h"
+#include "order.h"
 #include "own_changes.h"
 
 /* ---- the source's thread ---------------------------------------------------- */
@@ -100,6 +101,8 @@ void vf_events_source_failed(struct vf_events *events, const char *what, int err
 	vf_events_notice(events, "%s: %s; no more changes on the host reach the guest", what,
 			 strerror(error));
 	epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, events->config.source_fd, NULL);
+	if (events->order)
+		epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, events->config.order_fd, NULL);
 	vf_events_report_overflow(events);
 }
 
@@ -108,15 +111,25 @@ void vf_events_source_failed(struct vf_events *events, const char *what, int err
 static int open_fds(struct vf_events *events)
 {
 	struct epoll_event source = {.events = EPOLLIN, .data.fd = events->config.source_fd};
+	struct epoll_event order = {.events = EPOLLIN, .data.fd = events->config.order_fd};
 	struct epoll_event stop = {.events = EPOLLIN};
 
 	events->stop_fd = stop.data.fd = eventfd(0, EFD_CLOEXEC);
 	events->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	if (events->stop_fd < 0 || events->epoll_fd < 0 ||
 	    epoll_ctl(events->epoll_fd, EPOLL_CTL_ADD, events->config.source_fd, &source) ||
+	    (events->config.order_fd >= 0 &&
+	     epoll_ctl(events->epoll_fd, EPOLL_CTL_ADD, events->config.order_fd, &order)) ||
 	    epoll_ctl(events->epoll_fd, EPOLL_CTL_ADD, events->stop_fd, &stop))
 		return -errno;
 	return 0;
+}
+
+static void close_groups(const struct vf_events_config *config)
+{
+	close(config->source_fd);
+	if (config->order_fd >= 0)
+		close(config->order_fd);
 }
 
 static struct vf_events *events_new(vf_share *share, const struct vf_events_config *config,
@@ -126,7 +139,7 @@ static struct vf_events *events_new(vf_share *share, const struct vf_events_conf
 
 	*error = -ENOMEM;
 	if (!events) {
-		close(config->source_fd);
+		close_groups(config);
 		return NULL;
 	}
 	events->share = share;
@@ -145,6 +158,8 @@ static struct vf_events *events_new(vf_share *share, const struct vf_events_conf
 		events->watches = vf_watches_new(events, error);
 	if (!*error)
 		events->outbox = vf_outbox_new(config->max_queued, events->trace, error);
+	if (!*error && config->order_fd >= 0)
+		events->order = vf_order_new(events, config->order_fd, error);
 	if (!*error)
 		*error = start_thread(events);
 	if (!*error)
@@ -158,7 +173,7 @@ int vf_share_start_events(vf_share *share, const struct vf_events_config *config
 	int error;
 
 	if (share->events) {
-		close(config->source_fd);
+		close_groups(config);
 		return -EBUSY;
 	}
 	share->events = events_new(share, config, &error);
@@ -176,10 +191,11 @@ void vf_events_free(struct vf_events *events)
 		pthread_join(events->thread, NULL);
 	if (events->outbox)
 		vf_outbox_free(events->outbox);
+	vf_order_free(events->order);
 	vf_watches_free(events->watches);
 	vf_own_changes_free(events->own_changes);
 	vf_trace_free(events->trace);
-	close(events->config.source_fd);
+	close_groups(&events->config);
 	if (events->epoll_fd >= 0)
 		close(events->epoll_fd);
 	if (events->stop_fd >= 0)
@@ -216,6 +232,11 @@ void vf_events_end_session(struct vf_events *events)
 	pthread_mutex_unlock(&events->busy);
 	vf_handle_index_stop(events->share);
 	vf_watches_clear(events->watches);
+	if (events->order) {
+		pthread_mutex_lock(&events->busy);
+		vf_order_clear(events->order);
+		pthread_mutex_unlock(&events->busy);
+	}
 	vf_outbox_clear(events->outbox);
 }
 

@@ -4,6 +4,7 @@
  * notification buffers.
  *
  *   fanotify_source.c, inotify_source.c   read the host's records, find the guest's inodes
+ *   order.c                               what fanotify cannot say: in which order
  *   route.c       vf_events_report()      does anybody in the guest watch it? an element is made
  *   outbox.c      vf_outbox_push()        bounded, ordered; identical neighbours merge
  *   notify_queue.c                        puts elements into the buffers of the virtqueue
@@ -79,10 +80,15 @@ struct vf_change {
 void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n);
 /* The server made these changes itself, for its guest, which is not told. */
 void vf_events_trace_own(struct vf_events *events, const struct vf_change *changes, uint32_t n);
+/* A rename whose both directories the guest holds: gives the two changes their cookie. */
+void vf_events_report_rename(struct vf_events *events, struct vf_change changes[2]);
 /* The host's queue overflowed: the guest is told that events were lost. */
 void vf_events_report_overflow(struct vf_events *events);
 
 /* ---- sources --------------------------------------------------------------- */
+
+/* Numbers that the host gave for what it watches, by who asked for them. */
+enum vf_wd { VF_WD_SOURCE, VF_WD_ORDER, VF_N_WDS };
 
 struct vf_source_ops {
 	/* Reads what waits and reports it; called when the descriptor is readable. */
@@ -94,7 +100,7 @@ struct vf_source_ops {
 	 * Under watches->change_lock.
 	 */
 	int (*mark)(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
-		    uint64_t new_mask, int32_t *wd);
+		    uint64_t new_mask, int32_t wd[VF_N_WDS]);
 	/*
 	 * The inode, which was watched or has vf_inode_set_marked(), is being freed; its watch has
 	 * ended.  May be NULL.  Under watches->change_lock.
@@ -102,12 +108,15 @@ struct vf_source_ops {
 	void (*gone)(struct vf_events *events, struct vf_inode *inode);
 };
 extern const struct vf_source_ops vf_fanotify_source, vf_inotify_source;
+/* Each event of mask on its own, in the order in which programs mostly do these things. */
+void vf_fanotify_report_ordered(struct vf_events *events, struct vf_change *change, uint64_t mask);
 
 /* ---- events.c --------------------------------------------------------------- */
 
 struct vf_outbox;
 struct vf_own_changes;
 struct vf_watches;
+struct vf_order;
 
 struct vf_events {
 	struct vf_share *share;
@@ -115,12 +124,15 @@ struct vf_events {
 	const struct vf_source_ops *ops;
 	struct vf_watches *watches;
 	struct vf_outbox *outbox;
+	struct vf_order *order; /* beside fanotify; NULL: fanotify's own order */
 	/* Granted to the session; 0: none, and nothing is reported. */
 	atomic_uint_fast64_t flags;
 	atomic_uint_fast64_t mask;
-	int32_t pid;	      /* our own, as the host's records name it */
-	uint32_t last_cookie; /* the source's thread's */
-	int mark_error;	      /* the last that people were told of; under watches->change_lock */
+	int32_t pid;			    /* our own, as the host's records name it */
+	uint32_t last_cookie;		    /* the source's thread's */
+	int order_error;		    /* as mark_error */
+	atomic_uint_fast64_t order_watches; /* held for order */
+	int mark_error; /* the last that people were told of; under watches->change_lock */
 	pthread_t thread;
 	bool running;
 	pthread_mutex_t busy; /* held while records are read and reported; outermost of all */
@@ -206,12 +218,15 @@ void vf_watch_inode_gone(struct vf_watches *watches, struct vf_inode *inode);
  * inotify: the inodes of this number (more than one when they are one object of the host), at most
  * max (and 8), each referenced.  Returns how many.
  */
-uint32_t vf_watches_by_wd(struct vf_watches *watches, int32_t wd, struct vf_inode **found,
-			  uint32_t max);
+uint32_t vf_watches_by_wd(struct vf_watches *watches, enum vf_wd which, int32_t wd,
+			  struct vf_inode **found, uint32_t max);
+/* The number of this inode's watch; -1: there is none. */
+int32_t vf_watch_wd(struct vf_watches *watches, enum vf_wd which, const struct vf_inode *inode);
 /* What the guest watches on inodes of this number other than `but`. */
-uint64_t vf_watches_wd_mask(struct vf_watches *watches, int32_t wd, const struct vf_inode *but);
+uint64_t vf_watches_wd_mask(struct vf_watches *watches, enum vf_wd which, int32_t wd,
+			    const struct vf_inode *but);
 /* Those that have it have none from now on. */
-void vf_watches_forget_wd(struct vf_watches *watches, int32_t wd);
+void vf_watches_forget_wd(struct vf_watches *watches, enum vf_wd which, int32_t wd);
 uint64_t vf_watches_count(const struct vf_watches *watches);
 
 /* ---- handle_index.c ------------------------------------------------------------- */

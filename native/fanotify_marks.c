@@ -96,7 +96,7 @@ static int replace_bits(struct vf_events *events, struct vf_inode *inode, uint64
 static uint64_t bits_below(struct vf_events *events, const struct vf_inode *inode,
 			   const struct vf_inode *but)
 {
-	return vf_watches_wd_mask(events->watches, vf_inode_slot(inode), but)
+	return vf_watches_wd_mask(events->watches, VF_WD_SOURCE, vf_inode_slot(inode), but)
 		   ? VF_FS_DELETE | VF_FS_ISDIR
 		   : 0;
 }
@@ -194,5 +194,5 @@ void vf_fanotify_inode_gone(struct vf_events *events, struct vf_inode *inode)
 		return;
 	twins = bits_of(events, inode, vf_inode_twins_watch_mask(events->share, inode));
 	replace_bits(events, inode, twins | VF_FS_DELETE | VF_FS_ISDIR, twins);
-	vf_watches_forget_wd(events->watches, vf_inode_slot(inode));
+	vf_watches_forget_wd(events->watches, VF_WD_SOURCE, vf_inode_slot(inode));
 }

@@ -12,6 +12,7 @@
 
 #include "fanotify_marks.h"
 #include "fanotify_record.h"
+#include "order.h"
 
 #define CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
 /* In how many places of a share one object may be mounted; more are not told of. */
@@ -65,10 +66,30 @@ static struct vf_inode *on_mount(const struct places *places, uint16_t mount)
 
 static void report(struct reader *reader, const struct vf_change *changes, uint32_t n)
 {
+	struct vf_order *order = reader->events->order;
+
 	if (reader->own)
 		vf_events_trace_own(reader->events, changes, n);
-	else
+	else if (n != 1 || !order || !vf_order_defer(order, changes))
 		vf_events_report(reader->events, changes, n);
+}
+
+/* The order of what happened to names in this directory is inotify's to tell. */
+static bool note(struct reader *reader, const struct vf_change *change, uint64_t mask)
+{
+	struct vf_order *order = reader->events->order;
+
+	return order && vf_order_note(order, change, mask, reader->own);
+}
+
+void vf_fanotify_report_ordered(struct vf_events *events, struct vf_change *change, uint64_t mask)
+{
+	for (uint32_t i = 0; i < N_ORDERED; i++) {
+		if (!(mask & usual_order[i]))
+			continue;
+		change->mask = usual_order[i] | (mask & VF_FS_ISDIR);
+		vf_events_report(events, change, 1);
+	}
 }
 
 /* ---- one record ------------------------------------------------------------------ */
@@ -154,8 +175,28 @@ static void report_entry(struct reader *reader, const struct vf_fanotify_record 
 		    .seen_ns = reader->now_ns,
 		};
 
-		report_each(reader, &change, record->mask & ~VF_FS_SELF_EVENTS, &record->object);
+		if (!note(reader, &change, record->mask & ~VF_FS_SELF_EVENTS))
+			report_each(reader, &change, record->mask & ~VF_FS_SELF_EVENTS,
+				    &record->object);
 	}
+}
+
+static void report_pair(struct reader *reader, struct vf_change changes[2])
+{
+	struct vf_order *order = reader->events->order;
+	bool noted[2];
+
+	if (order && vf_order_note_rename(order, changes, reader->own))
+		return;
+	noted[0] = note(reader, &changes[0], changes[0].mask);
+	noted[1] = note(reader, &changes[1], changes[1].mask);
+
+	if (reader->own && !noted[0] && !noted[1])
+		vf_events_trace_own(reader->events, changes, 2);
+	else if (!noted[0] && !noted[1])
+		vf_events_report_rename(reader->events, changes);
+	else if (!noted[0] || !noted[1])
+		report(reader, &changes[noted[0]], 1);
 }
 
 static void report_rename(struct reader *reader, const struct vf_fanotify_record *record,
@@ -184,16 +225,9 @@ static void report_rename(struct reader *reader, const struct vf_fanotify_record
 		changes[1].name = record->new.name;
 		changes[1].namelen = record->new.namelen;
 		if (changes[0].dir && changes[1].dir) {
-			struct vf_events *events = reader->events;
-
-			if (!is_from)
-				continue; /* told of with its other half */
-			if (!++events->last_cookie)
-				events->last_cookie = 1;
-			changes[0].cookie = changes[1].cookie = events->last_cookie;
-			changes[0].flags = changes[1].flags = VF_FSNOTIFY_SPLIT_RENAME;
-			report(reader, changes, 2);
-		} else {
+			if (is_from) /* else told of with its other half */
+				report_pair(reader, changes);
+		} else if (!note(reader, &changes[!is_from], changes[!is_from].mask)) {
 			report(reader, &changes[!is_from], 1);
 		}
 	}
@@ -251,7 +285,7 @@ static void take(struct reader *reader, const struct vf_fanotify_record *record)
 		directory_moved(events, record);
 	if (reader->own) {
 		vf_count_n(&events->own, n);
-		if (!vf_trace_is_on(events->trace))
+		if (!events->order && !vf_trace_is_on(events->trace))
 			return;
 	}
 	find(events, rename ? &record->old : &record->dir, &dirs);
@@ -268,7 +302,8 @@ static void take(struct reader *reader, const struct vf_fanotify_record *record)
 
 /* ---- reading ----------------------------------------------------------------------- */
 
-static void fanotify_read(struct vf_events *events)
+/* True: there was something. */
+static bool read_records(struct vf_events *events)
 {
 	struct reader reader = {.events = events};
 	struct vf_fanotify_record record;
@@ -278,10 +313,10 @@ static void fanotify_read(struct vf_events *events)
 
 	n = read(events->config.source_fd, events->buffer, VF_SOURCE_BUFFER);
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
-		return;
+		return false;
 	if (n <= 0) {
 		vf_events_source_failed(events, "reading fanotify", n ? errno : EIO);
-		return;
+		return false;
 	}
 	size = (uint32_t)n;
 	clock_gettime(CLOCK_MONOTONIC, &now);
@@ -295,15 +330,35 @@ static void fanotify_read(struct vf_events *events)
 					 "understood; what came with it is lost",
 					 size - at);
 			vf_events_report_overflow(events);
-			return;
+			return true;
 		}
 		take(&reader, &record);
 		at += (uint32_t)length;
 	}
+	return true;
+}
+
+static void fanotify_read(struct vf_events *events)
+{
+	if (events->order)
+		vf_order_read(events->order, read_records);
+	else
+		read_records(events);
+}
+
+static int fanotify_mark_watch(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
+			       uint64_t new_mask, int32_t wd[VF_N_WDS])
+{
+	int error = vf_fanotify_mark_inode(events, inode, old_mask, new_mask, &wd[VF_WD_SOURCE]);
+
+	/* Last, so that there is a fact for each event. */
+	if (!error && events->order)
+		vf_order_mark(events->order, inode, new_mask, &wd[VF_WD_ORDER]);
+	return error;
 }
 
 const struct vf_source_ops vf_fanotify_source = {
     .read = fanotify_read,
-    .mark = vf_fanotify_mark_inode,
+    .mark = fanotify_mark_watch,
     .gone = vf_fanotify_inode_gone,
 };

@@ -8,65 +8,14 @@
  * is, the name is asked a moment later: when it was given to another meanwhile,
  * the event names that one.  What is no longer there is nobody's (child NULL).
  */
-#include <poll.h>
-#include <sys/inotify.h>
-#include <time.h>
-
+#include "inotify_reader.h"
 #include "own_changes.h"
-#include "proc_name.h"
 
 /* All that inotify can be asked for. */
 #define EVENTS ((uint64_t)IN_ALL_EVENTS)
-/* In how many places of a share one object may be mounted; more are not told of. */
-#define MAX_PLACES 8u
-/* The kernel adds the second half of a rename right after the first, but not at the same moment. */
-#define SECOND_HALF_MS 1
 /* An object's own record follows its directory's; a few of others may come between. */
 #define MAX_ECHOES (sizeof(((struct vf_events *)0)->echoes) / sizeof(struct vf_echo))
 #define ECHO_NS 100000000u
-/* Left in the buffer for that second half and a few more. */
-#define READ_ROOM 4096u
-/* The halves of a rename are looked for this far apart. */
-#define MAX_BETWEEN 64u
-
-/* The inodes that one watch stands for: one object of the host, on different mounts. */
-struct places {
-	struct vf_inode *inodes[MAX_PLACES];
-	uint32_t n;
-};
-
-struct reader {
-	struct vf_events *events;
-	uint64_t now_ns;
-	uint32_t size; /* of what was read */
-	uint64_t at;   /* where in the instance's stream it began */
-};
-
-static struct inotify_event *record_at(const struct reader *reader, uint32_t at)
-{
-	struct inotify_event *record = (void *)(reader->events->buffer + at);
-
-	if (reader->size - at < sizeof(*record) ||
-	    reader->size - at - sizeof(*record) < record->len)
-		return NULL;
-	return record;
-}
-
-static uint32_t record_end(uint32_t at, const struct inotify_event *record)
-{
-	return at + (uint32_t)sizeof(*record) + record->len;
-}
-
-static void find(struct vf_events *events, int32_t wd, struct places *places)
-{
-	places->n = vf_watches_by_wd(events->watches, wd, places->inodes, MAX_PLACES);
-}
-
-static void put(struct vf_events *events, struct places *places)
-{
-	for (uint32_t i = 0; i < places->n; i++)
-		vf_inode_put(events->share, places->inodes[i]);
-}
 
 /* ---- one record twice ------------------------------------------------------- */
 
@@ -75,7 +24,7 @@ static void put(struct vf_events *events, struct places *places)
  * watches, the directory's first.  The guest's driver tells both watchers of the first, so the
  * second must not be reported.
  */
-static void expect_echo(struct reader *reader, const struct vf_change *change)
+static void expect_echo(struct vf_inotify_reader *reader, const struct vf_change *change)
 {
 	struct vf_events *events = reader->events;
 	uint64_t event = change->mask & VF_FS_CHILD_EVENTS;
@@ -86,7 +35,7 @@ static void expect_echo(struct reader *reader, const struct vf_change *change)
 	    (struct vf_echo){vf_inode_nodeid(change->child), event, reader->now_ns};
 }
 
-static bool is_echo(struct reader *reader, const struct vf_change *change)
+static bool is_echo(struct vf_inotify_reader *reader, const struct vf_change *change)
 {
 	uint64_t event = change->mask & VF_FS_CHILD_EVENTS, nodeid = vf_inode_nodeid(change->child);
 
@@ -102,30 +51,7 @@ static bool is_echo(struct reader *reader, const struct vf_change *change)
 	return false;
 }
 
-/* ---- one record ----------------------------------------------------------------- */
-
-static struct vf_change change_of(const struct reader *reader, const struct inotify_event *record,
-				  struct vf_inode *inode)
-{
-	struct vf_change change = {
-	    .mask = record->mask & (EVENTS | VF_FS_ISDIR),
-	    .seen_ns = reader->now_ns,
-	};
-
-	if (record->len) {
-		change.dir = inode;
-		change.name = record->name;
-		change.namelen = (uint32_t)strnlen(record->name, record->len);
-		if (change.namelen > VF_NAME_MAX)
-			change.namelen = VF_NAME_MAX;
-	} else {
-		/* inotify does not say so of self events. */
-		if (vf_inode_type(inode) == S_IFDIR)
-			change.mask |= VF_FS_ISDIR;
-		change.child = inode;
-	}
-	return change;
-}
+/* ---- what is reported --------------------------------------------------------- */
 
 /* The object of the name, referenced, where the name should still mean it. */
 static struct vf_inode *object_of(struct vf_events *events, const struct vf_change *change)
@@ -134,218 +60,88 @@ static struct vf_inode *object_of(struct vf_events *events, const struct vf_chan
 
 	if (!change->dir || (change->mask & (VF_FS_DELETE | VF_FS_MOVED_FROM)))
 		return NULL;
-	memcpy(name, change->name, change->namelen);
-	name[change->namelen] = 0;
-	return vf_inode_known(events->share, change->dir, name);
+	return vf_inode_known(events->share, change->dir, vf_inotify_name(change, name));
 }
 
-/* Changes of one record, or of two that belong together. */
-static void report(struct reader *reader, const struct inotify_event *record,
+/* Is it by one of our own operations?  Then it is not the guest's to be told. */
+static bool is_own(struct vf_inotify_reader *reader, const struct inotify_event *record,
 		   const struct vf_change *changes, uint32_t n)
 {
 	struct vf_events *events = reader->events;
-	uint64_t at = reader->at + (uint64_t)((const uint8_t *)record - events->buffer);
+	uint64_t at = reader->at + (uint64_t)((const uint8_t *)record - reader->buffer);
 
-	if (!vf_own_changes_is(events->own_changes, at, changes)) {
-		vf_events_report(events, changes, n);
-		return;
-	}
+	if (!vf_own_changes_is(events->own_changes, at, changes))
+		return false;
 	vf_count_n(&events->own, n);
 	vf_events_trace_own(events, changes, n);
+	return true;
 }
 
-static void report_entry(struct reader *reader, const struct inotify_event *record,
-			 struct vf_inode *dir)
+static void report_one(struct vf_inotify_reader *reader, const struct inotify_event *record,
+		       struct vf_inode *inode)
 {
 	struct vf_events *events = reader->events;
-	struct vf_change change = change_of(reader, record, dir);
+	struct vf_change change = vf_inotify_change(reader, record, inode);
 
+	if (!change.dir) {
+		if (!is_echo(reader, &change) && !is_own(reader, record, &change, 1))
+			vf_events_report(events, &change, 1);
+		return;
+	}
 	change.child = object_of(events, &change);
 	expect_echo(reader, &change);
-	report(reader, record, &change, 1);
+	if (!is_own(reader, record, &change, 1))
+		vf_events_report(events, &change, 1);
 	if (change.child)
 		vf_inode_put(events->share, change.child);
 }
 
-static void report_object(struct reader *reader, const struct inotify_event *record,
-			  struct vf_inode *object)
-{
-	struct vf_change change = change_of(reader, record, object);
-
-	if (!is_echo(reader, &change))
-		report(reader, record, &change, 1);
-}
-
-static void take_one(struct reader *reader, const struct inotify_event *record)
-{
-	struct vf_events *events = reader->events;
-	struct places places;
-
-	find(events, record->wd, &places);
-	for (uint32_t i = 0; i < places.n; i++) {
-		if (record->len)
-			report_entry(reader, record, places.inodes[i]);
-		else
-			report_object(reader, record, places.inodes[i]);
-	}
-	if (!places.n)
-		vf_count(&events->unknown);
-	put(events, &places);
-}
-
-/* ---- renames ---------------------------------------------------------------------- */
-
-/*
- * The record behind offset at of the same rename's other half.  NULL: it was not read yet, or
- * something happened in its directory before it, which must not be overtaken.
- */
-static struct inotify_event *second_half(const struct reader *reader, uint32_t at, uint32_t cookie)
-{
-	int32_t between[MAX_BETWEEN];
-	struct inotify_event *record;
-
-	for (uint32_t n = 0; n < MAX_BETWEEN && (record = record_at(reader, at));
-	     at = record_end(at, record)) {
-		if ((record->mask & IN_MOVED_TO) && record->cookie == cookie) {
-			while (n && between[n - 1] != record->wd)
-				n--;
-			return n ? NULL : record;
-		}
-		between[n++] = record->wd;
-	}
-	return NULL;
-}
-
-static struct vf_inode *on_mount(const struct places *places, uint16_t mount)
-{
-	for (uint32_t i = 0; i < places->n; i++)
-		if (vf_inode_mount(places->inodes[i]) == mount)
-			return places->inodes[i];
-	return NULL;
-}
-
-static void report_pair(struct reader *reader, const struct inotify_event *from,
+static void report_pair(struct vf_inotify_reader *reader, const struct inotify_event *from,
 			struct vf_inode *from_dir, const struct inotify_event *to,
 			struct vf_inode *to_dir)
 {
 	struct vf_events *events = reader->events;
-	struct vf_change changes[2] = {change_of(reader, from, from_dir),
-				       change_of(reader, to, to_dir)};
+	struct vf_change changes[2] = {vf_inotify_change(reader, from, from_dir),
+				       vf_inotify_change(reader, to, to_dir)};
 	struct vf_inode *object = object_of(events, &changes[1]);
 
-	if (!++events->last_cookie)
-		events->last_cookie = 1;
-	for (uint32_t i = 0; i < 2; i++) {
-		changes[i].child = object;
-		changes[i].cookie = events->last_cookie;
-		changes[i].flags = VF_FSNOTIFY_SPLIT_RENAME;
-	}
-	report(reader, from, changes, 2);
+	changes[0].child = changes[1].child = object;
+	if (!is_own(reader, from, changes, 2))
+		vf_events_report_rename(events, changes);
 	if (object)
 		vf_inode_put(events->share, object);
 }
 
-/* Both directories have a watch: a pair on each mount that shows both. */
-static void take_pair(struct reader *reader, const struct inotify_event *from,
-		      const struct inotify_event *to)
+static void overflow(struct vf_inotify_reader *reader)
 {
-	struct vf_events *events = reader->events;
-	struct places froms, tos;
-
-	find(events, from->wd, &froms);
-	find(events, to->wd, &tos);
-	for (uint32_t i = 0; i < froms.n; i++) {
-		struct vf_inode *dir = on_mount(&tos, vf_inode_mount(froms.inodes[i]));
-
-		if (dir)
-			report_pair(reader, from, froms.inodes[i], to, dir);
-		else
-			report_entry(reader, from, froms.inodes[i]);
-	}
-	for (uint32_t i = 0; i < tos.n; i++)
-		if (!on_mount(&froms, vf_inode_mount(tos.inodes[i])))
-			report_entry(reader, to, tos.inodes[i]);
-	put(events, &froms);
-	put(events, &tos);
+	memset(reader->events->echoes, 0, sizeof(reader->events->echoes));
+	vf_events_report_overflow(reader->events);
 }
 
-static void read_more(struct reader *reader)
+static ssize_t read_noted(struct vf_inotify_reader *reader, void *buffer, size_t size, uint64_t *at)
 {
-	struct vf_events *events = reader->events;
-	struct pollfd more = {.fd = events->config.source_fd, .events = POLLIN};
-	uint64_t at;
-	ssize_t n;
-
-	if (poll(&more, 1, SECOND_HALF_MS) != 1)
-		return;
-	n = vf_own_changes_read(events->own_changes, events->buffer + reader->size,
-				VF_SOURCE_BUFFER - reader->size, &at);
-	if (n > 0)
-		reader->size += (uint32_t)n;
-}
-
-static void take_moved_from(struct reader *reader, const struct inotify_event *record, uint32_t end)
-{
-	struct inotify_event *to = second_half(reader, end, record->cookie);
-
-	/* Nothing behind it: it was read as soon as it was there. */
-	if (!to && end == reader->size) {
-		read_more(reader);
-		to = second_half(reader, end, record->cookie);
-	}
-	if (!to) {
-		take_one(reader, record);
-		return;
-	}
-	vf_count(&reader->events->received);
-	take_pair(reader, record, to);
-	to->mask = 0; /* done */
-}
-
-/* ---- reading ------------------------------------------------------------------------- */
-
-static void take(struct reader *reader, const struct inotify_event *record, uint32_t end)
-{
-	struct vf_events *events = reader->events;
-
-	if (record->mask & IN_Q_OVERFLOW) {
-		memset(events->echoes, 0, sizeof(events->echoes));
-		vf_events_report_overflow(events);
-		return;
-	}
-	/*
-	 * A half that was reported with the other; or IN_IGNORED, IN_UNMOUNT: the watch is gone,
-	 * and the guest's own ends with its inode.
-	 */
-	if (!(record->mask & EVENTS))
-		return;
-	vf_count(&events->received);
-	if (record->mask & IN_MOVED_FROM)
-		take_moved_from(reader, record, end);
-	else
-		take_one(reader, record);
+	return vf_own_changes_read(reader->events->own_changes, buffer, size, at);
 }
 
 static void inotify_read(struct vf_events *events)
 {
-	struct reader reader = {.events = events};
-	const struct inotify_event *record;
-	struct timespec now;
-	ssize_t n;
+	struct vf_inotify_reader reader = {
+	    .events = events,
+	    .fd = events->config.source_fd,
+	    .which = VF_WD_SOURCE,
+	    .buffer = events->buffer,
+	    .read = read_noted,
+	    .one = report_one,
+	    .pair = report_pair,
+	    .overflow = overflow,
+	};
+	int32_t n = vf_inotify_fetch(&reader);
 
-	n = vf_own_changes_read(events->own_changes, events->buffer, VF_SOURCE_BUFFER - READ_ROOM,
-				&reader.at);
-	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+	if (n < 0)
+		vf_events_source_failed(events, "reading inotify", -n);
+	if (n <= 0)
 		return;
-	if (n <= 0) {
-		vf_events_source_failed(events, "reading inotify", n ? errno : EIO);
-		return;
-	}
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	reader.now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-	reader.size = (uint32_t)n;
-	for (uint32_t at = 0; (record = record_at(&reader, at)); at = record_end(at, record))
-		take(&reader, record, record_end(at, record));
+	vf_count_n(&events->received, vf_inotify_take(&reader));
 	vf_own_changes_pass(events->own_changes, reader.at + reader.size);
 }
 
@@ -380,48 +176,23 @@ static int watch_failed(struct vf_events *events, int error)
 	return -error;
 }
 
-/*
- * The host has one watch for an object, however many nodeids it has in the share: a new one must
- * not take away what another asked for, and the last one ends it.  What is asked for too much
- * after that is dropped by the router.
- */
+/* What is asked for too much once the last of several nodeids is gone is dropped by the router. */
 static int inotify_mark(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
 			uint64_t new_mask, int32_t *wd)
 {
-	uint32_t bits = bits_of(events, inode, new_mask), how = 0;
-	uint64_t others = vf_watches_wd_mask(events->watches, *wd, inode);
-	char name[PROC_NAME_SIZE];
-	int fd, got;
+	uint32_t others =
+	    bits_of(events, inode,
+		    vf_watches_wd_mask(events->watches, VF_WD_SOURCE, wd[VF_WD_SOURCE], inode));
+	int error;
 
 	(void)old_mask;
-	if (!bits) {
-		/* Fails when the object is gone, and its watch with it. */
-		if (*wd >= 0 && !others) {
-			inotify_rm_watch(events->config.source_fd, *wd);
-			vf_count_n(&events->host_marks, UINT64_MAX);
-		}
-		*wd = -1;
-		return 0;
-	}
-	if (*wd < 0)
-		how = IN_MASK_ADD;
-	else
-		bits |= bits_of(events, inode, others);
 	if (!events->own_changes)
 		events->own_changes = vf_own_changes_new(events->config.source_fd);
 	if (!events->own_changes)
 		return -ENOMEM;
-	fd = vf_inode_path_fd(events->share, inode);
-	if (fd < 0)
-		return fd;
-	/* The descriptor's name, in the directory where this thread is: vf_thread_init(). */
-	got = inotify_add_watch(events->config.source_fd, proc_name(name, fd), bits | how);
-	if (got < 0)
-		return watch_failed(events, errno);
-	if (got != *wd && !vf_watches_wd_mask(events->watches, got, inode))
-		vf_count(&events->host_marks);
-	*wd = got;
-	return 0;
+	error = vf_inotify_watch(events, VF_WD_SOURCE, inode, bits_of(events, inode, new_mask),
+				 others, &wd[VF_WD_SOURCE]);
+	return error ? watch_failed(events, -error) : 0;
 }
 
 const struct vf_source_ops vf_inotify_source = {

@@ -169,6 +169,17 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 		report_end(events, flags, changes);
 }
 
+void vf_events_report_rename(struct vf_events *events, struct vf_change changes[2])
+{
+	if (!++events->last_cookie)
+		events->last_cookie = 1;
+	for (uint32_t i = 0; i < 2; i++) {
+		changes[i].cookie = events->last_cookie;
+		changes[i].flags = VF_FSNOTIFY_SPLIT_RENAME;
+	}
+	vf_events_report(events, changes, 2);
+}
+
 void vf_events_trace_own(struct vf_events *events, const struct vf_change *changes, uint32_t n)
 {
 	for (uint32_t i = 0; i < n; i++)

@@ -17,9 +17,9 @@
 struct watch {
 	uint64_t nodeid;
 	uint64_t mask;
-	int32_t wd;
-	uint32_t next;	  /* in its chain, or in the list of free ones */
-	uint32_t next_wd; /* in the chain of its wd; 0: the end, as everywhere */
+	int32_t wd[VF_N_WDS];
+	uint32_t next;		    /* in its chain, or in the list of free ones */
+	uint32_t next_wd[VF_N_WDS]; /* in the chains of its wds; 0: the end, as everywhere */
 };
 
 struct vf_watches {
@@ -32,7 +32,7 @@ struct vf_watches {
 	pthread_mutex_t lock;	   /* what follows */
 	struct watch *all;	   /* [0] is none */
 	uint32_t room, used, free; /* entries there, ever used, first free one */
-	uint32_t *buckets, *wd_buckets;
+	uint32_t *buckets, *wd_buckets[VF_N_WDS];
 	uint32_t bucket_mask;
 	uint32_t of_bit[N_BITS]; /* watches that have this bit */
 	atomic_uint count;
@@ -53,13 +53,14 @@ struct vf_watches *vf_watches_new(struct vf_events *events, int *error)
 	w->bucket_mask = 63;
 	w->all = calloc(w->room, sizeof(*w->all));
 	w->buckets = calloc(w->bucket_mask + 1, sizeof(*w->buckets));
-	w->wd_buckets = calloc(w->bucket_mask + 1, sizeof(*w->wd_buckets));
+	w->wd_buckets[0] = calloc(w->bucket_mask + 1, sizeof(uint32_t));
+	w->wd_buckets[1] = calloc(w->bucket_mask + 1, sizeof(uint32_t));
 	pthread_mutexattr_init(&attributes);
 	pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
 	pthread_mutex_init(&w->change_lock, &attributes);
 	pthread_mutexattr_destroy(&attributes);
 	pthread_mutex_init(&w->lock, NULL);
-	if (!w->all || !w->buckets || !w->wd_buckets) {
+	if (!w->all || !w->buckets || !w->wd_buckets[0] || !w->wd_buckets[1]) {
 		vf_watches_free(w);
 		return NULL;
 	}
@@ -75,7 +76,8 @@ void vf_watches_free(struct vf_watches *w)
 	pthread_mutex_destroy(&w->lock);
 	free(w->all);
 	free(w->buckets);
-	free(w->wd_buckets);
+	free(w->wd_buckets[0]);
+	free(w->wd_buckets[1]);
 	free(w);
 }
 
@@ -86,9 +88,9 @@ static uint32_t *bucket(struct vf_watches *w, uint64_t nodeid)
 	return &w->buckets[(nodeid * 0x9e3779b97f4a7c15u >> 32) & w->bucket_mask];
 }
 
-static uint32_t *wd_bucket(struct vf_watches *w, int32_t wd)
+static uint32_t *wd_bucket(struct vf_watches *w, enum vf_wd which, int32_t wd)
 {
-	return &w->wd_buckets[((uint32_t)wd * 0x9e3779b9u >> 4) & w->bucket_mask];
+	return &w->wd_buckets[which][((uint32_t)wd * 0x9e3779b9u >> 4) & w->bucket_mask];
 }
 
 static struct watch *find(struct vf_watches *w, uint64_t nodeid)
@@ -107,25 +109,29 @@ static void link_in(struct vf_watches *w, uint32_t i)
 	*head = i;
 }
 
-static void link_wd(struct vf_watches *w, uint32_t i)
+static void link_wds(struct vf_watches *w, uint32_t i)
 {
-	uint32_t *head = wd_bucket(w, w->all[i].wd);
+	for (enum vf_wd which = 0; which < VF_N_WDS; which++) {
+		uint32_t *head = wd_bucket(w, which, w->all[i].wd[which]);
 
-	if (w->all[i].wd < 0)
-		return;
-	w->all[i].next_wd = *head;
-	*head = i;
+		if (w->all[i].wd[which] < 0)
+			continue;
+		w->all[i].next_wd[which] = *head;
+		*head = i;
+	}
 }
 
-static void unlink_wd(struct vf_watches *w, uint32_t i)
+static void unlink_wds(struct vf_watches *w, uint32_t i)
 {
-	uint32_t *link = wd_bucket(w, w->all[i].wd);
+	for (enum vf_wd which = 0; which < VF_N_WDS; which++) {
+		uint32_t *link = wd_bucket(w, which, w->all[i].wd[which]);
 
-	if (w->all[i].wd < 0)
-		return;
-	while (*link != i)
-		link = &w->all[*link].next_wd;
-	*link = w->all[i].next_wd;
+		if (w->all[i].wd[which] < 0)
+			continue;
+		while (*link != i)
+			link = &w->all[*link].next_wd[which];
+		*link = w->all[i].next_wd[which];
+	}
 }
 
 /* Twice the entries, twice the buckets; the hash is built anew. */
@@ -133,28 +139,32 @@ static bool grow(struct vf_watches *w)
 {
 	uint32_t room = w->room * 2;
 	struct watch *all = room > w->room ? realloc(w->all, room * sizeof(*all)) : NULL;
-	uint32_t *buckets, *wd_buckets;
+	uint32_t *buckets, *wd_buckets[VF_N_WDS];
 
 	if (!all)
 		return false;
 	w->all = all;
 	w->room = room;
 	buckets = calloc(room, sizeof(*buckets));
-	wd_buckets = calloc(room, sizeof(*wd_buckets));
-	if (!buckets || !wd_buckets) {
+	wd_buckets[0] = calloc(room, sizeof(uint32_t));
+	wd_buckets[1] = calloc(room, sizeof(uint32_t));
+	if (!buckets || !wd_buckets[0] || !wd_buckets[1]) {
 		free(buckets);
-		free(wd_buckets);
+		free(wd_buckets[0]);
+		free(wd_buckets[1]);
 		return true; /* longer chains */
 	}
 	free(w->buckets);
-	free(w->wd_buckets);
+	for (enum vf_wd which = 0; which < VF_N_WDS; which++) {
+		free(w->wd_buckets[which]);
+		w->wd_buckets[which] = wd_buckets[which];
+	}
 	w->buckets = buckets;
-	w->wd_buckets = wd_buckets;
 	w->bucket_mask = room - 1;
 	/* Only when none is free, so all that were ever used are there. */
 	for (uint32_t i = 1; i < w->used; i++) {
 		link_in(w, i);
-		link_wd(w, i);
+		link_wds(w, i);
 	}
 	return true;
 }
@@ -170,7 +180,7 @@ static struct watch *add(struct vf_watches *w, uint64_t nodeid)
 			return NULL;
 		i = w->used++;
 	}
-	w->all[i] = (struct watch){.nodeid = nodeid, .wd = -1};
+	w->all[i] = (struct watch){.nodeid = nodeid, .wd = {-1, -1}};
 	link_in(w, i);
 	atomic_fetch_add_explicit(&w->count, 1, memory_order_relaxed);
 	return &w->all[i];
@@ -183,7 +193,7 @@ static void drop(struct vf_watches *w, struct watch *watch)
 	while (*link != i)
 		link = &w->all[*link].next;
 	*link = watch->next;
-	unlink_wd(w, i);
+	unlink_wds(w, i);
 	watch->nodeid = 0;
 	watch->next = w->free;
 	w->free = i;
@@ -207,7 +217,7 @@ static void count_bits(struct vf_watches *w, uint64_t old_mask, uint64_t mask)
 /* ---- changes ------------------------------------------------------------------- */
 
 /* Notes what was agreed with the host. */
-static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t mask, int32_t wd)
+static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t mask, const int32_t *wd)
 {
 	uint64_t nodeid = vf_inode_nodeid(inode);
 	struct watch *watch;
@@ -219,11 +229,9 @@ static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t mask, in
 		watch = add(w, nodeid);
 	if (watch) {
 		count_bits(w, watch->mask, mask);
-		if (watch->wd != wd) {
-			unlink_wd(w, (uint32_t)(watch - w->all));
-			watch->wd = wd;
-			link_wd(w, (uint32_t)(watch - w->all));
-		}
+		unlink_wds(w, (uint32_t)(watch - w->all));
+		memcpy(watch->wd, wd, sizeof(watch->wd));
+		link_wds(w, (uint32_t)(watch - w->all));
 		watch->mask = mask;
 		if (!mask)
 			drop(w, watch);
@@ -240,12 +248,12 @@ static uint64_t load(struct vf_watches *w, const struct vf_inode *inode, int32_t
 	const struct watch *watch;
 	uint64_t mask = 0;
 
-	*wd = -1;
+	wd[VF_WD_SOURCE] = wd[VF_WD_ORDER] = -1;
 	pthread_mutex_lock(&w->lock);
 	watch = find(w, vf_inode_nodeid(inode));
 	if (watch) {
 		mask = watch->mask;
-		*wd = watch->wd;
+		memcpy(wd, watch->wd, sizeof(watch->wd));
 	}
 	pthread_mutex_unlock(&w->lock);
 	return mask;
@@ -255,24 +263,24 @@ int vf_watch_set(struct vf_watches *w, struct vf_inode *inode, uint64_t mask)
 {
 	const struct vf_source_ops *ops = w->events->ops;
 	uint64_t old_mask;
-	int32_t wd;
+	int32_t wd[VF_N_WDS];
 	int error;
 
 	mask &= KNOWN;
 	if (!(mask & ~VF_FS_EVENT_ON_CHILD))
 		mask = 0;
 	pthread_mutex_lock(&w->change_lock);
-	old_mask = load(w, inode, &wd);
+	old_mask = load(w, inode, wd);
 	if (mask && !old_mask && atomic_load(&w->count) >= w->events->config.max_watches)
 		error = -ENOSPC;
 	else if (mask == old_mask)
 		error = 0;
 	else
-		error = ops->mark(w->events, inode, old_mask, mask, &wd);
+		error = ops->mark(w->events, inode, old_mask, mask, wd);
 	if (!error && mask != old_mask) {
 		error = store(w, inode, mask, wd);
 		if (error)
-			ops->mark(w->events, inode, mask, 0, &wd);
+			ops->mark(w->events, inode, mask, 0, wd);
 	}
 	pthread_mutex_unlock(&w->change_lock);
 	return error;
@@ -281,13 +289,13 @@ int vf_watch_set(struct vf_watches *w, struct vf_inode *inode, uint64_t mask)
 void vf_watch_inode_gone(struct vf_watches *w, struct vf_inode *inode)
 {
 	uint64_t mask;
-	int32_t wd;
+	int32_t wd[VF_N_WDS];
 
 	pthread_mutex_lock(&w->change_lock);
-	mask = load(w, inode, &wd);
+	mask = load(w, inode, wd);
 	if (mask) {
-		w->events->ops->mark(w->events, inode, mask, 0, &wd);
-		store(w, inode, 0, -1);
+		w->events->ops->mark(w->events, inode, mask, 0, wd);
+		store(w, inode, 0, (const int32_t[VF_N_WDS]){-1, -1});
 	}
 	if (w->events->ops->gone)
 		w->events->ops->gone(w->events, inode);
@@ -297,13 +305,13 @@ void vf_watch_inode_gone(struct vf_watches *w, struct vf_inode *inode)
 void vf_watch_renew(struct vf_watches *w, struct vf_inode *inode)
 {
 	uint64_t mask;
-	int32_t wd;
+	int32_t wd[VF_N_WDS];
 
 	if (!vf_inode_is_watched(inode))
 		return;
 	pthread_mutex_lock(&w->change_lock);
-	mask = load(w, inode, &wd);
-	if (mask && !w->events->ops->mark(w->events, inode, mask, mask, &wd))
+	mask = load(w, inode, wd);
+	if (mask && !w->events->ops->mark(w->events, inode, mask, mask, wd))
 		store(w, inode, mask, wd);
 	pthread_mutex_unlock(&w->change_lock);
 }
@@ -335,9 +343,18 @@ void vf_watches_clear(struct vf_watches *w)
 
 uint64_t vf_watch_mask(struct vf_watches *w, const struct vf_inode *inode)
 {
-	int32_t wd;
+	int32_t wd[VF_N_WDS];
 
-	return vf_inode_is_watched(inode) ? load(w, inode, &wd) : 0;
+	return vf_inode_is_watched(inode) ? load(w, inode, wd) : 0;
+}
+
+int32_t vf_watch_wd(struct vf_watches *w, enum vf_wd which, const struct vf_inode *inode)
+{
+	int32_t wd[VF_N_WDS] = {-1, -1};
+
+	if (vf_inode_is_watched(inode))
+		load(w, inode, wd);
+	return wd[which];
 }
 
 uint64_t vf_watches_union(const struct vf_watches *w)
@@ -350,7 +367,8 @@ uint64_t vf_watches_count(const struct vf_watches *w)
 	return atomic_load_explicit(&((struct vf_watches *)w)->count, memory_order_relaxed);
 }
 
-uint32_t vf_watches_by_wd(struct vf_watches *w, int32_t wd, struct vf_inode **found, uint32_t max)
+uint32_t vf_watches_by_wd(struct vf_watches *w, enum vf_wd which, int32_t wd,
+			  struct vf_inode **found, uint32_t max)
 {
 	uint64_t nodeids[8];
 	uint32_t n = 0, n_found = 0;
@@ -358,8 +376,8 @@ uint32_t vf_watches_by_wd(struct vf_watches *w, int32_t wd, struct vf_inode **fo
 	if (wd < 0)
 		return 0;
 	pthread_mutex_lock(&w->lock);
-	for (uint32_t i = *wd_bucket(w, wd); i && n < 8; i = w->all[i].next_wd)
-		if (w->all[i].wd == wd)
+	for (uint32_t i = *wd_bucket(w, which, wd); i && n < 8; i = w->all[i].next_wd[which])
+		if (w->all[i].wd[which] == wd)
 			nodeids[n++] = w->all[i].nodeid;
 	pthread_mutex_unlock(&w->lock);
 	for (uint32_t i = 0; i < n && n_found < max; i++) {
@@ -369,31 +387,32 @@ uint32_t vf_watches_by_wd(struct vf_watches *w, int32_t wd, struct vf_inode **fo
 	return n_found;
 }
 
-uint64_t vf_watches_wd_mask(struct vf_watches *w, int32_t wd, const struct vf_inode *but)
+uint64_t vf_watches_wd_mask(struct vf_watches *w, enum vf_wd which, int32_t wd,
+			    const struct vf_inode *but)
 {
 	uint64_t mask = 0;
 
 	if (wd < 0)
 		return 0;
 	pthread_mutex_lock(&w->lock);
-	for (uint32_t i = *wd_bucket(w, wd); i; i = w->all[i].next_wd)
-		if (w->all[i].wd == wd && w->all[i].nodeid != vf_inode_nodeid(but))
+	for (uint32_t i = *wd_bucket(w, which, wd); i; i = w->all[i].next_wd[which])
+		if (w->all[i].wd[which] == wd && w->all[i].nodeid != vf_inode_nodeid(but))
 			mask |= w->all[i].mask;
 	pthread_mutex_unlock(&w->lock);
 	return mask;
 }
 
-void vf_watches_forget_wd(struct vf_watches *w, int32_t wd)
+void vf_watches_forget_wd(struct vf_watches *w, enum vf_wd which, int32_t wd)
 {
 	pthread_mutex_lock(&w->lock);
-	for (uint32_t *link = wd_bucket(w, wd); *link;) {
+	for (uint32_t *link = wd_bucket(w, which, wd); *link;) {
 		struct watch *watch = &w->all[*link];
 
-		if (watch->wd == wd) {
-			*link = watch->next_wd;
-			watch->wd = -1;
+		if (watch->wd[which] == wd) {
+			*link = watch->next_wd[which];
+			watch->wd[which] = -1;
 		} else {
-			link = &watch->next_wd;
+			link = &watch->next_wd[which];
 		}
 	}
 	pthread_mutex_unlock(&w->lock);

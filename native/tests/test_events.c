@@ -33,6 +33,7 @@ static struct vf_events *start_events(struct guest *g, enum marks marks, uint64_
 {
 	struct vf_events_config config = {
 	    .source = VF_EVENTS_FANOTIFY,
+	    .order_fd = -1,
 	    .host_mask = HOST_MASK,
 	    .max_queued = 1000,
 	    .max_watches = 2000,
@@ -371,13 +372,13 @@ static void watches_agree_with_a_model(struct guest *g)
 			masks[i] |= random() % 3 ? 0 : bits[b];
 		CHECK_EQ(vf_watch_set(watches, inode, masks[i]), 0);
 		CHECK_EQ(vf_watch_mask(watches, inode), masks[i]);
-		CHECK_EQ(vf_watches_by_wd(watches, wd, found, 8), !!masks[i]);
+		CHECK_EQ(vf_watches_by_wd(watches, VF_WD_SOURCE, wd, found, 8), !!masks[i]);
 		if (masks[i]) {
 			CHECK(found[0] == inode);
 			vf_inode_put(g->share, inode);
 		}
-		CHECK_EQ(vf_watches_wd_mask(watches, wd, inode), 0);
-		CHECK_EQ(vf_watches_wd_mask(watches, wd, root), masks[i]);
+		CHECK_EQ(vf_watches_wd_mask(watches, VF_WD_SOURCE, wd, inode), 0);
+		CHECK_EQ(vf_watches_wd_mask(watches, VF_WD_SOURCE, wd, root), masks[i]);
 		vf_inode_put(g->share, inode);
 		if (step % 100)
 			continue;
@@ -572,6 +573,7 @@ static void mutated_streams_do_no_harm(struct guest *g)
 {
 	struct vf_events_config config = {
 	    .source = VF_EVENTS_FANOTIFY,
+	    .order_fd = -1,
 	    .host_mask = HOST_MASK,
 	    .max_queued = 100,
 	    .max_watches = 10,

@@ -21,7 +21,7 @@ import pytest
 
 from tests.frontend.fsnotify import ALL_EVENTS, Event, Granted
 from tests.ring.conftest import MakeShare
-from tests.ring.event_sources import FANOTIFY, INOTIFY, SOURCES, Source, start_share
+from tests.ring.event_sources import INOTIFY, SOURCES, Source, start_share
 from tests.ring.events import WATCHED, EventGuest, merged, write
 from tests.ring.share import Share
 
@@ -380,11 +380,8 @@ def test_a_subdirectory_tells_of_itself_for_the_watchers_of_its_parent(
 
 
 def test_a_subdirectory_that_the_guest_does_not_hold_is_told_of_by_its_parent(
-    guest: EventGuest, share: Share, source: Source, request: pytest.FixtureRequest
+    guest: EventGuest, share: Share
 ) -> None:
-    if source in FANOTIFY:
-        why = "fanotify names a directory's own events by the directory alone: docs/protocol.md, 6.2"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
     os.mkdir(share.path / "d/new")
     guest.told()
     os.chmod(share.path / "d/new", 0o700)

@@ -87,7 +87,7 @@ def test_with_all_rights_one_mark_covers_the_file_system() -> None:
     kernel = FakeKernel()
     source = choose_source(EventsMode.AUTO, ROOT_FD, kernel)
     assert source.mode is EventsMode.FANOTIFY_FILESYSTEM
-    assert kernel.open_fds == {source.fd}
+    assert kernel.open_fds == {source.fd, source.order_fd}
     assert kernel.group_flags[source.fd] & FAN_UNLIMITED_QUEUE
     assert kernel.marks == {("filesystem", source.fd): source.filesystem_mask}
     assert source.filesystem_mask & FsEvent.RENAME
@@ -104,7 +104,7 @@ def test_without_rights_inodes_are_marked_one_by_one_and_the_probe_leaves_no_mar
     assert source.filesystem_mask == 0
     assert source.joins_renames
     assert kernel.marks == {}
-    assert kernel.open_fds == {source.fd}
+    assert kernel.open_fds == {source.fd, source.order_fd}
     assert str(source) == "events: fanotify, marks on watched inodes (no CAP_SYS_ADMIN)"
 
 
@@ -121,13 +121,12 @@ def test_inodes_are_marked_when_that_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("mode", [EventsMode.FANOTIFY_FILESYSTEM, EventsMode.FANOTIFY_INODES])
-def test_before_fan_rename_moves_are_marked_and_renames_come_apart(mode: EventsMode) -> None:
+def test_before_fan_rename_moves_are_marked_and_inotify_joins_the_halves(mode: EventsMode) -> None:
     kernel = FakeKernel(rename=errno.EINVAL)
     source = choose_source(mode, ROOT_FD, kernel)
-    assert not source.joins_renames
+    assert source.joins_renames
     assert not source.host_mask & FsEvent.RENAME
     assert source.host_mask & FsEvent.MOVED_FROM
-    assert "no FAN_RENAME" in source.reason
     if mode is EventsMode.FANOTIFY_FILESYSTEM:
         assert source.filesystem_mask & FsEvent.MOVED_FROM
         assert source.filesystem_mask & FsEvent.MOVED_TO
@@ -136,8 +135,19 @@ def test_before_fan_rename_moves_are_marked_and_renames_come_apart(mode: EventsM
 
 def test_fan_rename_is_left_alone_when_an_experiment_asks_for_that() -> None:
     source = choose_source(EventsMode.AUTO, ROOT_FD, FakeKernel(), use_rename=False)
-    assert not source.joins_renames
+    assert not source.host_mask & FsEvent.RENAME
     assert source.filesystem_mask & FsEvent.MOVED_TO
+
+
+@pytest.mark.parametrize("rename", [0, errno.EINVAL])
+def test_without_inotify_beside_it_fanotify_goes_on_and_says_what_is_missing(rename: int) -> None:
+    source = choose_source(EventsMode.AUTO, ROOT_FD, FakeKernel(inotify=errno.EMFILE, rename=rename))
+    assert source.mode is EventsMode.FANOTIFY_FILESYSTEM
+    assert source.order_fd == -1
+    assert source.joins_renames == (not rename)
+    assert "max_user_instances" in source.reason
+    assert "the order within a directory may suffer" in source.reason
+    assert ("no FAN_RENAME" in source.reason) == bool(rename)
 
 
 def test_before_target_fid_the_group_names_directories_only() -> None:

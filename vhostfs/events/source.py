@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..errors import UserError
@@ -72,11 +72,13 @@ class EventSource:
     host_mask: int  # FS_* bits that the host can be asked for; RENAME where both sides come in one record
     knows_child: bool  # records name the child itself, not only its directory and name
     reason: str
+    order_fd: int = -1  # fanotify: an inotify instance that keeps the order of events; -1: none
 
     @property
     def joins_renames(self) -> bool:
         """Whether the halves of a rename are known to belong together: FAN_RENAME, or inotify's cookie."""
-        return self.mode is EventsMode.INOTIFY or bool(self.host_mask & FsEvent.RENAME)
+        by_cookie = self.mode is EventsMode.INOTIFY or self.order_fd >= 0
+        return by_cookie or bool(self.host_mask & FsEvent.RENAME)
 
     def __str__(self) -> str:
         return f"events: {self.reason}"
@@ -97,7 +99,7 @@ def choose_source(
     why_not = ""
     if wanted is not EventsMode.INOTIFY:
         try:
-            return _fanotify(wanted, root_fd, kernel, use_rename)
+            return _with_order(_fanotify(wanted, root_fd, kernel, use_rename), kernel)
         except _NotPossibleError as error:
             if wanted is not EventsMode.AUTO:
                 raise EventSourceError(f"--events={wanted.value} is not possible: {error}") from None
@@ -110,6 +112,18 @@ def choose_source(
         )
     forced = " (asked for)" if wanted is EventsMode.INOTIFY else ""
     return EventSource(EventsMode.INOTIFY, fd, 0, int(INOTIFY_EVENTS), False, f"inotify{why_not or forced}")
+
+
+def _with_order(source: EventSource, kernel: Kernel) -> EventSource:
+    """fanotify sums up what nobody has read yet, so under load only inotify can tell what came first."""
+    fd = kernel.inotify_init(IN_CLOEXEC | IN_NONBLOCK)
+    if fd >= 0:
+        return replace(source, order_fd=fd)
+    without = [f"no inotify beside it: {_text(fd)}{_limit_hint(fd, 'inotify/max_user_instances')}"]
+    without.append("under load the order within a directory may suffer")
+    if not source.joins_renames:
+        without.append("no FAN_RENAME: the halves of a rename come apart")
+    return replace(source, reason="; ".join([source.reason, *without]))
 
 
 class _NotPossibleError(Exception):
@@ -161,8 +175,6 @@ def _fanotify_source(
 ) -> EventSource:
     host_mask = DELIVERABLE | (seen_mask & FsEvent.RENAME)
     missing = []
-    if not seen_mask & FsEvent.RENAME:
-        missing.append("no FAN_RENAME: the halves of a rename come apart")
     if not knows_child:
         missing.append("no FAN_REPORT_TARGET_FID")
     return EventSource(mode, fd, filesystem_mask, int(host_mask), knows_child, "; ".join([reason, *missing]))

@@ -153,11 +153,12 @@ class Share:
     def start_events(self, config: EventsConfig) -> None:
         """Begins to read the host's events, until close(). Once, before the first session.
 
-        source_fd is handed over, also when this fails.
+        source_fd and order_fd are handed over, also when this fails.
         """
         native = ffi.new("struct vf_events_config *")
         native.source = int(config.source)
         native.source_fd = config.source_fd
+        native.order_fd = config.order_fd
         native.filesystem_mask = config.filesystem_mask
         native.host_mask = config.host_mask
         native.max_queued = config.max_queued

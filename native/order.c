@@ -1,0 +1,633 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Joins what inotify says with what fanotify says; order.h has the reason.
+ *
+ * The kernel queues an event with both within one system call, so what inotify
+ * says in this round has its fact in this round or in one shortly before.
+ * Facts live in two generations: the younger becomes the older one after
+ * GENERATION_NS, when all that inotify had was read, and then the older goes.
+ *
+ * Whose doing an event was is asked of the facts that can mean it.  Where the
+ * guest and the host change the same name at the same time more than one can:
+ * then it is reported, since a second event does less harm than none.
+ */
+#include <time.h>
+
+#include "inotify_reader.h"
+#include "order.h"
+
+#define CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
+#define EVENTS (VF_FS_ENTRY_EVENTS | CHILD_EVENTS)
+/* An object that has its name from now on. */
+#define ARRIVALS (VF_FS_CREATE | VF_FS_MOVED_TO)
+/* And one that has it no longer. */
+#define DEPARTURES (VF_FS_DELETE | VF_FS_MOVED_FROM)
+
+#define N_BUCKETS 8192u
+#define ARENA_SIZE (256u * 1024)
+/* Beyond this much memory order is given up for once, and the guest told of a loss. */
+#define MAX_ARENAS 256u
+#define GENERATION_NS 20000000u
+/* A fact may come a moment behind its event. */
+#define MAX_RETRIES 4u
+#define RETRY_NS 50000
+/* Of fanotify, in one round: a flood elsewhere must not hold up what was read. */
+#define MAX_READS 32u
+
+struct fact {
+	struct fact *next;   /* in its bucket, in order of arrival */
+	struct fact *later;  /* of all in its generation */
+	struct fact *second; /* the other half of the rename that this is the first of */
+	uint64_t nodeid; /* of the directory; no references, since facts may lie here for long */
+	uint64_t child;	 /* nodeid, or 0 */
+	uint64_t mask;	 /* what happened */
+	uint64_t used;	 /* what of it was reported or found to be ours */
+	uint64_t picked; /* when it was last used; 0: not yet */
+	uint64_t number; /* in the order of fanotify */
+	int32_t pid;
+	bool silent; /* our own doing, or reported already */
+	uint8_t namelen;
+	char name[];
+};
+
+struct arena {
+	struct arena *next;
+	uint32_t used;
+	uint8_t bytes[ARENA_SIZE - 16];
+};
+
+/* In order of arrival. */
+struct list {
+	struct fact *first, **last;
+};
+
+struct generation {
+	struct fact *first[N_BUCKETS], **last[N_BUCKETS];
+	struct fact *oldest, **newest;
+	struct arena *arenas;
+	uint64_t began_ns;
+	bool empty;
+};
+
+struct vf_order {
+	struct vf_inotify_reader reader; /* first: its callbacks are given this */
+	struct vf_events *events;
+	bool (*read_facts)(struct vf_events *events);
+	uint64_t picks, facts;
+	uint32_t n_arenas;
+	struct arena *spare;
+	struct generation generations[2];
+	unsigned int young; /* which of them */
+	/* What is not inotify's to tell; the older ones came before inotify was last read. */
+	struct list older, newer;
+};
+
+/* ---- facts ------------------------------------------------------------------- */
+
+static uint32_t hash(uint64_t nodeid, const char *name, uint32_t namelen)
+{
+	uint64_t h = nodeid * 0x9e3779b97f4a7c15u;
+
+	for (uint32_t i = 0; i < namelen; i++)
+		h = (h ^ (uint8_t)name[i]) * 0x100000001b3u;
+	return (uint32_t)(h >> 29) % N_BUCKETS;
+}
+
+static void empty(struct vf_order *order, struct generation *g)
+{
+	while (g->arenas) {
+		struct arena *arena = g->arenas;
+
+		g->arenas = arena->next;
+		order->n_arenas--;
+		if (order->spare)
+			free(arena);
+		else
+			order->spare = arena;
+	}
+	memset(g->first, 0, sizeof(g->first));
+	for (uint32_t i = 0; i < N_BUCKETS; i++)
+		g->last[i] = &g->first[i];
+	g->oldest = NULL;
+	g->newest = &g->oldest;
+	g->began_ns = order->reader.now_ns;
+	g->empty = true;
+}
+
+static void *allocate(struct vf_order *order, struct generation *g, uint32_t size)
+{
+	struct arena *arena = g->arenas;
+
+	size = (size + 7) & ~7u;
+	if (!arena || arena->used + size > sizeof(arena->bytes)) {
+		arena = order->spare;
+		order->spare = NULL;
+		if (!arena)
+			arena = order->n_arenas < MAX_ARENAS ? malloc(sizeof(*arena)) : NULL;
+		if (!arena)
+			return NULL;
+		order->n_arenas++;
+		arena->used = 0;
+		arena->next = g->arenas;
+		g->arenas = arena;
+	}
+	arena->used += size;
+	return arena->bytes + arena->used - size;
+}
+
+static bool is_about(const struct fact *fact, uint64_t nodeid, const char *name, uint32_t namelen)
+{
+	return fact->nodeid == nodeid && fact->namelen == namelen &&
+	       !memcmp(fact->name, name, namelen);
+}
+
+/* Adds to a fact of the same object by the same process that has none of this yet. */
+static bool add_to_known(struct generation *g, uint32_t bucket, const struct vf_change *change,
+			 uint64_t child, uint64_t mask, bool own)
+{
+	uint64_t nodeid = vf_inode_nodeid(change->dir);
+	struct fact *same = NULL;
+
+	for (struct fact *fact = g->first[bucket]; fact; fact = fact->next)
+		if (is_about(fact, nodeid, change->name, change->namelen))
+			same = fact;
+	if (!same || same->child != child || same->pid != change->pid || same->silent != own ||
+	    (same->mask & mask))
+		return false;
+	same->mask |= mask;
+	return true;
+}
+
+static void list_clear(struct list *list)
+{
+	list->first = NULL;
+	list->last = &list->first;
+}
+
+static struct fact *new_fact(struct vf_order *order, const struct vf_change *change, uint64_t mask)
+{
+	struct generation *g = &order->generations[order->young];
+	struct fact *fact = allocate(order, g, (uint32_t)sizeof(*fact) + change->namelen);
+
+	if (!fact)
+		return NULL;
+	*fact = (struct fact){
+	    .nodeid = change->dir ? vf_inode_nodeid(change->dir) : 0,
+	    .mask = mask,
+	    .child = change->child ? vf_inode_nodeid(change->child) : 0,
+	    .pid = change->pid,
+	    .namelen = (uint8_t)change->namelen,
+	    .number = ++order->facts,
+	};
+	if (change->namelen)
+		memcpy(fact->name, change->name, change->namelen);
+	if (g->empty)
+		g->began_ns = order->reader.now_ns;
+	g->empty = false;
+	return fact;
+}
+
+static struct fact *add_fact(struct vf_order *order, const struct vf_change *change, uint64_t mask,
+			     bool own)
+{
+	uint32_t bucket = hash(vf_inode_nodeid(change->dir), change->name, change->namelen);
+	struct generation *g = &order->generations[order->young];
+	struct fact *fact = new_fact(order, change, mask);
+
+	if (!fact)
+		return NULL;
+	fact->silent = own;
+	*g->last[bucket] = fact;
+	g->last[bucket] = &fact->next;
+	*g->newest = fact;
+	g->newest = &fact->later;
+	return fact;
+}
+
+static bool note(struct vf_order *order, const struct vf_change *change, uint64_t mask, bool own)
+{
+	uint64_t child = change->child ? vf_inode_nodeid(change->child) : 0;
+	uint32_t bucket = hash(vf_inode_nodeid(change->dir), change->name, change->namelen);
+
+	return add_to_known(&order->generations[order->young], bucket, change, child, mask, own) ||
+	       add_fact(order, change, mask, own);
+}
+
+bool vf_order_defer(struct vf_order *order, const struct vf_change *change)
+{
+	struct fact *fact = new_fact(order, change, change->mask);
+
+	if (!fact)
+		return false;
+	*order->newer.last = fact;
+	order->newer.last = &fact->later;
+	return true;
+}
+
+/* ---- reports ------------------------------------------------------------------- */
+
+static void report(struct vf_order *order, const struct vf_change *changes, uint32_t n, bool silent)
+{
+	if (silent)
+		vf_events_trace_own(order->events, changes, n);
+	else
+		vf_events_report(order->events, changes, n);
+}
+
+/* With references. */
+static struct vf_change change_of(struct vf_order *order, const struct fact *fact)
+{
+	struct vf_share *share = order->events->share;
+
+	return (struct vf_change){
+	    .mask = fact->mask,
+	    .dir = fact->nodeid ? vf_inode_get(share, fact->nodeid) : NULL,
+	    .child = fact->child ? vf_inode_get(share, fact->child) : NULL,
+	    .name = fact->name,
+	    .namelen = fact->namelen,
+	    .pid = fact->pid,
+	    .seen_ns = order->reader.now_ns,
+	};
+}
+
+static void put_change(struct vf_order *order, const struct vf_change *change)
+{
+	if (change->dir)
+		vf_inode_put(order->events->share, change->dir);
+	if (change->child)
+		vf_inode_put(order->events->share, change->child);
+}
+
+static void tell_fact(struct vf_order *order, struct fact *fact)
+{
+	struct vf_change changes[2] = {change_of(order, fact)};
+	struct fact *second = fact->second;
+
+	if (second && !second->silent && !second->used && !fact->used) {
+		changes[1] = change_of(order, second);
+		if (changes[0].dir && changes[1].dir)
+			vf_events_report_rename(order->events, changes);
+		put_change(order, &changes[1]);
+		second->silent = true;
+	} else if (changes[0].dir || (!fact->nodeid && changes[0].child)) {
+		vf_fanotify_report_ordered(order->events, changes, fact->mask & ~fact->used);
+	}
+	put_change(order, &changes[0]);
+	fact->silent = true;
+}
+
+/* What inotify has lost, in the order of fanotify, which loses none. */
+static void tell_facts(struct vf_order *order)
+{
+	for (unsigned int i = 0; i < 2; i++) {
+		/* The older ones first. */
+		struct generation *g = &order->generations[order->young ^ 1 ^ i];
+
+		for (struct fact *fact = g->oldest; fact; fact = fact->later)
+			if (!fact->silent)
+				tell_fact(order, fact);
+	}
+}
+
+static void give_up(struct vf_order *order)
+{
+	tell_facts(order);
+	vf_order_clear(order);
+	while (vf_inotify_fetch(&order->reader) > 0)
+		;
+	order->reader.size = 0;
+	vf_events_report_overflow(order->events);
+}
+
+static bool is_ordered(const struct vf_order *order, const struct vf_inode *dir)
+{
+	return vf_watch_wd(order->events->watches, VF_WD_ORDER, dir) >= 0;
+}
+
+bool vf_order_note(struct vf_order *order, const struct vf_change *change, uint64_t mask, bool own)
+{
+	mask &= EVENTS | VF_FS_ISDIR;
+	/* What happens to a directory itself is reported by itself, not by its name. */
+	if (!change->dir || !change->namelen || !is_ordered(order, change->dir))
+		return false;
+	if (note(order, change, mask, own))
+		return true;
+	give_up(order);
+	return false;
+}
+
+bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes[2], bool own)
+{
+	struct fact *first, *second;
+
+	if (!is_ordered(order, changes[0].dir) || !is_ordered(order, changes[1].dir))
+		return false;
+	first = add_fact(order, &changes[0], changes[0].mask, own);
+	second = first ? add_fact(order, &changes[1], changes[1].mask, own) : NULL;
+	if (second)
+		first->second = second;
+	else
+		give_up(order);
+	return true;
+}
+
+/* ---- joining -------------------------------------------------------------------- */
+
+struct candidates {
+	struct fact *current; /* the one that was used last */
+	struct fact *unused;  /* the first that was not used for this event yet */
+	struct fact *foreign; /* the first such that is to be reported */
+	struct fact *any;
+};
+
+static void look(struct generation *g, uint32_t bucket, uint64_t nodeid,
+		 const struct vf_change *change, uint64_t event, struct candidates *c)
+{
+	for (struct fact *fact = g->first[bucket]; fact; fact = fact->next) {
+		if (!is_about(fact, nodeid, change->name, change->namelen))
+			continue;
+		if (fact->picked && (!c->current || fact->picked > c->current->picked))
+			c->current = fact;
+		if (!(fact->mask & event))
+			continue;
+		c->any = fact;
+		if (fact->used & event)
+			continue;
+		if (!c->unused)
+			c->unused = fact;
+		if (!c->foreign && !fact->silent)
+			c->foreign = fact;
+	}
+}
+
+/*
+ * The fact that says who did this and to what; NULL: there is none yet.  It goes on with the same
+ * object until that has left the name, since fanotify may have counted several events as one.
+ */
+static struct fact *pick(struct vf_order *order, const struct vf_change *change, bool now)
+{
+	uint64_t event = change->mask & EVENTS, nodeid = vf_inode_nodeid(change->dir);
+	uint32_t bucket = hash(nodeid, change->name, change->namelen);
+	struct candidates c = {.any = NULL};
+	struct fact *fact;
+
+	look(&order->generations[order->young ^ 1], bucket, nodeid, change, event, &c);
+	look(&order->generations[order->young], bucket, nodeid, change, event, &c);
+	if (c.current && !(c.current->used & DEPARTURES) && (c.current->mask & event) &&
+	    (!(event & ARRIVALS) || !(c.current->used & event)))
+		fact = c.current;
+	else
+		fact = c.unused ? c.unused : now ? c.any : NULL;
+	if (fact && fact->silent && c.foreign)
+		fact = c.foreign;
+	if (fact) {
+		fact->used |= event;
+		fact->picked = ++order->picks;
+	}
+	return fact;
+}
+
+static struct fact *pick_patiently(struct vf_order *order, const struct vf_change *change)
+{
+	struct fact *fact = pick(order, change, false);
+
+	for (uint32_t i = 0; !fact && i < MAX_RETRIES; i++) {
+		if (!order->read_facts(order->events) && i)
+			nanosleep(&(struct timespec){.tv_nsec = RETRY_NS}, NULL);
+		fact = pick(order, change, i + 1 == MAX_RETRIES);
+	}
+	return fact;
+}
+
+/* ---- what inotify says ------------------------------------------------------------ */
+
+/* fanotify reports what happens to a directory by its own handle, if the guest holds it. */
+static bool is_held_directory(struct vf_order *order, const struct vf_change *change)
+{
+	char name[VF_NAME_MAX + 1];
+	struct vf_inode *child =
+	    vf_inode_known(order->events->share, change->dir, vf_inotify_name(change, name));
+
+	if (child)
+		vf_inode_put(order->events->share, child);
+	return child;
+}
+
+/* What fanotify reports itself, as far as it came before that fact (NULL: all). */
+static void tell_deferred(struct vf_order *order, struct list *list, const struct fact *until)
+{
+	struct fact *fact;
+
+	while ((fact = list->first) && (!until || fact->number < until->number)) {
+		list->first = fact->later;
+		if (!list->first)
+			list_clear(list);
+		tell_fact(order, fact);
+	}
+}
+
+/* Completes the change by its fact, which is returned; the child is referenced. */
+static struct fact *complete(struct vf_order *order, struct vf_change *change)
+{
+	struct fact *fact = pick_patiently(order, change);
+
+	if (!fact)
+		return NULL;
+	tell_deferred(order, &order->older, fact);
+	tell_deferred(order, &order->newer, fact);
+	change->pid = fact->pid;
+	change->child = fact->child ? vf_inode_get(order->events->share, fact->child) : NULL;
+	return fact;
+}
+
+/* Only the first half was found in what inotify said, but fanotify knows both. */
+static bool report_by_fact(struct vf_order *order, const struct vf_change *first,
+			   struct fact *second)
+{
+	struct vf_change changes[2] = {*first};
+
+	if (!second || second->used || second->silent)
+		return false;
+	changes[1] = change_of(order, second);
+	if (changes[1].dir) {
+		vf_events_report_rename(order->events, changes);
+		second->used = second->mask;
+		second->silent = true;
+	}
+	put_change(order, &changes[1]);
+	return second->silent;
+}
+
+static ssize_t read_plainly(struct vf_inotify_reader *reader, void *buffer, size_t size,
+			    uint64_t *at)
+{
+	*at = 0;
+	return read(reader->fd, buffer, size);
+}
+
+static void take_one(struct vf_inotify_reader *reader, const struct inotify_event *record,
+		     struct vf_inode *inode)
+{
+	struct vf_order *order = (struct vf_order *)reader;
+	struct vf_change change = vf_inotify_change(reader, record, inode);
+	struct fact *fact = NULL;
+
+	/* Of the directory itself: fanotify's to report. */
+	if (!change.dir || !(change.mask & EVENTS))
+		return;
+	if ((change.mask & VF_FS_ISDIR) && (change.mask & CHILD_EVENTS)) {
+		if (is_held_directory(order, &change))
+			return;
+		/* The guest has done nothing to one that it does not hold; it has no facts. */
+	} else {
+		fact = complete(order, &change);
+	}
+	if (!fact || fact->silent || !(change.mask & VF_FS_MOVED_FROM) ||
+	    !report_by_fact(order, &change, fact->second))
+		report(order, &change, 1, fact && fact->silent);
+	if (change.child)
+		vf_inode_put(order->events->share, change.child);
+}
+
+static void take_pair(struct vf_inotify_reader *reader, const struct inotify_event *from,
+		      struct vf_inode *from_dir, const struct inotify_event *to,
+		      struct vf_inode *to_dir)
+{
+	struct vf_order *order = (struct vf_order *)reader;
+	struct vf_change changes[2] = {vf_inotify_change(reader, from, from_dir),
+				       vf_inotify_change(reader, to, to_dir)};
+	struct fact *facts[2] = {complete(order, &changes[0]), complete(order, &changes[1])};
+
+	if (facts[0] && facts[0]->silent && facts[1] && facts[1]->silent)
+		vf_events_trace_own(order->events, changes, 2);
+	else
+		vf_events_report_rename(order->events, changes);
+	for (uint32_t i = 0; i < 2; i++)
+		if (changes[i].child)
+			vf_inode_put(order->events->share, changes[i].child);
+}
+
+static void overflow(struct vf_inotify_reader *reader)
+{
+	tell_facts((struct vf_order *)reader);
+}
+
+static void grow_old(struct vf_order *order)
+{
+	struct generation *young = &order->generations[order->young];
+
+	if (young->empty || order->reader.now_ns - young->began_ns < GENERATION_NS)
+		return;
+	order->young ^= 1;
+	empty(order, &order->generations[order->young]);
+}
+
+/* False: inotify cannot be read. */
+static bool read_once(struct vf_order *order)
+{
+	int32_t n = vf_inotify_fetch(&order->reader);
+	uint32_t reads = 0;
+
+	if (n < 0) {
+		vf_events_notice(order->events, "reading inotify: %s", strerror(-n));
+		give_up(order);
+		return false;
+	}
+	while (order->read_facts(order->events) && ++reads < MAX_READS)
+		;
+	vf_inotify_take(&order->reader);
+	/* These came before inotify was read, and are not behind anything that it said. */
+	tell_deferred(order, &order->older, NULL);
+	order->older = order->newer;
+	if (!order->older.first)
+		list_clear(&order->older);
+	list_clear(&order->newer);
+	/* There may be more of inotify's that these facts are about. */
+	if ((uint32_t)n < VF_SOURCE_BUFFER / 2 && !order->older.first)
+		grow_old(order);
+	return true;
+}
+
+void vf_order_read(struct vf_order *order, bool (*read_facts)(struct vf_events *))
+{
+	order->read_facts = read_facts;
+	while (read_once(order) && order->older.first)
+		;
+}
+
+/* ---- watches ------------------------------------------------------------------------ */
+
+void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask, int32_t *wd)
+{
+	struct vf_events *events = order->events;
+	uint64_t all = mask | vf_watches_wd_mask(events->watches, VF_WD_ORDER, *wd, inode);
+	uint64_t bits = all & EVENTS;
+	int error;
+
+	if (vf_inode_type(inode) != S_IFDIR)
+		return;
+	if (all & VF_FS_RENAME)
+		bits |= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
+	error =
+	    vf_inotify_watch(events, VF_WD_ORDER, inode,
+			     mask & ~VF_FS_EVENT_ON_CHILD ? (uint32_t)bits : 0, (uint32_t)bits, wd);
+	if (!error)
+		return;
+	if (error != events->order_error)
+		vf_events_notice(
+		    events,
+		    "inotify_add_watch: %s%s; a directory's events may reach the guest "
+		    "out of order",
+		    strerror(-error),
+		    error == -ENOSPC ? ": the limit is in "
+				       "/proc/sys/fs/inotify/max_user_watches"
+				     : "");
+	events->order_error = error;
+}
+
+/* ---- life --------------------------------------------------------------------------- */
+
+struct vf_order *vf_order_new(struct vf_events *events, int inotify_fd, int *error)
+{
+	struct vf_order *order = calloc(1, sizeof(*order));
+
+	*error = -ENOMEM;
+	if (!order)
+		return NULL;
+	order->events = events;
+	order->reader = (struct vf_inotify_reader){
+	    .events = events,
+	    .fd = inotify_fd,
+	    .which = VF_WD_ORDER,
+	    .buffer = aligned_alloc(64, VF_SOURCE_BUFFER),
+	    .read = read_plainly,
+	    .one = take_one,
+	    .pair = take_pair,
+	    .overflow = overflow,
+	};
+	vf_order_clear(order);
+	if (!order->reader.buffer) {
+		free(order);
+		return NULL;
+	}
+	*error = 0;
+	return order;
+}
+
+void vf_order_clear(struct vf_order *order)
+{
+	empty(order, &order->generations[0]);
+	empty(order, &order->generations[1]);
+	list_clear(&order->older);
+	list_clear(&order->newer);
+}
+
+void vf_order_free(struct vf_order *order)
+{
+	if (!order)
+		return;
+	vf_order_clear(order);
+	free(order->spare);
+	free(order->reader.buffer);
+	free(order);
+}
