@@ -32,8 +32,10 @@ from vhostfs.vm.machine import Share, ShareDevice
 from vhostfs.vm.qemu import Qemu, find_qemu
 from vhostfs.vm.server import ServerSpec, ShareServer, is_listening
 
-SHARES = {"auto": (), "never": ("--cache=never",), "always": ("--cache=always", "--writeback")}
-"""Options of the server by tag; each is mounted at /TAG."""
+CACHE_MODES = {"auto": (), "never": ("--cache=never",), "always": ("--cache=always", "--writeback")}
+SOURCES = {"inodes": ("--events=fanotify:inodes",), "inotify": ("--events=inotify",)}
+SHARES = {**CACHE_MODES, **SOURCES}
+"""Options of the server by tag; each is mounted at /TAG. Those of CACHE_MODES have the best source."""
 _BAD_LOG = re.compile(
     r"Traceback \(most recent call last\)|AddressSanitizer|runtime error:|Fatal Python error"
     r"|free\(\): |malloc\(\): |stack smashing|internal:|[Ee]rror"

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.guest.events.conftest import SHARES, MakeWatchedPlace, WatchedPlace
+from tests.guest.events.conftest import CACHE_MODES, MakeWatchedPlace, WatchedPlace
 from tests.guest.events.watching import STEP_TIMEOUT_S, In, Seen, Watch
 from tests.guest.place import awaited
 
 CHANGES_MADE = 200
 
 
-@pytest.fixture(params=list(SHARES))
+@pytest.fixture(params=list(CACHE_MODES))
 def watched_any(watched_on: MakeWatchedPlace, request: pytest.FixtureRequest) -> WatchedPlace:
     """A new directory of a share of each cache mode."""
     tag: str = request.param

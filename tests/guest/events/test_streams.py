@@ -10,13 +10,19 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.guest.events.conftest import MakeWatchedPlace, WatchedPlace
+import pytest
+
+from tests.guest.events.conftest import SOURCES, MakeWatchedPlace, WatchedPlace
 from tests.guest.events.scenario import a_day
 from tests.guest.events.watching import ALL, CHANGES, In
 from tests.guest.place import awaited
 
 
-def test_a_day_s_work_on_the_host_is_seen_in_the_guest_as_on_the_host(watched: WatchedPlace) -> None:
+@pytest.mark.parametrize("tag", ["auto", *SOURCES])
+def test_a_day_s_work_on_the_host_is_seen_in_the_guest_as_on_the_host(
+    watched_on: MakeWatchedPlace, tag: str
+) -> None:
+    watched = watched_on(tag)
     (watched.host / "sub").mkdir()
     (watched.host / "outside").mkdir()
     a_day(watched.watch(".", "sub"))
