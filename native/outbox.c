@@ -148,7 +148,7 @@ static void remove_oldest(struct vf_outbox *outbox)
 
 /* ---- out ------------------------------------------------------------------- */
 
-/* A long flush lets the guest begin when it has this many: see docs/performance.md. */
+/* A long flush lets the guest begin when it has this many (1 to all of them measured). */
 #define DONE_EVERY 16u
 
 static void count_delivery(struct vf_outbox *outbox, const struct record *record)
@@ -199,8 +199,8 @@ void vf_outbox_flush(struct vf_outbox *outbox)
 /*
  * Once is enough until the guest was told: who looks at everything again when told finds what was
  * lost up to that moment, wherever in the order it belonged.  For the same reason nothing is held
- * back after a loss until some part of the queue is free: each element for which there is room is
- * right, and at most one in max_elements is an overflow.
+ * back after a loss until more of the queue is free: each element for which there is room is right,
+ * and overflows cost at most one in max_elements.
  */
 static void add_overflow(struct vf_outbox *outbox)
 {
