@@ -1381,10 +1381,9 @@ static void vhostfs_receive_work(struct work_struct *work)
 		queue_work(vhostfs_wq, &n->receive_work);
 }
 
-void vhostfs_notify_vq_done(struct virtqueue *vq)
+/* Called in interrupts */
+void vhostfs_notify_received(struct vhostfs_notify *n)
 {
-	struct vhostfs_notify *n = vq->priv;
-
 	if (n)
 		queue_work(vhostfs_wq, &n->receive_work);
 }
@@ -2322,7 +2321,6 @@ void vhostfs_notify_start(struct vhostfs_notify *n, struct virtqueue *vq)
 	spin_lock(&n->vq_lock);
 	n->vq = vq;
 	n->running = true;
-	vq->priv = n;
 	for (count = 0; count < n->nbufs; count++)
 		vhostfs_give_buffer(n, n->bufs[count]);
 	virtqueue_kick(vq);

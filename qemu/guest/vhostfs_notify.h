@@ -40,7 +40,7 @@ int vhostfs_notify_validate(struct virtio_device *vdev);
 int vhostfs_notify_probe(struct virtio_device *vdev,
 			 struct vhostfs_notify **notify);
 bool vhostfs_notify_has_queue(const struct vhostfs_notify *notify);
-void vhostfs_notify_vq_done(struct virtqueue *vq);
+void vhostfs_notify_received(struct vhostfs_notify *notify);
 void vhostfs_notify_start(struct vhostfs_notify *notify, struct virtqueue *vq);
 void vhostfs_notify_stop(struct vhostfs_notify *notify);
 void vhostfs_notify_release_buffers(struct vhostfs_notify *notify);
