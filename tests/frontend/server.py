@@ -119,7 +119,9 @@ class ServerProcess:
         if not self.running:
             status = self._process.returncode
             raise AssertionError(f"the server ended at once with status {status}; log:\n{self.log()}")
-        if not self.is_foreign() and not awaited(lambda: b"serving" in self.log_path.read_bytes()[mark:]):
+        if not self.is_foreign() and not awaited(
+            lambda: b"serving" in self.log_path.read_bytes()[mark:], START_TIMEOUT_S
+        ):
             raise AssertionError(f"the server does not say that it serves; log:\n{self.log()}")
 
     @property
