@@ -122,6 +122,7 @@ class ServerProcess:
         if not self.is_foreign() and not awaited(
             lambda: b"serving" in self.log_path.read_bytes()[mark:], START_TIMEOUT_S
         ):
+            self.kill()
             raise AssertionError(f"the server does not say that it serves; log:\n{self.log()}")
 
     @property
