@@ -342,7 +342,12 @@ def test_the_end_of_a_watched_file_in_a_watched_directory(
     assert guest.told() == source.sees(["ATTRIB d/f", "DELETE_SELF d/f", "DELETE d[f]=d/f"])
 
 
-def test_a_removed_directory_deletes_itself(share: Share) -> None:
+def test_a_removed_directory_deletes_itself(
+    share: Share, source: Source, request: pytest.FixtureRequest
+) -> None:
+    if source is INOTIFY:
+        why = "inotify says nothing of a directory that the server holds: docs/protocol.md, 6.3"
+        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
     (share.path / "gone").mkdir()
     guest = EventGuest(share)
     guest.watch("gone")
