@@ -342,6 +342,36 @@ def test_the_end_of_a_watched_file_in_a_watched_directory(
     assert guest.told() == source.sees(["ATTRIB d/f", "DELETE_SELF d/f", "DELETE d[f]=d/f"])
 
 
+def test_the_end_of_an_object_is_told_in_order_every_time(
+    guest: EventGuest, share: Share, source: Source
+) -> None:
+    for i in range(60):
+        path = f"d/end{i}"
+        (share.path / path).touch()
+        guest.watch(path, WATCHED & ~Event.EVENT_ON_CHILD)
+        os.unlink(share.path / path)
+        expected = [f"ATTRIB {path}", f"DELETE_SELF {path}", f"DELETE d[end{i}]={path}"]
+        assert guest.told() == source.sees(expected)
+        guest.forget(path)
+
+
+def test_an_object_and_its_names_are_told_of_in_order_every_time(
+    guest: EventGuest, share: Share, source: Source
+) -> None:
+    guest.watch("d/f", WATCHED & ~Event.EVENT_ON_CHILD)
+    for i in range(60):
+        os.rename(share.path / "d/f", share.path / "e/g")
+        pair = f"pair {2 * i + 1}"
+        assert guest.told() == [f"MOVED_FROM d[f]=d/f {pair}", f"MOVED_TO e[g]=d/f {pair}", "MOVE_SELF d/f"]
+        os.link(share.path / "e/g", share.path / "d/h")
+        assert guest.told() == ["ATTRIB d/f", "CREATE d[h]=d/f"]
+        os.unlink(share.path / "d/h")
+        assert guest.told() == source.sees(["ATTRIB d/f", "DELETE d[h]=d/f"])
+        os.rename(share.path / "e/g", share.path / "d/f")
+        pair = f"pair {2 * i + 2}"
+        assert guest.told() == [f"MOVED_FROM e[g]=d/f {pair}", f"MOVED_TO d[f]=d/f {pair}", "MOVE_SELF d/f"]
+
+
 def test_a_removed_directory_deletes_itself(
     share: Share, source: Source, request: pytest.FixtureRequest
 ) -> None:
