@@ -52,7 +52,7 @@ struct fact {
 
 struct arena {
 	struct arena *next;
-	uint32_t used;
+	uint64_t used;
 	uint8_t bytes[ARENA_SIZE - 16];
 };
 
@@ -141,23 +141,6 @@ static bool is_about(const struct fact *fact, uint64_t nodeid, const char *name,
 	       !memcmp(fact->name, name, namelen);
 }
 
-/* Adds to a fact of the same object by the same process that has none of this yet. */
-static bool add_to_known(struct generation *g, uint32_t bucket, const struct vf_change *change,
-			 uint64_t child, uint64_t mask, bool own)
-{
-	uint64_t nodeid = vf_inode_nodeid(change->dir);
-	struct fact *same = NULL;
-
-	for (struct fact *fact = g->first[bucket]; fact; fact = fact->next)
-		if (is_about(fact, nodeid, change->name, change->namelen))
-			same = fact;
-	if (!same || same->child != child || same->pid != change->pid || same->silent != own ||
-	    (same->mask & mask))
-		return false;
-	same->mask |= mask;
-	return true;
-}
-
 static void list_clear(struct list *list)
 {
 	list->first = NULL;
@@ -202,15 +185,6 @@ static struct fact *add_fact(struct vf_order *order, const struct vf_change *cha
 	*g->newest = fact;
 	g->newest = &fact->later;
 	return fact;
-}
-
-static bool note(struct vf_order *order, const struct vf_change *change, uint64_t mask, bool own)
-{
-	uint64_t child = change->child ? vf_inode_nodeid(change->child) : 0;
-	uint32_t bucket = hash(vf_inode_nodeid(change->dir), change->name, change->namelen);
-
-	return add_to_known(&order->generations[order->young], bucket, change, child, mask, own) ||
-	       add_fact(order, change, mask, own);
 }
 
 bool vf_order_defer(struct vf_order *order, const struct vf_change *change)
@@ -310,7 +284,7 @@ bool vf_order_note(struct vf_order *order, const struct vf_change *change, uint6
 	/* What happens to a directory itself is reported by itself, not by its name. */
 	if (!change->dir || !change->namelen || !is_ordered(order, change->dir))
 		return false;
-	if (note(order, change, mask, own))
+	if (add_fact(order, change, mask, own))
 		return true;
 	give_up(order);
 	return false;
@@ -426,6 +400,26 @@ static void tell_deferred(struct vf_order *order, struct list *list, const struc
 	}
 }
 
+/*
+ * The name of this object goes: what it was told of its links comes before that, although fanotify
+ * may have summed up the end with the beginning.
+ */
+static void tell_deferred_of(struct vf_order *order, struct list *list, uint64_t child)
+{
+	struct fact **link = &list->first, *fact;
+
+	list->last = link;
+	while ((fact = *link)) {
+		if (fact->child == child && !fact->nodeid) {
+			*link = fact->later;
+			tell_fact(order, fact);
+		} else {
+			link = &fact->later;
+			list->last = link;
+		}
+	}
+}
+
 /* Completes the change by its fact, which is returned; the child is referenced. */
 static struct fact *complete(struct vf_order *order, struct vf_change *change)
 {
@@ -435,6 +429,10 @@ static struct fact *complete(struct vf_order *order, struct vf_change *change)
 		return NULL;
 	tell_deferred(order, &order->older, fact);
 	tell_deferred(order, &order->newer, fact);
+	if (fact->child && (change->mask & VF_FS_DELETE)) {
+		tell_deferred_of(order, &order->older, fact->child);
+		tell_deferred_of(order, &order->newer, fact->child);
+	}
 	change->pid = fact->pid;
 	change->child = fact->child ? vf_inode_get(order->events->share, fact->child) : NULL;
 	return fact;
