@@ -2017,10 +2017,14 @@ static void vhostfs_wrap_super_ops(struct super_block *sb)
 static struct fs_context_operations vhostfs_submount_ops;
 static const struct fs_context_operations *vhostfs_fuse_submount_ops;
 
+/*
+ * The FUSE core does not keep the generation of a directory that another file
+ * system is mounted on, so the submount's root has none, either. This is where
+ * the server of vhostfs has it; another one will say that it knows no such
+ * object, and then there are no events on the root of its submounts.
+ */
 static int vhostfs_get_tree_submount(struct fs_context *fsc)
 {
-	/* Where it is mounted, as the FUSE core passes it on */
-	const struct fuse_inode *mount_point = fsc->fs_private;
 	struct inode *root;
 	int err = vhostfs_fuse_submount_ops->get_tree(fsc);
 
@@ -2028,8 +2032,7 @@ static int vhostfs_get_tree_submount(struct fs_context *fsc)
 		return err;
 	root = d_inode(fsc->root);
 	if (vhostfs_notify_of(get_fuse_conn(root))) {
-		/* They are one object to the device, so one identity here, too */
-		root->i_generation = mount_point->inode.i_generation;
+		root->i_generation = upper_32_bits(get_node_id(root));
 		vhostfs_wrap_super_ops(fsc->root->d_sb);
 	}
 	return 0;
