@@ -176,6 +176,7 @@ enum vhostfs_session {
 	VHOSTFS_NONE,			/* not mounted */
 	VHOSTFS_NEW,			/* FUSE_FSNOTIFY_INIT is to be sent */
 	VHOSTFS_ASKED,
+	VHOSTFS_ANSWERED,		/* elements of before may be there */
 	VHOSTFS_GRANTED,
 	VHOSTFS_REFUSED,
 };
@@ -197,6 +198,7 @@ struct vhostfs_notify {
 	struct kref kref;
 	struct list_head list;		/* on vhostfs_devices */
 	struct virtio_device *vdev;
+	bool has_attrs;
 	atomic64_t counters[VHOSTFS_NR_COUNTERS];
 
 	/* Queue 1 */
@@ -1887,7 +1889,7 @@ static void vhostfs_init_end(struct vhostfs_request *req, int error)
 	} else {
 		dev_info(&n->vdev->dev,
 			 "notifications from the host by the notification queue\n");
-		vhostfs_set_session(n, VHOSTFS_GRANTED);
+		vhostfs_set_session(n, VHOSTFS_ANSWERED);
 		mod_delayed_work(vhostfs_wq, &n->session_work, 0);
 	}
 	kfree(req);
@@ -1919,6 +1921,22 @@ static void vhostfs_send_init(struct vhostfs_notify *n, struct fuse_mount *fm)
 	vhostfs_send(n, fm, req);
 }
 
+/*
+ * Nothing is watched yet, so whatever is in the queue is of an earlier session,
+ * and could mean objects of this one by the same numbers. It is taken out while
+ * nothing is raised.
+ */
+static void vhostfs_begin(struct vhostfs_notify *n)
+{
+	unsigned int left;
+
+	for (left = 0; left <= n->nbufs; left += VHOSTFS_BATCH) {
+		queue_work(vhostfs_wq, &n->receive_work);
+		flush_work(&n->receive_work);
+	}
+	vhostfs_set_session(n, VHOSTFS_GRANTED);
+}
+
 static void vhostfs_session_work(struct work_struct *work)
 {
 	struct vhostfs_notify *n = container_of(to_delayed_work(work),
@@ -1942,6 +1960,8 @@ static void vhostfs_session_work(struct work_struct *work)
 	if (!fm)
 		goto out;
 
+	if (READ_ONCE(n->session) == VHOSTFS_ANSWERED)
+		vhostfs_begin(n);
 	spin_lock(&n->watch_lock);
 	session = n->session;
 	resync = n->resync;
@@ -2161,6 +2181,7 @@ static ssize_t state_show(struct device *dev, struct device_attribute *attr,
 		[VHOSTFS_NONE]		= "unmounted",
 		[VHOSTFS_NEW]		= "mounting",
 		[VHOSTFS_ASKED]		= "asked",
+		[VHOSTFS_ANSWERED]	= "asked",
 		[VHOSTFS_GRANTED]	= "virtqueue",
 		[VHOSTFS_REFUSED]	= "none",
 	};
@@ -2303,10 +2324,8 @@ void vhostfs_notify_start(struct vhostfs_notify *n, struct virtqueue *vq)
 
 	if (!n)
 		return;
-	count = min3(virtqueue_get_vring_size(vq),
-		     clamp_t(unsigned int, queue_buffers, 1,
-			     VHOSTFS_MAX_BUFFERS),
-		     (unsigned int)VHOSTFS_MAX_BUFFERS);
+	count = clamp_t(unsigned int, queue_buffers, 1, VHOSTFS_MAX_BUFFERS);
+	count = min(count, virtqueue_get_vring_size(vq));
 	n->bufs = kcalloc(count, sizeof(*n->bufs), GFP_KERNEL);
 	while (n->bufs && n->nbufs < count) {
 		n->bufs[n->nbufs] = kzalloc(n->buf_size, GFP_KERNEL);
@@ -2318,8 +2337,11 @@ void vhostfs_notify_start(struct vhostfs_notify *n, struct virtqueue *vq)
 	mutex_lock(&vhostfs_devices_mutex);
 	list_add_tail(&n->list, &vhostfs_devices);
 	mutex_unlock(&vhostfs_devices_mutex);
-	if (sysfs_create_group(&n->vdev->dev.kobj, &vhostfs_attr_group))
-		dev_warn(&n->vdev->dev, "no counters in sysfs\n");
+	n->has_attrs = !sysfs_create_group(&n->vdev->dev.kobj,
+					   &vhostfs_attr_group);
+	if (!n->nbufs || !n->has_attrs)
+		dev_warn(&n->vdev->dev, "no memory for %s\n",
+			 n->nbufs ? "counters" : "notifications");
 
 	spin_lock(&n->vq_lock);
 	n->vq = vq;
@@ -2335,7 +2357,8 @@ void vhostfs_notify_stop(struct vhostfs_notify *n)
 {
 	if (!n)
 		return;
-	sysfs_remove_group(&n->vdev->dev.kobj, &vhostfs_attr_group);
+	if (n->has_attrs)
+		sysfs_remove_group(&n->vdev->dev.kobj, &vhostfs_attr_group);
 	mutex_lock(&vhostfs_devices_mutex);
 	list_del_init(&n->list);
 	mutex_unlock(&vhostfs_devices_mutex);
