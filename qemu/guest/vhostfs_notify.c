@@ -325,9 +325,10 @@ static void vhostfs_request_end(struct fuse_args *args, int error)
 						   struct vhostfs_request,
 						   args);
 	struct vhostfs_notify *n = req->notify;
+	bool counted = !req->done;
 
 	req->end(req, error);
-	if (atomic_dec_and_test(&n->in_flight))
+	if (counted && atomic_dec_and_test(&n->in_flight))
 		wake_up_all(&n->idle);
 	vhostfs_put(n);
 }
@@ -345,7 +346,9 @@ static void vhostfs_send(struct vhostfs_notify *n, struct fuse_mount *fm,
 	req->notify = n;
 	req->args.end = vhostfs_request_end;
 	kref_get(&n->kref);
-	atomic_inc(&n->in_flight);
+	/* What somebody waits for is over when he goes on */
+	if (!req->done)
+		atomic_inc(&n->in_flight);
 	err = fuse_simple_background(fm, &req->args, GFP_KERNEL);
 	if (err) {
 #if VHOSTFS_KERNEL < 700
@@ -760,6 +763,11 @@ static void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 
 	vhostfs_count(n, VHOSTFS_RAISED);
 	vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+	/* What is mounted stays mounted */
+	if (inode == d_inode(inode->i_sb->s_root)) {
+		fsnotify_inode(inode, FS_DELETE_SELF);
+		return;
+	}
 	spin_lock(&fi->lock);
 	if (inode->i_nlink)
 		clear_nlink(inode);
@@ -2369,6 +2377,8 @@ void vhostfs_notify_stop(struct vhostfs_notify *n)
 	mutex_unlock(&n->session_mutex);
 	cancel_delayed_work_sync(&n->session_work);
 	wait_event(n->idle, !atomic_read(&n->in_flight));
+	if (READ_ONCE(n->session) != VHOSTFS_NONE)
+		vhostfs_set_session(n, VHOSTFS_REFUSED);
 
 	spin_lock(&n->vq_lock);
 	n->running = false;
