@@ -3,6 +3,7 @@
  * The event pipeline's life: the thread that reads the host's records, what
  * the session was granted, counters.  See events.h.
  */
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -69,6 +70,9 @@ static void *events_main(void *arg)
 
 	pthread_setname_np(pthread_self(), "events");
 	prctl(PR_SET_TIMERSLACK, 1000);
+	/* Watches name descriptors by their number, relative to this; see vf_thread_init(). */
+	if (unshare(CLONE_FS) || fchdir(events->share->config.proc_fd_dir))
+		vf_events_source_failed(events, "the thread for events cannot start", errno);
 	for (;;) {
 		if (epoll_wait(events->epoll_fd, &ready, 1, -1) < 1)
 			continue; /* EINTR */
@@ -78,6 +82,9 @@ static void *events_main(void *arg)
 		events->ops->read(events);
 		vf_outbox_flush(events->outbox);
 		pthread_mutex_unlock(&events->busy);
+		/* The lock is not handed over by itself, and there is always more to read. */
+		while (atomic_load(&events->waiting))
+			sched_yield();
 		pace(events, &turns);
 	}
 }
@@ -87,8 +94,14 @@ static int start_thread(struct vf_events *events)
 	sigset_t all, before;
 	int error;
 
-	/* Signals are the main thread's. */
+	/* Signals are the main thread's, but for faults: guest memory is written here. */
 	sigfillset(&all);
+	sigdelset(&all, SIGBUS);
+	sigdelset(&all, SIGSEGV);
+	sigdelset(&all, SIGILL);
+	sigdelset(&all, SIGFPE);
+	sigdelset(&all, SIGABRT);
+	sigdelset(&all, SIGSYS);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	error = -pthread_create(&events->thread, NULL, events_main, events);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -222,18 +235,26 @@ int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask)
 	return 0;
 }
 
+/* Holds the source's thread up between two turns. */
+static void lock_source(struct vf_events *events)
+{
+	atomic_fetch_add(&events->waiting, 1);
+	pthread_mutex_lock(&events->busy);
+	atomic_fetch_sub(&events->waiting, 1);
+}
+
 void vf_events_end_session(struct vf_events *events)
 {
 	if (!events)
 		return;
 	atomic_store(&events->flags, 0);
 	/* What the source's thread was reporting has come as far as the outbox. */
-	pthread_mutex_lock(&events->busy);
+	lock_source(events);
 	pthread_mutex_unlock(&events->busy);
 	vf_handle_index_stop(events->share);
 	vf_watches_clear(events->watches);
 	if (events->order) {
-		pthread_mutex_lock(&events->busy);
+		lock_source(events);
 		vf_order_clear(events->order);
 		pthread_mutex_unlock(&events->busy);
 	}

@@ -136,6 +136,7 @@ struct vf_events {
 	pthread_t thread;
 	bool running;
 	pthread_mutex_t busy; /* held while records are read and reported; outermost of all */
+	atomic_uint waiting;  /* for busy, besides the source's thread */
 	int stop_fd, epoll_fd;
 	uint8_t *buffer; /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
 	/* inotify_source.c: records that will say again what was reported; the source's thread's */

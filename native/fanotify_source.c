@@ -74,12 +74,12 @@ static void report(struct reader *reader, const struct vf_change *changes, uint3
 		vf_events_report(reader->events, changes, n);
 }
 
-/* The order of what happened to names in this directory is inotify's to tell. */
-static bool note(struct reader *reader, const struct vf_change *change, uint64_t mask)
+/* What of mask is not inotify's to tell. */
+static uint64_t note(struct reader *reader, const struct vf_change *change, uint64_t mask)
 {
 	struct vf_order *order = reader->events->order;
 
-	return order && vf_order_note(order, change, mask, reader->own);
+	return order ? vf_order_note(order, change, mask, reader->own) : mask & ~VF_FS_ISDIR;
 }
 
 void vf_fanotify_report_ordered(struct vf_events *events, struct vf_change *change, uint64_t mask)
@@ -165,6 +165,8 @@ static void report_objects(struct reader *reader, const struct vf_fanotify_recor
 static void report_entry(struct reader *reader, const struct vf_fanotify_record *record,
 			 const struct places *dirs, const struct places *objects)
 {
+	uint64_t mask;
+
 	for (uint32_t i = 0; i < dirs->n; i++) {
 		struct vf_change change = {
 		    .dir = dirs->inodes[i],
@@ -175,8 +177,9 @@ static void report_entry(struct reader *reader, const struct vf_fanotify_record 
 		    .seen_ns = reader->now_ns,
 		};
 
-		if (!note(reader, &change, record->mask & ~VF_FS_SELF_EVENTS))
-			report_each(reader, &change, record->mask & ~VF_FS_SELF_EVENTS,
+		mask = note(reader, &change, record->mask & ~VF_FS_SELF_EVENTS);
+		if (mask)
+			report_each(reader, &change, mask | (record->mask & VF_FS_ISDIR),
 				    &record->object);
 	}
 }
@@ -188,8 +191,8 @@ static void report_pair(struct reader *reader, struct vf_change changes[2])
 
 	if (order && vf_order_note_rename(order, changes, reader->own))
 		return;
-	noted[0] = note(reader, &changes[0], changes[0].mask);
-	noted[1] = note(reader, &changes[1], changes[1].mask);
+	noted[0] = !note(reader, &changes[0], changes[0].mask);
+	noted[1] = !note(reader, &changes[1], changes[1].mask);
 
 	if (reader->own && !noted[0] && !noted[1])
 		vf_events_trace_own(reader->events, changes, 2);
@@ -227,7 +230,7 @@ static void report_rename(struct reader *reader, const struct vf_fanotify_record
 		if (changes[0].dir && changes[1].dir) {
 			if (is_from) /* else told of with its other half */
 				report_pair(reader, changes);
-		} else if (!note(reader, &changes[!is_from], changes[!is_from].mask)) {
+		} else if (note(reader, &changes[!is_from], changes[!is_from].mask)) {
 			report(reader, &changes[!is_from], 1);
 		}
 	}
@@ -352,7 +355,7 @@ static int fanotify_mark_watch(struct vf_events *events, struct vf_inode *inode,
 	int error = vf_fanotify_mark_inode(events, inode, old_mask, new_mask, &wd[VF_WD_SOURCE]);
 
 	/* Last, so that there is a fact for each event. */
-	if (!error && events->order)
+	if (!error && events->order && (new_mask != old_mask || wd[VF_WD_ORDER] < 0))
 		vf_order_mark(events->order, inode, new_mask, &wd[VF_WD_ORDER]);
 	return error;
 }

@@ -247,6 +247,19 @@ static bool evict(struct vf_share *share, struct vf_inode *inode, bool by_force)
 	return true;
 }
 
+/* Gives back a reference that is not the last; false: it is. */
+static bool put_unless_last(struct vf_inode *inode)
+{
+	unsigned int refs = atomic_load_explicit(&inode->refs, memory_order_relaxed);
+
+	do {
+		if (refs == 1)
+			return false;
+	} while (!atomic_compare_exchange_weak_explicit(
+	    &inode->refs, &refs, refs - 1, memory_order_acq_rel, memory_order_relaxed));
+	return true;
+}
+
 /*
  * The hand goes round at most three times: the first takes the mark of use from each, and the
  * third, when all are without a link, uses force: that one of these is lost to the guest (unless it
@@ -255,13 +268,15 @@ static bool evict(struct vf_share *share, struct vf_inode *inode, bool by_force)
 uint32_t vf_inode_shed_fds(struct vf_share *share, uint32_t wanted)
 {
 	struct vf_inode_table *table = share->inodes;
-	uint32_t freed = 0, end, steps;
+	/* Their end may take locks that are held by others who wait for this one. */
+	struct vf_inode *dead[16];
+	uint32_t freed = 0, end, steps, n_dead = 0;
 
 	if (share->config.handle_mode == VF_HANDLES_NEVER)
 		return 0;
 	pthread_mutex_lock(&table->evict_lock);
 	end = atomic_load(&table->top_fd) + 1;
-	for (steps = 0; freed < wanted && steps < (freed ? 2 : 3) * end; steps++) {
+	for (steps = 0; freed < wanted && n_dead < 16 && steps < (freed ? 2 : 3) * end; steps++) {
 		bool by_force = steps >= 2 * end;
 		struct vf_inode *inode;
 		uint32_t slot;
@@ -275,9 +290,14 @@ uint32_t vf_inode_shed_fds(struct vf_share *share, uint32_t wanted)
 		    !atomic_exchange(&inode->hot, 0) &&
 		    (by_force || !(atomic_load(&inode->flags) & INODE_KEEP_FD)))
 			freed += evict(share, inode, by_force);
-		vf_inode_put(share, inode);
+		if (!put_unless_last(inode))
+			dead[n_dead++] = inode;
 	}
 	pthread_mutex_unlock(&table->evict_lock);
+	/* Each of them has given its descriptor up. */
+	freed += n_dead;
+	while (n_dead)
+		vf_inode_put(share, dead[--n_dead]);
 	return freed;
 }
 

@@ -27,7 +27,7 @@ static struct inotify_event *record_at(const struct vf_inotify_reader *reader, u
 {
 	struct inotify_event *record = (void *)(reader->buffer + at);
 
-	if (reader->size - at < sizeof(*record) ||
+	if (at >= reader->size || reader->size - at < sizeof(*record) ||
 	    reader->size - at - sizeof(*record) < record->len)
 		return NULL;
 	return record;

@@ -29,7 +29,11 @@
 #define MAX_ARENAS 256u
 #define GENERATION_NS 20000000u
 /* A fact may come a moment behind its event. */
-#define MAX_RETRIES 4u
+#define PATIENCE 4u
+/* So many facts of one name are compared, besides those that are used up. */
+#define MAX_COMPARED 64u
+/* Rounds in one turn, while objects' own events keep coming. */
+#define MAX_ROUNDS 8u
 #define RETRY_NS 50000
 /* Of fanotify, in one round: a flood elsewhere must not hold up what was read. */
 #define MAX_READS 32u
@@ -75,6 +79,8 @@ struct vf_order {
 	bool (*read_facts)(struct vf_events *events);
 	uint64_t picks, facts;
 	uint32_t n_arenas;
+	uint32_t patience; /* how often facts may still be waited for in this round */
+	bool full;	   /* no memory for a fact: order is given up at the end of the round */
 	struct arena *spare;
 	struct generation generations[2];
 	unsigned int young; /* which of them */
@@ -263,45 +269,60 @@ static void tell_facts(struct vf_order *order)
 	}
 }
 
+/* Not while what was read is being looked at. */
 static void give_up(struct vf_order *order)
 {
 	tell_facts(order);
 	vf_order_clear(order);
-	while (vf_inotify_fetch(&order->reader) > 0)
+	for (uint32_t i = 0; i < MAX_READS && vf_inotify_fetch(&order->reader) > 0; i++)
 		;
 	order->reader.size = 0;
 	vf_events_report_overflow(order->events);
 }
 
-static bool is_ordered(const struct vf_order *order, const struct vf_inode *dir)
+/* What inotify was asked for on a directory that the guest watches like this. */
+static uint64_t ordered_bits(uint64_t mask)
 {
-	return vf_watch_wd(order->events->watches, VF_WD_ORDER, dir) >= 0;
+	uint64_t bits = mask & EVENTS;
+
+	if (mask & VF_FS_RENAME)
+		bits |= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
+	return bits;
 }
 
-bool vf_order_note(struct vf_order *order, const struct vf_change *change, uint64_t mask, bool own)
+/* What of the events in this directory inotify tells. */
+static uint64_t bits_of(const struct vf_order *order, const struct vf_inode *dir)
 {
-	mask &= EVENTS | VF_FS_ISDIR;
-	/* What happens to a directory itself is reported by itself, not by its name. */
-	if (!change->dir || !change->namelen || !is_ordered(order, change->dir))
-		return false;
-	if (add_fact(order, change, mask, own))
-		return true;
-	give_up(order);
-	return false;
+	struct vf_watches *watches = order->events->watches;
+
+	if (vf_watch_wd(watches, VF_WD_ORDER, dir) < 0)
+		return 0;
+	return ordered_bits(vf_watch_mask(watches, dir));
+}
+
+uint64_t vf_order_note(struct vf_order *order, const struct vf_change *change, uint64_t mask,
+		       bool own)
+{
+	uint64_t bits = change->dir && change->namelen ? mask & bits_of(order, change->dir) : 0;
+
+	if (bits && !add_fact(order, change, bits | (mask & VF_FS_ISDIR), own))
+		order->full = true;
+	return mask & ~bits & ~VF_FS_ISDIR;
 }
 
 bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes[2], bool own)
 {
 	struct fact *first, *second;
 
-	if (!is_ordered(order, changes[0].dir) || !is_ordered(order, changes[1].dir))
+	if (!(bits_of(order, changes[0].dir) & VF_FS_MOVED_FROM) ||
+	    !(bits_of(order, changes[1].dir) & VF_FS_MOVED_TO))
 		return false;
 	first = add_fact(order, &changes[0], changes[0].mask, own);
-	second = first ? add_fact(order, &changes[1], changes[1].mask, own) : NULL;
-	if (second)
+	second = add_fact(order, &changes[1], changes[1].mask, own);
+	if (first && second)
 		first->second = second;
 	else
-		give_up(order);
+		order->full = true;
 	return true;
 }
 
@@ -314,14 +335,47 @@ struct candidates {
 	struct fact *any;
 };
 
+static bool is_used_up(const struct fact *fact)
+{
+	return !(fact->mask & EVENTS & ~fact->used);
+}
+
+static void unlink_fact(struct generation *g, uint32_t bucket, struct fact **link)
+{
+	struct fact *fact = *link;
+
+	*link = fact->next;
+	if (g->last[bucket] == &fact->next)
+		g->last[bucket] = link;
+}
+
+/* Facts that are used up go from the chain when there is another of the same name. */
 static void look(struct generation *g, uint32_t bucket, uint64_t nodeid,
 		 const struct vf_change *change, uint64_t event, struct candidates *c)
 {
-	for (struct fact *fact = g->first[bucket]; fact; fact = fact->next) {
-		if (!is_about(fact, nodeid, change->name, change->namelen))
+	struct fact **link = &g->first[bucket], **used_up = NULL, *fact;
+	uint32_t compared = 0;
+
+	while ((fact = *link) && compared < MAX_COMPARED) {
+		if (!is_about(fact, nodeid, change->name, change->namelen)) {
+			link = &fact->next;
 			continue;
+		}
+		if (used_up) {
+			bool was_next = link == &(*used_up)->next;
+
+			unlink_fact(g, bucket, used_up);
+			if (was_next)
+				link = used_up;
+			used_up = NULL;
+		}
 		if (fact->picked && (!c->current || fact->picked > c->current->picked))
 			c->current = fact;
+		if (is_used_up(fact))
+			used_up = link;
+		else
+			compared++;
+		link = &fact->next;
 		if (!(fact->mask & event))
 			continue;
 		c->any = fact;
@@ -363,12 +417,13 @@ static struct fact *pick(struct vf_order *order, const struct vf_change *change,
 
 static struct fact *pick_patiently(struct vf_order *order, const struct vf_change *change)
 {
-	struct fact *fact = pick(order, change, false);
+	struct fact *fact = pick(order, change, !order->patience);
 
-	for (uint32_t i = 0; !fact && i < MAX_RETRIES; i++) {
-		if (!order->read_facts(order->events) && i)
+	while (!fact && order->patience) {
+		order->patience--;
+		if (!order->read_facts(order->events))
 			nanosleep(&(struct timespec){.tv_nsec = RETRY_NS}, NULL);
-		fact = pick(order, change, i + 1 == MAX_RETRIES);
+		fact = pick(order, change, !order->patience);
 	}
 	return fact;
 }
@@ -470,8 +525,8 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 	struct vf_change change = vf_inotify_change(reader, record, inode);
 	struct fact *fact = NULL;
 
-	/* Of the directory itself: fanotify's to report. */
-	if (!change.dir || !(change.mask & EVENTS))
+	/* Of the directory itself: fanotify's to report.  Or the session has ended meanwhile. */
+	if (!change.dir || !(change.mask & EVENTS) || !atomic_load(&order->events->flags))
 		return;
 	if ((change.mask & VF_FS_ISDIR) && (change.mask & CHILD_EVENTS)) {
 		if (is_held_directory(order, &change))
@@ -494,8 +549,10 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 	struct vf_order *order = (struct vf_order *)reader;
 	struct vf_change changes[2] = {vf_inotify_change(reader, from, from_dir),
 				       vf_inotify_change(reader, to, to_dir)};
-	struct fact *facts[2] = {complete(order, &changes[0]), complete(order, &changes[1])};
+	struct fact *facts[2];
 
+	facts[0] = complete(order, &changes[0]);
+	facts[1] = complete(order, &changes[1]);
 	if (facts[0] && facts[0]->silent && facts[1] && facts[1]->silent)
 		vf_events_trace_own(order->events, changes, 2);
 	else
@@ -527,10 +584,12 @@ static bool read_once(struct vf_order *order)
 	uint32_t reads = 0;
 
 	if (n < 0) {
-		vf_events_notice(order->events, "reading inotify: %s", strerror(-n));
-		give_up(order);
+		tell_facts(order);
+		vf_order_clear(order);
+		vf_events_source_failed(order->events, "reading inotify", -n);
 		return false;
 	}
+	order->patience = PATIENCE;
 	while (order->read_facts(order->events) && ++reads < MAX_READS)
 		;
 	vf_inotify_take(&order->reader);
@@ -540,6 +599,11 @@ static bool read_once(struct vf_order *order)
 	if (!order->older.first)
 		list_clear(&order->older);
 	list_clear(&order->newer);
+	if (order->full) {
+		order->full = false;
+		give_up(order);
+		return false;
+	}
 	/* There may be more of inotify's that these facts are about. */
 	if ((uint32_t)n < VF_SOURCE_BUFFER / 2 && !order->older.first)
 		grow_old(order);
@@ -549,7 +613,7 @@ static bool read_once(struct vf_order *order)
 void vf_order_read(struct vf_order *order, bool (*read_facts)(struct vf_events *))
 {
 	order->read_facts = read_facts;
-	while (read_once(order) && order->older.first)
+	for (uint32_t i = 0; i < MAX_ROUNDS && read_once(order) && order->older.first; i++)
 		;
 }
 
@@ -559,13 +623,11 @@ void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask
 {
 	struct vf_events *events = order->events;
 	uint64_t all = mask | vf_watches_wd_mask(events->watches, VF_WD_ORDER, *wd, inode);
-	uint64_t bits = all & EVENTS;
+	uint64_t bits = ordered_bits(all);
 	int error;
 
 	if (vf_inode_type(inode) != S_IFDIR)
 		return;
-	if (all & VF_FS_RENAME)
-		bits |= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
 	error =
 	    vf_inotify_watch(events, VF_WD_ORDER, inode,
 			     mask & ~VF_FS_EVENT_ON_CHILD ? (uint32_t)bits : 0, (uint32_t)bits, wd);

@@ -29,12 +29,13 @@ void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask
 
 /*
  * What fanotify says: all of mask happened to change->child under change->name in change->dir,
- * which is reported when inotify says so.  own: by us, and not to be reported.  False: no watch
- * orders this directory, and nothing was noted.
+ * which is reported when inotify says so.  own: by us, and not to be reported.  Returns the events
+ * of which inotify was not asked to tell, which were not noted.
  */
-bool vf_order_note(struct vf_order *order, const struct vf_change *change, uint64_t mask, bool own);
-
-/* The same for the two halves of a rename; false: not both are ordered. */
+uint64_t vf_order_note(struct vf_order *order, const struct vf_change *change, uint64_t mask,
+		       bool own);
+/* The same for the two halves of a rename; false: of one of them inotify
+ * does not tell, and nothing was noted. */
 bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes[2], bool own);
 
 /*
