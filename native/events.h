@@ -226,6 +226,9 @@ int32_t vf_watch_wd(struct vf_watches *watches, enum vf_wd which, const struct v
 /* What the guest watches on inodes of this number other than `but`. */
 uint64_t vf_watches_wd_mask(struct vf_watches *watches, enum vf_wd which, int32_t wd,
 			    const struct vf_inode *but);
+/* Is there any such inode? */
+bool vf_watches_have_wd(struct vf_watches *watches, enum vf_wd which, int32_t wd,
+			const struct vf_inode *but);
 /* Those that have it have none from now on. */
 void vf_watches_forget_wd(struct vf_watches *watches, enum vf_wd which, int32_t wd);
 uint64_t vf_watches_count(const struct vf_watches *watches);
@@ -254,6 +257,8 @@ bool vf_name_has_handle(struct vf_share *share, struct vf_inode *dir, const char
 			int32_t type, const uint8_t *bytes, uint32_t size);
 /* What the guest watches on other inodes that are the same object of the host. */
 uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode);
+/* Is one of these vf_inode_is_marked()? */
+bool vf_inode_twin_is_marked(struct vf_share *share, struct vf_inode *inode);
 /* Does it lie on the file system of the share's root? */
 bool vf_inode_on_root_fs(struct vf_share *share, const struct vf_inode *inode);
 

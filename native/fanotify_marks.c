@@ -92,11 +92,12 @@ static int replace_bits(struct vf_events *events, struct vf_inode *inode, uint64
 
 /* ---- parents of watched directories ---------------------------------------------- */
 
-/* What its mark has for watched directories in it, other than `but`. */
-static uint64_t bits_below(struct vf_events *events, const struct vf_inode *inode,
+/* What its mark has for watched directories in it, other than `but`, on whatever mount. */
+static uint64_t bits_below(struct vf_events *events, struct vf_inode *inode,
 			   const struct vf_inode *but)
 {
-	return vf_watches_wd_mask(events->watches, VF_WD_SOURCE, vf_inode_slot(inode), but)
+	return vf_watches_have_wd(events->watches, VF_WD_SOURCE, vf_inode_slot(inode), but) ||
+		       vf_inode_twin_is_marked(events->share, inode)
 		   ? VF_FS_DELETE | VF_FS_ISDIR
 		   : 0;
 }
@@ -132,10 +133,12 @@ static void leave_parent(struct vf_events *events, const struct vf_inode *dir, i
 
 	if (!parent)
 		return;
-	if (vf_inode_is_marked(parent) && !bits_below(events, parent, dir)) {
-		itself = bits_for_itself(events, parent);
-		replace_bits(events, parent, itself | VF_FS_DELETE | VF_FS_ISDIR, itself);
+	if (vf_inode_is_marked(parent) &&
+	    !vf_watches_have_wd(events->watches, VF_WD_SOURCE, slot, dir)) {
 		vf_inode_set_marked(parent, false);
+		itself = bits_for_itself(events, parent);
+		replace_bits(events, parent, itself | VF_FS_DELETE | VF_FS_ISDIR,
+			     itself | bits_below(events, parent, dir));
 	}
 	vf_inode_put(events->share, parent);
 }
@@ -149,14 +152,15 @@ static int32_t join_parent(struct vf_events *events, struct vf_inode *dir)
 	/* The share's root has none that the guest could know. */
 	if (!parent)
 		return -1;
-	itself = bits_for_itself(events, parent);
+	itself = bits_for_itself(events, parent) | bits_below(events, parent, dir);
 	if (vf_inode_is_marked(parent) ||
 	    !replace_bits(events, parent, itself, itself | VF_FS_DELETE | VF_FS_ISDIR)) {
 		vf_inode_set_marked(parent, true);
 		slot = vf_inode_slot(parent);
 	}
 	vf_inode_put(events->share, parent);
-	return slot;
+	/* That was the last reference, perhaps: its slot may be another inode's soon. */
+	return vf_inode_is_marked(parent) ? slot : -1;
 }
 
 static void change_parent(struct vf_events *events, struct vf_inode *inode, uint64_t mask,
@@ -188,11 +192,13 @@ int vf_fanotify_mark_inode(struct vf_events *events, struct vf_inode *inode, uin
 
 void vf_fanotify_inode_gone(struct vf_events *events, struct vf_inode *inode)
 {
-	uint64_t twins;
+	uint64_t others;
 
 	if (!vf_inode_is_marked(inode))
 		return;
-	twins = bits_of(events, inode, vf_inode_twins_watch_mask(events->share, inode));
-	replace_bits(events, inode, twins | VF_FS_DELETE | VF_FS_ISDIR, twins);
+	vf_inode_set_marked(inode, false);
 	vf_watches_forget_wd(events->watches, VF_WD_SOURCE, vf_inode_slot(inode));
+	others = bits_of(events, inode, vf_inode_twins_watch_mask(events->share, inode)) |
+		 bits_below(events, inode, inode);
+	replace_bits(events, inode, others | VF_FS_DELETE | VF_FS_ISDIR, others);
 }

@@ -339,17 +339,18 @@ bool vf_name_has_handle(struct vf_share *share, struct vf_inode *dir, const char
 	       handle.size == size && !memcmp(handle.bytes, bytes, size);
 }
 
-uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode)
+/* Adds to *sum what add() says of each other inode that is the same object of the host. */
+static void sum_over_twins(struct vf_share *share, struct vf_inode *inode, uint64_t *sum,
+			   uint64_t (*add)(struct vf_share *share, const struct vf_inode *twin))
 {
 	struct vf_inode_table *table = share->inodes;
 	const struct mount *mounts = table->mounts.entries;
 	struct handle handle;
 	struct shard *shard;
-	uint64_t mask = 0;
 	uint32_t hash;
 
 	if (!(atomic_load(&inode->flags) & INODE_INDEXED))
-		return 0;
+		return;
 	inode_load_handle(inode, &handle);
 	hash = handle_hash(handle.type, handle.bytes, handle.size);
 	shard = shard_of(table->index, hash);
@@ -360,10 +361,36 @@ uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inod
 
 		if (other != inode && mounts[other->mount].fsid == mounts[inode->mount].fsid &&
 		    inode_handle_is(other, &handle))
-			mask |= vf_watch_mask(share->events->watches, other);
+			*sum |= add(share, other);
 	}
 	pthread_mutex_unlock(&shard->lock);
+}
+
+static uint64_t watch_mask_of(struct vf_share *share, const struct vf_inode *inode)
+{
+	return vf_watch_mask(share->events->watches, inode);
+}
+
+uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode)
+{
+	uint64_t mask = 0;
+
+	sum_over_twins(share, inode, &mask, watch_mask_of);
 	return mask;
+}
+
+static uint64_t is_marked(struct vf_share *share, const struct vf_inode *inode)
+{
+	(void)share;
+	return vf_inode_is_marked(inode);
+}
+
+bool vf_inode_twin_is_marked(struct vf_share *share, struct vf_inode *inode)
+{
+	uint64_t marked = 0;
+
+	sum_over_twins(share, inode, &marked, is_marked);
+	return marked;
 }
 
 bool vf_inode_on_root_fs(struct vf_share *share, const struct vf_inode *inode)

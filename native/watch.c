@@ -4,8 +4,8 @@
  * gave), the union over all, and the marks on the host for it.  Knows nothing
  * of events; see events.h.
  *
- * A watch ends with its inode at the latest.  32 bytes for each, beside 4 to 8
- * of hash.
+ * A watch ends with its inode at the latest.  40 bytes for each, beside 12 to
+ * 24 of hash.
  */
 #include "events.h"
 
@@ -16,10 +16,11 @@
 
 struct watch {
 	uint64_t nodeid;
-	uint64_t mask;
+	uint32_t mask; /* all of KNOWN fits */
+	uint32_t next; /* in its chain, or in the list of free ones; 0: the end, as everywhere */
 	int32_t wd[VF_N_WDS];
-	uint32_t next;		    /* in its chain, or in the list of free ones */
-	uint32_t next_wd[VF_N_WDS]; /* in the chains of its wds; 0: the end, as everywhere */
+	/* In the chains of its wds, which may be as long as there are watches. */
+	uint32_t next_wd[VF_N_WDS], previous_wd[VF_N_WDS];
 };
 
 struct vf_watches {
@@ -117,21 +118,31 @@ static void link_wds(struct vf_watches *w, uint32_t i)
 		if (w->all[i].wd[which] < 0)
 			continue;
 		w->all[i].next_wd[which] = *head;
+		w->all[i].previous_wd[which] = 0;
+		if (*head)
+			w->all[*head].previous_wd[which] = i;
 		*head = i;
 	}
 }
 
+/* Its wd stays as it is. */
+static void unlink_wd(struct vf_watches *w, enum vf_wd which, const struct watch *watch)
+{
+	uint32_t next = watch->next_wd[which], previous = watch->previous_wd[which];
+
+	if (next)
+		w->all[next].previous_wd[which] = previous;
+	if (previous)
+		w->all[previous].next_wd[which] = next;
+	else
+		*wd_bucket(w, which, watch->wd[which]) = next;
+}
+
 static void unlink_wds(struct vf_watches *w, uint32_t i)
 {
-	for (enum vf_wd which = 0; which < VF_N_WDS; which++) {
-		uint32_t *link = wd_bucket(w, which, w->all[i].wd[which]);
-
-		if (w->all[i].wd[which] < 0)
-			continue;
-		while (*link != i)
-			link = &w->all[*link].next_wd[which];
-		*link = w->all[i].next_wd[which];
-	}
+	for (enum vf_wd which = 0; which < VF_N_WDS; which++)
+		if (w->all[i].wd[which] >= 0)
+			unlink_wd(w, which, &w->all[i]);
 }
 
 /* Twice the entries, twice the buckets; the hash is built anew. */
@@ -232,7 +243,7 @@ static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t mask, co
 		unlink_wds(w, (uint32_t)(watch - w->all));
 		memcpy(watch->wd, wd, sizeof(watch->wd));
 		link_wds(w, (uint32_t)(watch - w->all));
-		watch->mask = mask;
+		watch->mask = (uint32_t)mask;
 		if (!mask)
 			drop(w, watch);
 		vf_inode_set_watched(inode, mask);
@@ -402,17 +413,31 @@ uint64_t vf_watches_wd_mask(struct vf_watches *w, enum vf_wd which, int32_t wd,
 	return mask;
 }
 
+bool vf_watches_have_wd(struct vf_watches *w, enum vf_wd which, int32_t wd,
+			const struct vf_inode *but)
+{
+	uint32_t i;
+
+	if (wd < 0)
+		return false;
+	pthread_mutex_lock(&w->lock);
+	i = *wd_bucket(w, which, wd);
+	while (i && (w->all[i].wd[which] != wd || w->all[i].nodeid == vf_inode_nodeid(but)))
+		i = w->all[i].next_wd[which];
+	pthread_mutex_unlock(&w->lock);
+	return i;
+}
+
 void vf_watches_forget_wd(struct vf_watches *w, enum vf_wd which, int32_t wd)
 {
 	pthread_mutex_lock(&w->lock);
-	for (uint32_t *link = wd_bucket(w, which, wd); *link;) {
-		struct watch *watch = &w->all[*link];
+	for (uint32_t i = *wd_bucket(w, which, wd), next; i; i = next) {
+		struct watch *watch = &w->all[i];
 
+		next = watch->next_wd[which];
 		if (watch->wd[which] == wd) {
-			*link = watch->next_wd[which];
+			unlink_wd(w, which, watch);
 			watch->wd[which] = -1;
-		} else {
-			link = &watch->next_wd[which];
 		}
 	}
 	pthread_mutex_unlock(&w->lock);
