@@ -194,6 +194,7 @@ struct vf_events_stats {
 	uint64_t depth;		 /* elements that wait now */
 	uint64_t max_depth;	 /* the most that ever waited */
 	uint64_t watches;	 /* inodes that the guest watches now */
+	uint64_t share_watches;	 /* 1: it also watches the share as a whole */
 	uint64_t host_marks;	 /* inode marks or inotify watches held for them on the host */
 	uint64_t buffers; /* notification buffers that the guest has given and that are free */
 	/* Time from reading the host's record to the used element: [i] counts those below 2^i us.

@@ -195,6 +195,8 @@ static void give_fd(struct vf_share *share, struct vf_inode *bare, int fd)
 static void index_new(struct vf_share *share, struct vf_inode *inode, int fd, struct statx *sx)
 {
 	handle_index_add(share->inodes, inode, fd);
+	if (vf_inode_type(inode) == S_IFDIR && share->events)
+		vf_watch_share_new_directory(share->events, inode);
 	if (vf_events_invalidate(share))
 		statx_fd(fd, sx);
 	vf_inode_put(share, inode);
@@ -392,6 +394,29 @@ int vf_inode_lookup_self(struct vf_thread *t, struct vf_inode *dir, struct vf_in
 	pthread_mutex_unlock(&shard->lock);
 	fill_entry(share, dir, &found, &sx, out);
 	return 0;
+}
+
+int vf_inode_hold_directory(struct vf_share *share, struct vf_inode *dir, const char *name,
+			    uint64_t *nodeid)
+{
+	int dir_fd = vf_inode_path_fd(share, dir), fd, error;
+	struct found found;
+	struct statx sx;
+
+	if (dir_fd < 0)
+		return dir_fd;
+	fd = open_path(share, dir_fd, name);
+	if (fd < 0)
+		return fd;
+	error = statx_fd(fd, &sx);
+	if (!error && !S_ISDIR(sx.stx_mode))
+		error = -ENOTDIR;
+	if (error)
+		close(fd);
+	else
+		error = enter(share, dir, fd, &sx, &found);
+	*nodeid = found.nodeid;
+	return error;
 }
 
 /* ---- the way up, for the guest's NFS server ----------------------------- */

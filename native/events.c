@@ -170,6 +170,8 @@ static struct vf_events *events_new(vf_share *share, const struct vf_events_conf
 	if (!*error)
 		events->watches = vf_watches_new(events, error);
 	if (!*error)
+		*error = vf_watch_share_init(events);
+	if (!*error)
 		events->outbox = vf_outbox_new(config->max_queued, events->trace, error);
 	if (!*error && config->order_fd >= 0)
 		events->order = vf_order_new(events, config->order_fd, error);
@@ -206,6 +208,7 @@ void vf_events_free(struct vf_events *events)
 		vf_outbox_free(events->outbox);
 	vf_order_free(events->order);
 	vf_watches_free(events->watches);
+	vf_watch_share_free(events);
 	vf_own_changes_free(events->own_changes);
 	vf_trace_free(events->trace);
 	close_groups(&events->config);
@@ -252,6 +255,7 @@ void vf_events_end_session(struct vf_events *events)
 	lock_source(events);
 	pthread_mutex_unlock(&events->busy);
 	vf_handle_index_stop(events->share);
+	vf_watch_share_end(events);
 	vf_watches_clear(events->watches);
 	if (events->order) {
 		lock_source(events);
@@ -288,6 +292,7 @@ void vf_share_get_events_stats(vf_share *share, struct vf_events_stats *stats)
 	stats->host_overflows = atomic_load(&events->host_overflows);
 	stats->host_marks = atomic_load(&events->host_marks);
 	stats->watches = vf_watches_count(events->watches);
+	stats->share_watches = !!atomic_load(&events->everywhere);
 	vf_outbox_get_stats(events->outbox, stats);
 }
 

@@ -9,6 +9,7 @@
  *   outbox.c      vf_outbox_push()        bounded, ordered; identical neighbours merge
  *   notify_queue.c                        puts elements into the buffers of the virtqueue
  *   watch.c                               what the guest watches, and marks on the host for it
+ *   watch_share.c                         a watch on everything in the share
  *   handle_index.c                        from a file handle to the guest's inodes
  *   events.c                              the thread, its life, counters, trace
  *
@@ -82,6 +83,8 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 void vf_events_trace_own(struct vf_events *events, const struct vf_change *changes, uint32_t n);
 /* A rename whose both directories the guest holds: gives the two changes their cookie. */
 void vf_events_report_rename(struct vf_events *events, struct vf_change changes[2]);
+/* Has the object no link any more? */
+bool vf_events_is_gone(struct vf_events *events, struct vf_inode *inode);
 /* The host's queue overflowed: the guest is told that events were lost. */
 void vf_events_report_overflow(struct vf_events *events);
 
@@ -101,6 +104,8 @@ struct vf_source_ops {
 	 */
 	int (*mark)(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
 		    uint64_t new_mask, int32_t wd[VF_N_WDS]);
+	/* What need not be asked for on this inode; may be NULL. */
+	uint64_t (*covered)(struct vf_events *events, const struct vf_inode *inode);
 	/*
 	 * The inode, which was watched or has vf_inode_set_marked(), is being freed; its watch has
 	 * ended.  May be NULL.  Under watches->change_lock.
@@ -128,6 +133,11 @@ struct vf_events {
 	/* Granted to the session; 0: none, and nothing is reported. */
 	atomic_uint_fast64_t flags;
 	atomic_uint_fast64_t mask;
+	/* What the guest watches on everything that it holds of the share; 0: nothing. */
+	atomic_uint_fast64_t everywhere;
+	struct vf_announced *announced; /* watch_share.c */
+	bool unmarked_said;
+	uint32_t unseen_left, unseen_depth; /* see vf_watch_share_tell_unseen() */
 	int32_t pid;			    /* our own, as the host's records name it */
 	uint32_t last_cookie;		    /* the source's thread's */
 	int order_error;		    /* as mark_error */
@@ -207,7 +217,11 @@ void vf_watches_free(struct vf_watches *watches);
 void vf_watches_clear(struct vf_watches *watches);
 /* The guest's wish; inode is referenced.  0, -ENOSPC (quota), or what the host says. */
 int vf_watch_set(struct vf_watches *watches, struct vf_inode *inode, uint64_t mask);
-/* What the guest watches on this inode; 0: nothing.  Cheap when nothing. */
+/* The events of which a watch can be, and nothing without any. */
+uint64_t vf_watch_known(uint64_t mask);
+/* What a watch on the share asks of the host for this inode has changed. */
+int vf_watch_update(struct vf_watches *watches, struct vf_inode *inode);
+/* What the host is asked for on this inode; 0: nothing.  Cheap when nothing. */
 uint64_t vf_watch_mask(struct vf_watches *watches, const struct vf_inode *inode);
 /* The union over all watches. */
 uint64_t vf_watches_union(const struct vf_watches *watches);
@@ -232,6 +246,33 @@ bool vf_watches_have_wd(struct vf_watches *watches, enum vf_wd which, int32_t wd
 /* Those that have it have none from now on. */
 void vf_watches_forget_wd(struct vf_watches *watches, enum vf_wd which, int32_t wd);
 uint64_t vf_watches_count(const struct vf_watches *watches);
+
+/* ---- watch_share.c --------------------------------------------------------------- */
+
+int vf_watch_share_init(struct vf_events *events);
+/*
+ * The guest's wish for every object that it holds, now or later (0: no longer), besides the
+ * watches of single ones.  0, or what the host says of the share's root.
+ */
+int vf_watch_share(struct vf_events *events, uint64_t mask);
+/* What of it the host has to be asked for on this inode. */
+uint64_t vf_watch_share_part(struct vf_events *events, const struct vf_inode *inode);
+/* The guest holds this directory from now on. */
+void vf_watch_share_new_directory(struct vf_events *events, struct vf_inode *dir);
+/*
+ * A directory has got this name in a directory that the guest holds, and everything is watched: it
+ * is held for the guest, which will look it up when it hears of it, so that what happens within
+ * meanwhile is told.  The inode, referenced; NULL: there is none, or no need.  The source's thread.
+ */
+struct vf_inode *vf_watch_share_announce(struct vf_events *events, struct vf_inode *dir,
+					 const char *name, uint32_t namelen);
+/*
+ * Reports as made what an announced directory, whose own event was reported, had in it before it
+ * was marked.  The source's thread.
+ */
+void vf_watch_share_tell_unseen(struct vf_events *events, const struct vf_change *made);
+void vf_watch_share_end(struct vf_events *events);
+void vf_watch_share_free(struct vf_events *events);
 
 /* ---- handle_index.c ------------------------------------------------------------- */
 

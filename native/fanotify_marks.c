@@ -48,6 +48,17 @@ static uint64_t bits_of(struct vf_events *events, const struct vf_inode *inode, 
 	return bits;
 }
 
+uint64_t vf_fanotify_covered(struct vf_events *events, const struct vf_inode *inode)
+{
+	const uint64_t halves = VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
+	uint64_t mask = is_covered(events, inode) ? events->config.filesystem_mask : 0;
+
+	if (mask & (VF_FS_RENAME | halves))
+		mask |= VF_FS_RENAME | halves;
+	/* Of no use on an inode, either. */
+	return mask | VF_FS_OPEN_EXEC;
+}
+
 static int change_mark(struct vf_events *events, struct vf_inode *inode, uint32_t how,
 		       uint64_t bits)
 {

@@ -12,6 +12,7 @@
 
 int vf_fanotify_mark_inode(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
 			   uint64_t new_mask, int32_t *wd);
+uint64_t vf_fanotify_covered(struct vf_events *events, const struct vf_inode *inode);
 void vf_fanotify_inode_gone(struct vf_events *events, struct vf_inode *inode);
 
 #endif

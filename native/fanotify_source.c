@@ -105,7 +105,7 @@ static bool came_last(struct reader *reader, const struct vf_change *change,
 	char name[VF_NAME_MAX + 1];
 
 	if (!change->namelen || !object->there ||
-	    !(vf_inode_is_watched(change->dir) ||
+	    !(vf_inode_is_watched(change->dir) || atomic_load(&reader->events->everywhere) ||
 	      (flags & (VF_FSNOTIFY_WATCH_ALL | VF_FSNOTIFY_INVALIDATE))))
 		return false;
 	memcpy(name, change->name, change->namelen);
@@ -252,6 +252,31 @@ static uint32_t count_events(uint64_t mask)
 	return (uint32_t)__builtin_popcountll(mask & VF_FANOTIFY_EVENTS) + !!(mask & VF_FS_RENAME);
 }
 
+/*
+ * A directory that came, in the guest's directories: where everything is watched it is held before
+ * the next record, which may be about what it has in it.
+ */
+static void announce(struct reader *reader, const struct vf_fanotify_record *record,
+		     const struct places *dirs, const struct places *to, struct places *objects)
+{
+	bool rename = record->mask & VF_FS_RENAME;
+	const struct places *where = rename ? to : dirs;
+	const struct vf_fanotify_object *entry = rename ? &record->new : &record->dir;
+
+	if (!(record->mask & VF_FS_ISDIR) || objects->n || reader->own || !entry->name ||
+	    !(record->mask & (VF_FS_CREATE | VF_FS_MOVED_TO | VF_FS_RENAME)))
+		return;
+	for (uint32_t i = 0; i < where->n; i++) {
+		struct vf_inode *made = vf_watch_share_announce(reader->events, where->inodes[i],
+								entry->name, entry->namelen);
+
+		if (made)
+			vf_inode_put(reader->events->share, made);
+	}
+	/* The name may mean another by now. */
+	find(reader->events, &record->object, objects);
+}
+
 /* It has the guest's inodes in it. */
 static void take_known(struct reader *reader, const struct vf_fanotify_record *record,
 		       const struct places *dirs, const struct places *to,
@@ -294,6 +319,7 @@ static void take(struct reader *reader, const struct vf_fanotify_record *record)
 	find(events, rename ? &record->old : &record->dir, &dirs);
 	find(events, &record->new, &to);
 	find(events, &record->object, &objects);
+	announce(reader, record, &dirs, &to, &objects);
 	if (dirs.n + to.n + objects.n)
 		take_known(reader, record, &dirs, &to, &objects);
 	else if (!reader->own)
@@ -363,5 +389,6 @@ static int fanotify_mark_watch(struct vf_events *events, struct vf_inode *inode,
 const struct vf_source_ops vf_fanotify_source = {
     .read = fanotify_read,
     .mark = fanotify_mark_watch,
+    .covered = vf_fanotify_covered,
     .gone = vf_fanotify_inode_gone,
 };

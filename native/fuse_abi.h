@@ -89,12 +89,16 @@ struct vf_fuse_copy_file_range_out {
 #define VF_FSNOTIFY_RENAME (1ULL << 3)
 #define VF_FSNOTIFY_CHILD (1ULL << 4)
 #define VF_FSNOTIFY_INVALIDATE (1ULL << 5)
+#define VF_FSNOTIFY_WATCH_FILESYSTEM (1ULL << 6)
 
 struct vf_fsnotify_watch_in {
 	uint64_t mask; /* FS_* bits; 0: no longer watched */
 	uint32_t generation;
-	uint32_t flags; /* 0 */
+	uint32_t flags;
 };
+
+/* flags of FSNOTIFY_WATCH: the mask is for every object of the share */
+#define VF_FSNOTIFY_WATCH_ON_FILESYSTEM 1u
 
 /* flags of an element */
 #define VF_FSNOTIFY_SPLIT_RENAME 1u

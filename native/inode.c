@@ -114,6 +114,17 @@ void vf_inode_set_marked(struct vf_inode *inode, bool marked)
 	set_flag(inode, INODE_MARKED, marked);
 }
 
+void vf_inode_set_unseen(struct vf_inode *inode)
+{
+	set_flag(inode, INODE_UNSEEN, true);
+}
+
+bool vf_inode_take_unseen(struct vf_inode *inode)
+{
+	return (flags_of(inode) & INODE_UNSEEN) &&
+	       (atomic_fetch_and(&inode->flags, (unsigned char)~INODE_UNSEEN) & INODE_UNSEEN);
+}
+
 int32_t vf_inode_slot(const struct vf_inode *inode)
 {
 	return (int32_t)inode->slot; /* MAX_CHUNKS << CHUNK_BITS of them */
@@ -122,6 +133,28 @@ int32_t vf_inode_slot(const struct vf_inode *inode)
 struct vf_inode *vf_inode_in_slot(struct vf_share *share, int32_t slot)
 {
 	return inode_ref_slot(share->inodes, (uint32_t)slot);
+}
+
+uint32_t vf_inode_slots(struct vf_share *share)
+{
+	struct vf_inode_table *table = share->inodes;
+	uint32_t n;
+
+	pthread_mutex_lock(&table->free_lock);
+	n = table->n_slots;
+	pthread_mutex_unlock(&table->free_lock);
+	return n;
+}
+
+bool vf_inode_is_held_once(struct vf_share *share, const struct vf_inode *inode)
+{
+	struct shard *shard = inode_shard(share->inodes, inode_hash(inode->mount, inode->ino));
+	bool once;
+
+	pthread_mutex_lock(&shard->lock);
+	once = inode->nlookup == 1;
+	pthread_mutex_unlock(&shard->lock);
+	return once;
 }
 
 bool vf_inode_tell_deleted(struct vf_inode *inode)

@@ -38,8 +38,16 @@ void vf_inode_set_watched(struct vf_inode *inode, bool watched);
 /* A source's: the host has something for it although the guest may not watch it. */
 bool vf_inode_is_marked(const struct vf_inode *inode);
 void vf_inode_set_marked(struct vf_inode *inode, bool marked);
+/* watch_share.c: what the directory had in it before it was marked was told to nobody. */
+void vf_inode_set_unseen(struct vf_inode *inode);
+/* It no longer is; was it? */
+bool vf_inode_take_unseen(struct vf_inode *inode);
 /* A number that no other inode has at the same time. */
 int32_t vf_inode_slot(const struct vf_inode *inode);
+/* All numbers in use are below this. */
+uint32_t vf_inode_slots(struct vf_share *share);
+/* Is there one lookup count that the guest has not given back?  It may change at once. */
+bool vf_inode_is_held_once(struct vf_share *share, const struct vf_inode *inode);
 /* The inode that has it now, referenced, or NULL. */
 struct vf_inode *vf_inode_in_slot(struct vf_share *share, int32_t slot);
 /* route.c: true for the first who tells the guest that the object was deleted. */
@@ -78,6 +86,9 @@ int vf_inode_lookup_entry(struct vf_thread *t, struct vf_inode *dir, int dir_fd,
 /* The same for a referenced inode, as a new name in dir (the inode itself when there is none). */
 int vf_inode_lookup_self(struct vf_thread *t, struct vf_inode *dir, struct vf_inode *inode,
 			 struct fuse_entry_out *out);
+/* Holds the directory of this name as a lookup of the guest's would; anything else is -ENOTDIR. */
+int vf_inode_hold_directory(struct vf_share *share, struct vf_inode *dir, const char *name,
+			    uint64_t *nodeid);
 /* The parent of a referenced directory, which must lie in the share: -ESTALE. */
 int vf_inode_lookup_parent(struct vf_thread *t, struct vf_inode *inode, struct fuse_entry_out *out);
 /*

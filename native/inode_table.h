@@ -43,6 +43,7 @@ enum inode_flags {
 	INODE_WATCHED = 8,	/* watch.c has an entry for it */
 	INODE_DELETE_TOLD = 16, /* see vf_inode_tell_deleted() */
 	INODE_MARKED = 32,	/* see vf_inode_set_marked() */
+	INODE_UNSEEN = 64,	/* see vf_inode_set_unseen() */
 };
 
 /* One cache line; 64 bytes for each inode that the guest holds, beside 4 to 8 of hash. */

@@ -77,6 +77,16 @@ static bool is_own(struct vf_inotify_reader *reader, const struct inotify_event 
 	return true;
 }
 
+/* A directory that came: where everything is watched it is marked before its event is told. */
+static void announce(struct vf_events *events, struct vf_change *change)
+{
+	const uint64_t came = VF_FS_CREATE | VF_FS_MOVED_TO;
+
+	if (!change->child && (change->mask & VF_FS_ISDIR) && (change->mask & came))
+		change->child =
+		    vf_watch_share_announce(events, change->dir, change->name, change->namelen);
+}
+
 static void report_one(struct vf_inotify_reader *reader, const struct inotify_event *record,
 		       struct vf_inode *inode)
 {
@@ -90,8 +100,10 @@ static void report_one(struct vf_inotify_reader *reader, const struct inotify_ev
 	}
 	change.child = object_of(events, &change);
 	expect_echo(reader, &change);
-	if (!is_own(reader, record, &change, 1))
+	if (!is_own(reader, record, &change, 1)) {
+		announce(events, &change);
 		vf_events_report(events, &change, 1);
+	}
 	if (change.child)
 		vf_inode_put(events->share, change.child);
 }
@@ -105,9 +117,12 @@ static void report_pair(struct vf_inotify_reader *reader, const struct inotify_e
 				       vf_inotify_change(reader, to, to_dir)};
 	struct vf_inode *object = object_of(events, &changes[1]);
 
-	changes[0].child = changes[1].child = object;
-	if (!is_own(reader, from, changes, 2))
+	changes[1].child = object;
+	if (!is_own(reader, from, changes, 2)) {
+		announce(events, &changes[1]);
+		changes[0].child = object = changes[1].child;
 		vf_events_report_rename(events, changes);
+	}
 	if (object)
 		vf_inode_put(events->share, object);
 }

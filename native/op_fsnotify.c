@@ -14,8 +14,14 @@ int32_t vf_op_fsnotify_watch(struct vf_thread *t, struct vf_req *r)
 
 	if (!events || !atomic_load(&events->flags))
 		return -ENOSYS;
-	if (!in || in->flags)
+	if (!in || in->flags & ~VF_FSNOTIFY_WATCH_ON_FILESYSTEM)
 		return -EINVAL;
+	if (in->flags) {
+		if (!(atomic_load(&events->flags) & VF_FSNOTIFY_WATCH_FILESYSTEM) ||
+		    r->header.nodeid != FUSE_ROOT_ID || in->generation)
+			return -EINVAL;
+		return vf_watch_share(events, in->mask);
+	}
 	inode = vf_inode_get(t->share, r->header.nodeid);
 	if (!inode)
 		return -ESTALE;

@@ -21,6 +21,11 @@ static uint64_t wanting(uint64_t event)
 	return event & (VF_FS_MOVED_FROM | VF_FS_MOVED_TO) ? event | VF_FS_RENAME : event;
 }
 
+static bool watched_everywhere(struct vf_events *events, uint64_t event)
+{
+	return atomic_load_explicit(&events->everywhere, memory_order_relaxed) & wanting(event);
+}
+
 static bool watched(struct vf_events *events, const struct vf_inode *inode, uint64_t event)
 {
 	return inode && (vf_watch_mask(events->watches, inode) & wanting(event));
@@ -53,6 +58,8 @@ static bool wanted(struct vf_events *events, uint64_t flags, const struct vf_cha
 		return false;
 	if ((flags & VF_FSNOTIFY_WATCH_ALL) ||
 	    ((flags & VF_FSNOTIFY_INVALIDATE) && (event & INVALIDATING)))
+		return true;
+	if (watched_everywhere(events, event))
 		return true;
 	if (event & VF_FS_ENTRY_EVENTS)
 		return watched(events, change->dir, event);
@@ -101,8 +108,7 @@ static void trace(struct vf_events *events, uint64_t flags, const struct vf_chan
 
 /* ---- the end of a watched object ------------------------------------------------- */
 
-/* Has it no link any more? */
-static bool is_gone(struct vf_events *events, struct vf_inode *inode)
+bool vf_events_is_gone(struct vf_events *events, struct vf_inode *inode)
 {
 	int fd = vf_inode_path_fd(events->share, inode);
 	struct statx sx;
@@ -127,7 +133,8 @@ static void report_end(struct vf_events *events, uint64_t flags, const struct vf
 
 	/* INVALIDATE alone needs none: the entry says enough. */
 	if (!change->child || !wanted(events, flags & ~VF_FSNOTIFY_INVALIDATE, &end) ||
-	    (!removed && !is_gone(events, change->child)) || !vf_inode_tell_deleted(change->child))
+	    (!removed && !vf_events_is_gone(events, change->child)) ||
+	    !vf_inode_tell_deleted(change->child))
 		return;
 	out = element_of(flags, &end);
 	vf_outbox_push(events->outbox, &out, 1);
@@ -167,6 +174,8 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 		vf_outbox_push(events->outbox, out, wanted_n);
 	if (n == 1 && (changes->mask & VF_FS_ATTRIB) && !changes->dir)
 		report_end(events, flags, changes);
+	if (n == 1 && (changes->mask & VF_FS_CREATE) && changes->child)
+		vf_watch_share_tell_unseen(events, changes);
 }
 
 void vf_events_report_rename(struct vf_events *events, struct vf_change changes[2])

@@ -2,9 +2,9 @@
 /*
  * What the guest watches: a hash by nodeid (and by the number that inotify
  * gave), the union over all, and the marks on the host for it.  Knows nothing
- * of events; see events.h.
+ * of events; see events.h.  watch_share.c has the watch on the whole share.
  *
- * A watch ends with its inode at the latest.  40 bytes for each, beside 12 to
+ * A watch ends with its inode at the latest.  48 bytes for each, beside 12 to
  * 24 of hash.
  */
 #include "events.h"
@@ -16,7 +16,9 @@
 
 struct watch {
 	uint64_t nodeid;
-	uint32_t mask; /* all of KNOWN fits */
+	/* All of KNOWN fits. */
+	uint32_t mask; /* what the host is asked for: own, and its part of a watch on the share */
+	uint32_t own;  /* what the guest watches on this object */
 	uint32_t next; /* in its chain, or in the list of free ones; 0: the end, as everywhere */
 	int32_t wd[VF_N_WDS];
 	/* In the chains of its wds, which may be as long as there are watches. */
@@ -36,7 +38,8 @@ struct vf_watches {
 	uint32_t *buckets, *wd_buckets[VF_N_WDS];
 	uint32_t bucket_mask;
 	uint32_t of_bit[N_BITS]; /* watches that have this bit */
-	atomic_uint count;
+	atomic_uint count;	 /* entries */
+	atomic_uint own_count;
 	atomic_uint_fast64_t all_masks;
 };
 
@@ -228,7 +231,8 @@ static void count_bits(struct vf_watches *w, uint64_t old_mask, uint64_t mask)
 /* ---- changes ------------------------------------------------------------------- */
 
 /* Notes what was agreed with the host. */
-static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t mask, const int32_t *wd)
+static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t own, uint64_t mask,
+		 const int32_t *wd)
 {
 	uint64_t nodeid = vf_inode_nodeid(inode);
 	struct watch *watch;
@@ -243,7 +247,9 @@ static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t mask, co
 		unlink_wds(w, (uint32_t)(watch - w->all));
 		memcpy(watch->wd, wd, sizeof(watch->wd));
 		link_wds(w, (uint32_t)(watch - w->all));
+		atomic_fetch_add(&w->own_count, (own != 0) - (watch->own != 0));
 		watch->mask = (uint32_t)mask;
+		watch->own = (uint32_t)own;
 		if (!mask)
 			drop(w, watch);
 		vf_inode_set_watched(inode, mask);
@@ -254,59 +260,83 @@ static int store(struct vf_watches *w, struct vf_inode *inode, uint64_t mask, co
 	return error;
 }
 
-static uint64_t load(struct vf_watches *w, const struct vf_inode *inode, int32_t *wd)
+static uint64_t load(struct vf_watches *w, const struct vf_inode *inode, uint64_t *own, int32_t *wd)
 {
 	const struct watch *watch;
 	uint64_t mask = 0;
 
+	*own = 0;
 	wd[VF_WD_SOURCE] = wd[VF_WD_ORDER] = -1;
 	pthread_mutex_lock(&w->lock);
 	watch = find(w, vf_inode_nodeid(inode));
 	if (watch) {
 		mask = watch->mask;
+		*own = watch->own;
 		memcpy(wd, watch->wd, sizeof(watch->wd));
 	}
 	pthread_mutex_unlock(&w->lock);
 	return mask;
 }
 
-int vf_watch_set(struct vf_watches *w, struct vf_inode *inode, uint64_t mask)
+/* Under change_lock.  At the same mask, nothing but where the inode lies may have changed. */
+static int change(struct vf_watches *w, struct vf_inode *inode, uint64_t own, bool again)
 {
 	const struct vf_source_ops *ops = w->events->ops;
-	uint64_t old_mask;
+	uint64_t mask = own | vf_watch_share_part(w->events, inode), old_mask, old_own;
+	int32_t wd[VF_N_WDS];
+	int error = 0;
+
+	old_mask = load(w, inode, &old_own, wd);
+	if (mask && !old_mask && atomic_load(&w->count) >= w->events->config.max_watches)
+		return -ENOSPC;
+	if (mask != old_mask || (again && mask))
+		error = ops->mark(w->events, inode, old_mask, mask, wd);
+	if (error || (mask == old_mask && own == old_own && !again))
+		return error;
+	error = store(w, inode, own, mask, wd);
+	if (error)
+		ops->mark(w->events, inode, mask, 0, wd);
+	return error;
+}
+
+int vf_watch_set(struct vf_watches *w, struct vf_inode *inode, uint64_t mask)
+{
+	int error;
+
+	pthread_mutex_lock(&w->change_lock);
+	error = change(w, inode, vf_watch_known(mask), false);
+	pthread_mutex_unlock(&w->change_lock);
+	return error;
+}
+
+uint64_t vf_watch_known(uint64_t mask)
+{
+	return mask & KNOWN & ~VF_FS_EVENT_ON_CHILD ? mask & KNOWN : 0;
+}
+
+int vf_watch_update(struct vf_watches *w, struct vf_inode *inode)
+{
+	uint64_t own;
 	int32_t wd[VF_N_WDS];
 	int error;
 
-	mask &= KNOWN;
-	if (!(mask & ~VF_FS_EVENT_ON_CHILD))
-		mask = 0;
 	pthread_mutex_lock(&w->change_lock);
-	old_mask = load(w, inode, wd);
-	if (mask && !old_mask && atomic_load(&w->count) >= w->events->config.max_watches)
-		error = -ENOSPC;
-	else if (mask == old_mask)
-		error = 0;
-	else
-		error = ops->mark(w->events, inode, old_mask, mask, wd);
-	if (!error && mask != old_mask) {
-		error = store(w, inode, mask, wd);
-		if (error)
-			ops->mark(w->events, inode, mask, 0, wd);
-	}
+	load(w, inode, &own, wd);
+	error = change(w, inode, own, false);
 	pthread_mutex_unlock(&w->change_lock);
 	return error;
 }
 
 void vf_watch_inode_gone(struct vf_watches *w, struct vf_inode *inode)
 {
-	uint64_t mask;
+	uint64_t mask, own;
 	int32_t wd[VF_N_WDS];
 
 	pthread_mutex_lock(&w->change_lock);
-	mask = load(w, inode, wd);
+	mask = load(w, inode, &own, wd);
 	if (mask) {
 		w->events->ops->mark(w->events, inode, mask, 0, wd);
-		store(w, inode, 0, (const int32_t[VF_N_WDS]){-1, -1});
+		store(w, inode, 0, 0, (const int32_t[VF_N_WDS]){-1, -1});
 	}
 	if (w->events->ops->gone)
 		w->events->ops->gone(w->events, inode);
@@ -315,15 +345,14 @@ void vf_watch_inode_gone(struct vf_watches *w, struct vf_inode *inode)
 
 void vf_watch_renew(struct vf_watches *w, struct vf_inode *inode)
 {
-	uint64_t mask;
+	uint64_t own;
 	int32_t wd[VF_N_WDS];
 
 	if (!vf_inode_is_watched(inode))
 		return;
 	pthread_mutex_lock(&w->change_lock);
-	mask = load(w, inode, wd);
-	if (mask && !w->events->ops->mark(w->events, inode, mask, mask, wd))
-		store(w, inode, mask, wd);
+	load(w, inode, &own, wd);
+	change(w, inode, own, true);
 	pthread_mutex_unlock(&w->change_lock);
 }
 
@@ -354,17 +383,19 @@ void vf_watches_clear(struct vf_watches *w)
 
 uint64_t vf_watch_mask(struct vf_watches *w, const struct vf_inode *inode)
 {
+	uint64_t own;
 	int32_t wd[VF_N_WDS];
 
-	return vf_inode_is_watched(inode) ? load(w, inode, wd) : 0;
+	return vf_inode_is_watched(inode) ? load(w, inode, &own, wd) : 0;
 }
 
 int32_t vf_watch_wd(struct vf_watches *w, enum vf_wd which, const struct vf_inode *inode)
 {
 	int32_t wd[VF_N_WDS] = {-1, -1};
+	uint64_t own;
 
 	if (vf_inode_is_watched(inode))
-		load(w, inode, wd);
+		load(w, inode, &own, wd);
 	return wd[which];
 }
 
@@ -375,7 +406,7 @@ uint64_t vf_watches_union(const struct vf_watches *w)
 
 uint64_t vf_watches_count(const struct vf_watches *w)
 {
-	return atomic_load_explicit(&((struct vf_watches *)w)->count, memory_order_relaxed);
+	return atomic_load_explicit(&((struct vf_watches *)w)->own_count, memory_order_relaxed);
 }
 
 uint32_t vf_watches_by_wd(struct vf_watches *w, enum vf_wd which, int32_t wd,

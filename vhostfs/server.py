@@ -104,7 +104,7 @@ def device_options(options: ServerOptions) -> DeviceOptions:
 
 def event_abilities(options: EventOptions, features_acked: int) -> EventAbilities:
     """What can be done for a driver that has acked these virtio features."""
-    flags = FsnotifyFlag.CHILD
+    flags = FsnotifyFlag.CHILD | FsnotifyFlag.WATCH_FILESYSTEM
     if options.joins_renames:
         flags |= FsnotifyFlag.RENAME
     if features_acked & VirtioFeature.FS_NOTIFICATION:

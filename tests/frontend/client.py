@@ -94,6 +94,10 @@ class FuseClient:
     def watch(self, nodeid: int, mask: int, generation: int = 0) -> None:
         self.call(fsnotify.watch(nodeid, mask, generation))
 
+    def watch_share(self, mask: int) -> None:
+        """Everything that the guest holds."""
+        self.call(fsnotify.watch(abi.ROOT, mask, 0, fsnotify.WatchFlag.FILESYSTEM))
+
     def statfs(self, nodeid: int) -> abi.Statfs:
         return self.call(op.statfs(nodeid))
 

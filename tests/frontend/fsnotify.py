@@ -80,6 +80,11 @@ class Granted(enum.IntFlag):
     RENAME = 1 << 3
     CHILD = 1 << 4
     INVALIDATE = 1 << 5
+    WATCH_FILESYSTEM = 1 << 6
+
+
+class WatchFlag(enum.IntFlag):
+    FILESYSTEM = 1
 
 
 class ElementFlag(enum.IntFlag):

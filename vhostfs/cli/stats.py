@@ -44,6 +44,7 @@ _EVENTS = {
     "depth": "in the queue now",
     "max_depth": "the most that ever were in the queue",
     "watches": "files and directories that the guest watches now",
+    "share_watches": "1: it watches the share as a whole, too",
     "host_marks": "marks or watches held for them on the host now",
     "buffers": "notification buffers of the guest that are free now",
 }

@@ -90,6 +90,7 @@ class EventsStats:
     depth: int = 0
     max_depth: int = 0
     watches: int = 0
+    share_watches: int = 0
     host_marks: int = 0
     buffers: int = 0
     latency: tuple[int, ...] = (0,) * LATENCY_BUCKETS

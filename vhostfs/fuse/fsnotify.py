@@ -41,6 +41,8 @@ class FsnotifyFlag(enum.IntFlag):
     """child_nodeid and child_generation are filled."""
     INVALIDATE = 1 << 5
     """Every change to an inode that the guest holds is reported, watched or not."""
+    WATCH_FILESYSTEM = 1 << 6
+    """FUSE_FSNOTIFY_WATCH knows FILESYSTEM: one mask for everything that the guest holds."""
 
 
 TRANSPORTS = FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED
