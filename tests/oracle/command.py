@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/oracle: many runs at a level on a source, with progress, and each difference as a small script.
+
+Must not know what is compared. Specification: docs/oracle.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tests.oracle.generate import random_script
+from tests.oracle.ring_level import RingLevel
+from tests.oracle.runner import SOURCES, Outcome, Source
+from tests.oracle.scenarios import SCENARIOS
+from tests.oracle.script import Script, ScriptError, parse, step_by_step, written
+from tests.oracle.shrink import shrunk
+
+_PROGRESS_S = 5.0
+_SHRINK_S = 60.0
+_TRIES = 3
+
+
+class Level(Protocol):
+    """Something that runs scripts."""
+
+    def run(self, script: Script) -> Outcome: ...
+
+
+@contextlib.contextmanager
+def _opened(level: str, source: Source) -> Iterator[Level]:
+    with RingLevel(source) as ring:
+        yield ring
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 when all was equal, 1 when something differed, 2 when it could not be run."""
+    options = _parser().parse_args(arguments)
+    names = list(SOURCES) if options.source == "all" else [options.source]
+    try:
+        scripts = _scripts(options)
+    except (ScriptError, OSError) as error:
+        print(f"oracle: {error}", file=sys.stderr)
+        return 2
+    differed = 0
+    try:
+        for name in names:
+            with _opened(options.level, SOURCES[name]) as level:
+                differed += _Campaign(level, name, options).run(scripts)
+    except KeyboardInterrupt:
+        return 130
+    except AssertionError as error:
+        print(f"oracle: {error}", file=sys.stderr)
+        return 2
+    return 1 if differed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oracle",
+        description="Does the same to a share and to a directory beside it, and compares what they tell.",
+    )
+    parser.add_argument(
+        "--level", choices=("ring",), default="ring", help="our own front end (default: ring)"
+    )
+    parser.add_argument("--source", choices=(*SOURCES, "all"), default="all", help="of events (default: all)")
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="random runs (default: 20)")
+    parser.add_argument("--operations", type=int, default=200, metavar="N", help="of a run (default: 200)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the first run; the next has N + 1")
+    parser.add_argument("--scenarios", action="store_true", help="the scripted scenarios instead")
+    parser.add_argument("--script", metavar="FILE", help="runs this script instead; - is stdin")
+    parser.add_argument("--show", action="store_true", help="prints the scripts and runs nothing")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="how often each script is run")
+    parser.add_argument("--no-shrink", action="store_true", help="leaves failing scripts as they are")
+    parser.add_argument("--keep-going", type=int, default=5, metavar="N", help="ends after N differences")
+    return parser
+
+
+def _scripts(options: argparse.Namespace) -> dict[str, Script]:
+    if options.script:
+        text = sys.stdin.read() if options.script == "-" else Path(options.script).read_text()
+        return {options.script: parse(text)}
+    if options.scenarios:
+        found = {}
+        for name, script in SCENARIOS.items():
+            found[name] = script
+            found[f"{name}, step by step"] = step_by_step(script)
+        return found
+    first = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 31)
+    return {f"seed {first + i}": random_script(first + i, options.operations) for i in range(options.runs)}
+
+
+class _Campaign:
+    """All scripts on one source."""
+
+    def __init__(self, level: Level, source: str, options: argparse.Namespace) -> None:
+        self._level = level
+        self._source = source
+        self._options = options
+        self._started_s = time.monotonic()
+
+    def run(self, scripts: dict[str, Script]) -> int:
+        """How many differed."""
+        if self._options.show:
+            for name, script in scripts.items():
+                print(f"# {name}\n{written(script)}")
+            return 0
+        differed: list[str] = []
+        counted: Counter[str] = Counter()
+        shown_s = self._started_s
+        for name, script in scripts.items():
+            for _ in range(self._options.repeat):
+                outcome = self._level.run(script)
+                counted["runs"] += 1
+                counted["operations"] += sum(not op.is_control for op in script)
+                counted["events"] += outcome.compared
+                if not outcome.is_equal:
+                    differed.append(name)
+                    self._show(name, script, outcome)
+                    break
+            if len(differed) >= self._options.keep_going:
+                break
+            if time.monotonic() - shown_s > _PROGRESS_S:
+                shown_s = time.monotonic()
+                self._say(f"{counted['runs']} runs, {len(differed)} differed, now {name}")
+        names = list(scripts)
+        print(
+            f"{self._source}: {counted['runs']} runs, {counted['operations']} operations,"
+            f" {counted['events']} events compared"
+            f" in {time.monotonic() - self._started_s:.0f} s; {names[0]} to {names[-1]};"
+            f" differed: {', '.join(differed) or 'none'}",
+            flush=True,
+        )
+        return len(differed)
+
+    def _say(self, text: str) -> None:
+        seconds = time.monotonic() - self._started_s
+        print(f"oracle: {self._source}: {seconds:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+    def _show(self, name: str, script: Script, outcome: Outcome) -> None:
+        print(f"{self._source}: {name} differs:", *outcome.lines, sep="\n  ", flush=True)
+        if self._options.no_shrink:
+            return
+        self._say(f"shrinking {name}")
+        last = [outcome]
+
+        def fails(shorter: Script) -> bool:
+            for _ in range(_TRIES):
+                tried = self._level.run(shorter)
+                if not tried.is_equal:
+                    last[0] = tried
+                    return True
+            return False
+
+        if not fails(script):
+            print(f"  it does not differ again: {name} depends on the moment", flush=True)
+            return
+        small = shrunk(script, fails, _SHRINK_S)
+        command = f"scripts/oracle --source {self._source} --script -"
+        print(f"{self._source}: {name}, the same in {len(small)} lines; {command}")
+        print(*(f"    {line}" for line in written(small).splitlines()), sep="\n")
+        print("  with that:", *last[0].lines, sep="\n    ", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does what a script says to a share and to a directory beside it, and compares what is told of each.
+
+Must not know how the guest is reached. Specification: docs/oracle.md, "What is compared".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from tests.oracle.hands import Hands
+from tests.oracle.native import NativeWatcher
+from tests.oracle.script import COMPARED_BEFORE, Op, Script, mask_of
+from tests.oracle.streams import In, Seen, differences
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How the server learns of changes; `options` force it."""
+
+    name: str
+    options: tuple[str, ...]
+
+
+SOURCES = {
+    source.name: source
+    for source in (
+        Source("fanotify:filesystem", ("--events=fanotify:filesystem",)),
+        Source("fanotify:inodes", ("--events=fanotify:inodes",)),
+        Source("inotify", ("--events=inotify",)),
+        Source("filesystem-no-rename", ("--events=fanotify:filesystem", "--no-fan-rename")),
+        Source("inodes-no-rename", ("--events=fanotify:inodes", "--no-fan-rename")),
+    )
+}
+"""By what the command line calls them."""
+
+
+class Guest(Protocol):
+    """A guest with one inotify group, at whatever level."""
+
+    def watch(self, name: str, path: str, mask: In) -> int: ...
+    def unwatch(self, name: str) -> None: ...
+    def look(self, path: str) -> object: ...
+    def forget(self) -> None: ...
+    def stall(self) -> None: ...
+    def resume(self) -> None: ...
+    def read(self) -> list[Seen]: ...
+    def explained(self) -> list[str]: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What differed; nothing when all was equal."""
+
+    lines: list[str] = field(default_factory=list)
+    compared: int = 0
+    """Events of the native watcher that were compared."""
+
+    @property
+    def is_equal(self) -> bool:
+        return not self.lines
+
+
+def run(script: Script, shared: Path, twin: Path, guest: Guest, *, with_ignored: bool = False) -> Outcome:
+    """Runs until the script ends or something differs. Both directories are empty.
+
+    `with_ignored`: the guest is a real one, whose kernel itself says when a watch has ended.
+    """
+    return _Run(shared, twin, guest, with_ignored).run(script)
+
+
+class _Run:
+    def __init__(self, shared: Path, twin: Path, guest: Guest, with_ignored: bool) -> None:
+        self._shared, self._twin = Hands(shared), Hands(twin)
+        self._native = NativeWatcher(twin)
+        self._guest = guest
+        self._dropped = In(0) if with_ignored else In.IGNORED
+        self._batch: list[tuple[Op, int]] = []
+        """Done to the share since the last comparison, with the results."""
+        self._stalled = False
+        self._outcome = Outcome()
+
+    def run(self, script: Script) -> Outcome:
+        try:
+            for number, op in enumerate((*script, Op("resume"), Op("sync")), 1):
+                if op.kind in COMPARED_BEFORE and not self._stalled:
+                    self._compare(number)
+                if self._outcome.lines:
+                    break
+                if op.is_control:
+                    self._control(number, op)
+                else:
+                    self._batch.append((op, self._shared.do(op)))
+        finally:
+            self._native.close()
+            self._shared.close_all()
+            self._twin.close_all()
+        return self._outcome
+
+    def _control(self, number: int, op: Op) -> None:
+        if op.kind == "watch":
+            name, path, mask = op.arguments
+            wanted = self._native.watch(name, path, mask_of(mask))
+            got = self._guest.watch(name, path, mask_of(mask))
+            if wanted != got:
+                self._outcome.lines.append(
+                    f"line {number}: {op}: errno {wanted} natively, {got} in the guest"
+                )
+        elif op.kind == "unwatch":
+            self._native.unwatch(op.arguments[0])
+            self._guest.unwatch(op.arguments[0])
+        elif op.kind == "look":
+            with contextlib.suppress(OSError):
+                self._guest.look(op.arguments[0])
+        elif op.kind == "forget":
+            self._guest.forget()
+        elif op.kind == "stall":
+            self._guest.stall()
+            self._stalled = True
+        elif op.kind == "resume" and self._stalled:
+            self._guest.resume()
+            self._stalled = False
+
+    def _compare(self, number: int) -> None:
+        batch, self._batch = self._batch, []
+        native: list[Seen] = []
+        explained = []
+        for op, result in batch:
+            seen = self._replayed(op, result)
+            native += seen
+            explained.append(f"  {op}: {'; '.join(map(str, seen)) or '-'}")
+        try:
+            guest = self._guest.read()
+        except TimeoutError as error:
+            self._outcome.lines += [f"before line {number}: {error}", "natively:", *explained]
+            return
+        native = [event for event in native if not event.mask & self._dropped]
+        guest = [event for event in guest if not event.mask & self._dropped]
+        self._outcome.compared += len(native)
+        found = differences(native, guest, one_operation=len(batch) == 1)
+        if found:
+            self._outcome.lines += [f"before line {number}:", *found, "natively:", *explained]
+            self._outcome.lines += self._guest.explained()
+
+    def _replayed(self, op: Op, result: int) -> list[Seen]:
+        """Does to the twin what was done to the share; what its watcher gets."""
+        ending = self._twin.ended_while_open(op)
+        again = self._twin.do(op)
+        if again != result:
+            raise AssertionError(f"{op}: errno {result} on the share, {again} beside it")
+        seen = self._native.read()
+        if ending is None or again != 0:
+            return seen
+        # An object ends with its last name in the guest, not with its last close: docs/protocol.md, 5.5.
+        ended = self._native.end_of(ending)
+        if not ended:
+            return seen
+        at = max((i for i, event in enumerate(seen, 1) if event.watch == ended[0].watch), default=len(seen))
+        return [*seen[:at], *ended, *seen[at:]]

@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scripted scenarios: what is easily got wrong, each as one script.
+
+Must not know what is right: Linux says it. Specification: inotify(7); docs/oracle.md.
+"""
+
+from __future__ import annotations
+
+from tests.oracle.script import Script, parse
+
+_TEXTS = {
+    "rename in one directory": """
+        mkdir d
+        file d/a
+        watch d d ALL
+        rename d/a d/b
+        rename d/b d/c
+        rename d/c d/a
+    """,
+    "rename across two watched directories": """
+        mkdir d
+        mkdir e
+        file d/a
+        watch d d ALL
+        watch e e ALL
+        watch a d/a ALL
+        rename d/a e/a
+        write e/a
+        rename e/a d/b
+        write d/b
+    """,
+    "rename into and out of what is watched": """
+        mkdir d
+        mkdir u
+        file d/a
+        watch d d ALL
+        rename d/a u/a
+        write u/a
+        rename u/a d/b
+        write d/b
+        rename d/b u/a
+        rename u/a u/b
+    """,
+    "rename of a watched file between directories that nobody watches": """
+        mkdir u
+        mkdir v
+        file u/a
+        watch a u/a ALL
+        rename u/a v/a
+        write v/a
+        rename v/a v/b
+        chmod v/b
+        unlink v/b
+    """,
+    "rename over a watched file": """
+        mkdir d
+        file d/old
+        file d/new
+        watch d d ALL
+        watch old d/old ALL
+        watch new d/new ALL
+        rename d/new d/old
+        write d/old
+        unlink d/old
+    """,
+    "rename over one of two links": """
+        mkdir d
+        mkdir e
+        file d/old
+        link d/old e/other
+        file d/new
+        watch d d ALL
+        watch e e ALL
+        watch old d/old ALL
+        rename d/new d/old
+        write e/other
+        unlink e/other
+    """,
+    "rename onto another link of the same": """
+        mkdir d
+        file d/a
+        link d/a d/b
+        watch d d ALL
+        watch a d/a ALL
+        rename d/a d/b
+        unlink d/a
+        unlink d/b
+    """,
+    "exchange of files": """
+        mkdir d
+        mkdir e
+        file d/a
+        file e/b
+        watch d d ALL
+        watch e e ALL
+        watch a d/a ALL
+        watch b e/b ALL
+        exchange d/a e/b
+        write d/a
+        write e/b
+        exchange d/a e/b
+    """,
+    "exchange of a file and a directory": """
+        mkdir d
+        mkdir e
+        file d/a
+        mkdir e/b
+        file e/b/x
+        watch d d ALL
+        watch e e ALL
+        watch b e/b ALL
+        watch a d/a ALL
+        exchange d/a e/b
+        write d/a/x
+        write e/b
+        list d/a
+        exchange d/a e/b
+    """,
+    "exchange with one directory watched": """
+        mkdir d
+        mkdir u
+        file d/a
+        file u/b
+        watch d d ALL
+        exchange d/a u/b
+        write d/a
+        exchange u/b d/a
+    """,
+    "directory rename with watches below": """
+        mkdir d
+        mkdir e
+        mkdir d/s
+        mkdir d/s/t
+        file d/s/t/f
+        watch d d ALL
+        watch e e ALL
+        watch s d/s ALL
+        watch t d/s/t ALL
+        watch f d/s/t/f ALL
+        rename d/s e/r
+        write e/r/t/f
+        file e/r/new
+        chmod e/r
+        list e/r/t
+        rename e/r/t d/t
+        chmod d/t
+        write d/t/f
+    """,
+    "directory rename through what is not watched": """
+        mkdir d
+        mkdir u
+        mkdir d/s
+        watch d d ALL
+        watch s d/s ALL
+        rename d/s u/s
+        chmod u/s
+        file u/s/f
+        rename u/s u/r
+        chmod u/r
+        rename u/r d/back
+        chmod d/back
+        rmdir d/back
+        unlink d/back/f
+        rmdir d/back
+    """,
+    "directory renamed over an empty one": """
+        mkdir d
+        mkdir d/a
+        mkdir d/b
+        watch d d ALL
+        watch a d/a ALL
+        watch b d/b ALL
+        rename d/a d/b
+        file d/b/f
+        chmod d/b
+    """,
+    "chain": """
+        mkdir d
+        mkdir e
+        mkdir u
+        file d/a
+        watch d d ALL
+        watch e e ALL
+        watch a d/a ALL
+        rename d/a d/b
+        rename d/b e/c
+        rename e/c u/d
+        rename u/d d/a
+        rename d/a e/a
+        write e/a
+    """,
+    "two names change places": """
+        mkdir d
+        file d/a
+        file d/b
+        watch d d ALL
+        watch a d/a ALL
+        watch b d/b ALL
+        rename d/a d/t
+        rename d/b d/a
+        rename d/t d/b
+        write d/a
+        write d/b
+    """,
+    "the end of a file": """
+        mkdir d
+        file d/f
+        watch d d ALL
+        watch f d/f ALL
+        unlink d/f
+        file d/f
+        write d/f
+    """,
+    "the end of hard links": """
+        mkdir d
+        mkdir u
+        file d/f
+        link d/f d/g
+        link d/f u/h
+        watch d d ALL
+        watch f d/f ALL
+        unlink d/g
+        write d/f
+        unlink d/f
+        write u/h
+        link u/h d/f
+        unlink u/h
+        unlink d/f
+    """,
+    "the end of a file that is open on the host": """
+        mkdir d
+        file d/f
+        open 1 d/f
+        watch d d ALL
+        watch f d/f ALL
+        unlink d/f
+        put 1
+        close 1
+        file d/f
+    """,
+    "the end of an empty directory": """
+        mkdir d
+        mkdir d/s
+        watch d d ALL
+        watch s d/s ALL
+        rmdir d/s
+        mkdir d/s
+        file d/s/f
+    """,
+    "the end of a directory that is watched alone": """
+        mkdir d
+        mkdir d/s
+        watch s d/s ALL
+        file d/s/f
+        unlink d/s/f
+        rmdir d/s
+    """,
+    "the end of a tree": """
+        mkdir d
+        mkdir d/s
+        mkdir d/s/t
+        file d/s/f
+        file d/s/t/g
+        watch d d ALL
+        watch s d/s ALL
+        watch t d/s/t ALL
+        watch g d/s/t/g ALL
+        unlink d/s/t/g
+        rmdir d/s/t
+        unlink d/s/f
+        rmdir d/s
+    """,
+    "a name used again at once by another type": """
+        mkdir d
+        file d/n
+        watch d d ALL
+        watch n d/n ALL
+        unlink d/n
+        mkdir d/n
+        chmod d/n
+        rmdir d/n
+        symlink d/n
+        unlink d/n
+        fifo d/n
+        chmod d/n
+        unlink d/n
+        file d/n
+        write d/n
+    """,
+    "inode numbers used again at once": """
+        mkdir d
+        file d/a
+        watch d d ALL
+        watch a d/a ALL
+        unlink d/a
+        file d/b
+        write d/b
+        unlink d/b
+        mkdir d/c
+        chmod d/c
+        rmdir d/c
+        file d/a
+        write d/a
+    """,
+    "names by hard links": """
+        mkdir d
+        mkdir e
+        mkdir u
+        file d/f
+        link d/f e/g
+        link d/f u/h
+        watch d d ALL
+        watch e e ALL
+        watch f d/f ALL
+        write d/f
+        write e/g
+        write u/h
+        chmod e/g
+        truncate u/h
+        read d/f
+    """,
+    "attributes": """
+        mkdir d
+        file d/f
+        mkdir d/s
+        symlink d/l
+        watch d d ALL
+        watch f d/f ALL
+        watch s d/s ALL
+        chmod d/f
+        chown d/f
+        utime d/f
+        atime d/f
+        mtime d/f
+        setxattr d/f
+        rmxattr d/f
+        rmxattr d/f
+        chmod d/s
+        setxattr d/s
+        utime d/s
+        chown d/l
+        utime d/l
+        link d/f d/g
+        unlink d/g
+    """,
+    "content": """
+        mkdir d
+        file d/f
+        file d/g
+        watch d d ALL
+        watch f d/f ALL
+        write d/f
+        rewrite d/f
+        truncate d/f
+        allocate d/f
+        copy d/f d/g
+        copy d/g d/f
+        mapwrite d/f
+        read d/f
+        list d
+        open 1 d/f
+        put 1
+        get 1
+        close 1
+        openr 1 d/f
+        get 1
+        close 1
+    """,
+    "what is not asked for": """
+        mkdir d
+        file d/f
+        watch d d CREATE|DELETE
+        watch f d/f CLOSE_NOWRITE
+        write d/f
+        read d/f
+        list d
+        file d/g
+        rename d/g d/h
+        unlink d/h
+        chmod d
+    """,
+    "only halves are asked for": """
+        mkdir d
+        mkdir e
+        file d/a
+        watch d d MOVED_TO
+        watch e e MOVED_FROM
+        watch a d/a MOVE_SELF
+        rename d/a e/a
+        rename e/a d/a
+        rename d/a d/b
+    """,
+    "once only": """
+        mkdir d
+        file d/f
+        watch d d ALL|ONESHOT
+        watch f d/f ATTRIB|ONESHOT
+        chmod d/f
+        chmod d/f
+        file d/g
+    """,
+    "directories only": """
+        mkdir d
+        file d/f
+        watch d d ALL|ONLYDIR
+        watch f d/f ALL|ONLYDIR
+        file d/g
+    """,
+    "a file without a name that gets one": """
+        mkdir d
+        mkdir u
+        watch d d ALL
+        tmplink d/f
+        write d/f
+        tmplink u/g
+        rename u/g d/g
+    """,
+    "the way editors save": """
+        mkdir d
+        file d/f
+        write d/f
+        watch d d CHANGES
+        watch f d/f CHANGES
+        file d/.f.swp
+        write d/.f.swp
+        rename d/f d/f~
+        file d/f
+        write d/f
+        chmod d/f
+        unlink d/f~
+        unlink d/.f.swp
+        file d/.new
+        write d/.new
+        rename d/.new d/f
+    """,
+    "watches that come and go": """
+        mkdir d
+        file d/f
+        watch d d ALL
+        file d/a
+        unwatch d
+        file d/b
+        watch again d CREATE
+        file d/c
+        unlink d/b
+        watch more d ALL
+        unlink d/c
+        watch f d/f ALL
+        write d/f
+        unwatch again
+        write d/f
+    """,
+}
+
+SCENARIOS: dict[str, Script] = {name: parse(text) for name, text in _TEXTS.items()}
+"""By what they show."""

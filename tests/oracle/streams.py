@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams of inotify events, what makes two of them equal, and how a difference is told.
+
+Must not know where events come from. Specification: docs/oracle.md, "What is compared"; inotify(7).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class In(enum.IntFlag):
+    """Bits of inotify: events, and how to watch."""
+
+    ACCESS = 0x1
+    MODIFY = 0x2
+    ATTRIB = 0x4
+    CLOSE_WRITE = 0x8
+    CLOSE_NOWRITE = 0x10
+    OPEN = 0x20
+    MOVED_FROM = 0x40
+    MOVED_TO = 0x80
+    CREATE = 0x100
+    DELETE = 0x200
+    DELETE_SELF = 0x400
+    MOVE_SELF = 0x800
+    UNMOUNT = 0x2000
+    Q_OVERFLOW = 0x4000
+    IGNORED = 0x8000
+    ONLYDIR = 0x0100_0000
+    DONT_FOLLOW = 0x0200_0000
+    EXCL_UNLINK = 0x0400_0000
+    MASK_ADD = 0x2000_0000
+    ISDIR = 0x4000_0000
+    ONESHOT = 0x8000_0000
+
+    ALL = 0xFFF
+    CHANGES = 0xFCE
+
+
+def event_words(mask: int) -> str:
+    """Names of the bits, joined by |."""
+    return "|".join(str(bit.name) for bit in In if bit & mask and bit not in (In.ALL, In.CHANGES))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One event as a program in inotify's place gets it; `watch` is the script's name of the watch."""
+
+    watch: str
+    mask: In
+    name: str = ""
+    cookie: int = 0
+
+    def __str__(self) -> str:
+        return " ".join(word for word in (self.watch, event_words(self.mask), self.name) if word)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An event without what differs between two runs of the same: the cookie is its other half, in words."""
+
+    event: str
+    partner: str
+
+    def __str__(self) -> str:
+        return f"{self.event} ({self.partner})" if self.partner else self.event
+
+
+def told(events: Sequence[Seen]) -> list[Told]:
+    """Each event with the other half of its rename, "alone" for a half without one."""
+    by_cookie: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    times: Counter[str] = Counter()
+    for at, event in enumerate(events):
+        if event.cookie:
+            times[str(event)] += 1
+            often = f" for the {times[str(event)]}. time" if times[str(event)] > 1 else ""
+            by_cookie[event.cookie].append((at, f"{event}{often}"))
+    result = []
+    for at, event in enumerate(events):
+        partner = ""
+        if event.mask & (In.MOVED_FROM | In.MOVED_TO):
+            others = [words for place, words in by_cookie[event.cookie] if place != at]
+            partner = f"with {', '.join(others)}" if others else "alone"
+        elif event.cookie:
+            partner = f"with the cookie {event.cookie}"
+        result.append(Told(str(event), partner))
+    return result
+
+
+def merged(events: Iterable[Told]) -> list[Told]:
+    """Identical neighbours as one."""
+    kept: list[Told] = []
+    for event in events:
+        if not kept or kept[-1] != event:
+            kept.append(event)
+    return kept
+
+
+def without_repeats(events: Iterable[Told]) -> list[Told]:
+    """Of a run of events of one kind, each once: neighbours merge, and one event may have two watchers."""
+    kept: list[Told] = []
+    run: set[Told] = set()
+    kind = ""
+    for event in events:
+        this = event.event.split(" ")[1]
+        if this != kind:
+            kind = this
+            run.clear()
+        if event not in run:
+            run.add(event)
+            kept.append(event)
+    return kept
+
+
+def differences(native: Sequence[Seen], guest: Sequence[Seen], *, one_operation: bool) -> list[str]:
+    """What differs, in words; nothing when the streams are equal.
+
+    Each watch has a stream of its own, in which identical neighbours are one. Of the events of one operation
+    the order between a directory's and those of an object without a name counts too.
+    """
+    lines: list[str] = []
+    native_by_watch, guest_by_watch = _by_watch(native), _by_watch(guest)
+    for watch in sorted(native_by_watch.keys() | guest_by_watch.keys()):
+        expected, got = merged(native_by_watch[watch]), merged(guest_by_watch[watch])
+        if expected != got:
+            lines += [f"native: {'; '.join(map(str, expected))}", f"guest:  {'; '.join(map(str, got))}"]
+    if lines or not one_operation:
+        return lines
+    directories = {event.watch for event in native if event.name}
+    for directory in sorted(directories):
+        for other in sorted(native_by_watch.keys() - directories):
+            expected, got = (
+                without_repeats(told([event for event in stream if event.watch in (directory, other)]))
+                for stream in (native, guest)
+            )
+            if expected != got:
+                lines += [
+                    f"native, in order: {'; '.join(map(str, expected))}",
+                    f"guest, in order:  {'; '.join(map(str, got))}",
+                ]
+    return lines
+
+
+def _by_watch(events: Sequence[Seen]) -> dict[str, list[Told]]:
+    streams: dict[str, list[Told]] = defaultdict(list)
+    for event, words in zip(events, told(events), strict=True):
+        streams[event.watch].append(words)
+    return streams
