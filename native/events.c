@@ -67,6 +67,7 @@ static void *events_main(void *arg)
 	struct vf_events *events = arg;
 	struct pace turns = {.since_ns = 0};
 	struct epoll_event ready;
+	int32_t wait_ms = -1;
 
 	pthread_setname_np(pthread_self(), "events");
 	prctl(PR_SET_TIMERSLACK, 1000);
@@ -74,13 +75,16 @@ static void *events_main(void *arg)
 	if (unshare(CLONE_FS) || fchdir(events->share->config.proc_fd_dir))
 		vf_events_source_failed(events, "the thread for events cannot start", errno);
 	for (;;) {
-		if (epoll_wait(events->epoll_fd, &ready, 1, -1) < 1)
+		int n = epoll_wait(events->epoll_fd, &ready, 1, wait_ms);
+
+		if (n < 0)
 			continue; /* EINTR */
-		if (ready.data.fd == events->stop_fd)
+		if (n && ready.data.fd == events->stop_fd)
 			return NULL;
 		pthread_mutex_lock(&events->busy);
 		events->ops->read(events);
 		vf_outbox_flush(events->outbox);
+		wait_ms = vf_order_wait_ms(events->order);
 		pthread_mutex_unlock(&events->busy);
 		/* The lock is not handed over by itself, and there is always more to read. */
 		while (atomic_load(&events->waiting))

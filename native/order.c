@@ -6,6 +6,7 @@
  * says in this round has its fact in this round or in one shortly before.
  * Facts live in two generations: the younger becomes the older one after
  * GENERATION_NS, when all that inotify had was read, and then the older goes.
+ * What inotify has not said by then is told all the same, late.
  *
  * Whose doing an event was is asked of the facts that can mean it.  Where the
  * guest and the host change the same name at the same time more than one can:
@@ -35,6 +36,9 @@
 /* Rounds in one turn, while objects' own events keep coming. */
 #define MAX_ROUNDS 8u
 #define RETRY_NS 50000
+#define N_EARLY 1024u
+/* Whoever makes a change may be held up between telling inotify and telling fanotify. */
+#define EARLY_NS 100000000u
 /* Of fanotify, in one round: a flood elsewhere must not hold up what was read. */
 #define MAX_READS 32u
 
@@ -46,12 +50,20 @@ struct fact {
 	uint64_t child;	 /* nodeid, or 0 */
 	uint64_t mask;	 /* what happened */
 	uint64_t used;	 /* what of it was reported or found to be ours */
+	/* For what of it inotify said something: where it counts several events as one, only one
+	 * of their facts is used. */
+	uint64_t said;
 	uint64_t picked; /* when it was last used; 0: not yet */
 	uint64_t number; /* in the order of fanotify */
 	int32_t pid;
 	bool silent; /* our own doing, or reported already */
 	uint8_t namelen;
 	char name[];
+};
+
+/* inotify said this of a name without using up a fact: a fact of it may still come. */
+struct early {
+	uint64_t key, events, since_ns;
 };
 
 struct arena {
@@ -78,8 +90,11 @@ struct vf_order {
 	struct vf_events *events;
 	bool (*read_facts)(struct vf_events *events);
 	uint64_t picks, facts;
+	struct early early[N_EARLY]; /* by key */
+	uint32_t unsaid; /* facts to be reported that inotify has not said anything of yet */
 	uint32_t n_arenas;
 	uint32_t patience; /* how often facts may still be waited for in this round */
+	bool behind;	   /* inotify lost something, and fanotify may not have said all of it */
 	bool full;	   /* no memory for a fact: order is given up at the end of the round */
 	struct arena *spare;
 	struct generation generations[2];
@@ -90,13 +105,13 @@ struct vf_order {
 
 /* ---- facts ------------------------------------------------------------------- */
 
-static uint32_t hash(uint64_t nodeid, const char *name, uint32_t namelen)
+static uint64_t name_key(uint64_t nodeid, const char *name, uint32_t namelen)
 {
 	uint64_t h = nodeid * 0x9e3779b97f4a7c15u;
 
 	for (uint32_t i = 0; i < namelen; i++)
 		h = (h ^ (uint8_t)name[i]) * 0x100000001b3u;
-	return (uint32_t)(h >> 29) % N_BUCKETS;
+	return h;
 }
 
 static void empty(struct vf_order *order, struct generation *g)
@@ -141,6 +156,52 @@ static void *allocate(struct vf_order *order, struct generation *g, uint32_t siz
 	return arena->bytes + arena->used - size;
 }
 
+static struct early *early_slot(struct vf_order *order, uint64_t key)
+{
+	return &order->early[(key >> 29) % N_EARLY];
+}
+
+static void note_early(struct vf_order *order, uint64_t key, uint64_t event)
+{
+	struct early *e = early_slot(order, key);
+
+	if (e->key != key)
+		e->events = 0;
+	e->key = key;
+	e->events |= event;
+	e->since_ns = order->reader.now_ns;
+}
+
+/* What of mask inotify said before fanotify did. */
+static uint64_t take_early(struct vf_order *order, uint64_t key, uint64_t mask)
+{
+	struct early *e = early_slot(order, key);
+	uint64_t events = e->key == key ? e->events & mask : 0;
+
+	e->events &= ~events;
+	return order->reader.now_ns - e->since_ns < EARLY_NS ? events : 0;
+}
+
+/* Something to be reported that inotify said nothing of. */
+static bool is_unsaid(const struct fact *fact)
+{
+	return fact->nodeid && !fact->silent && (fact->mask & EVENTS & ~fact->used & ~fact->said);
+}
+
+static void set_said(struct vf_order *order, struct fact *fact, uint64_t events)
+{
+	bool before = is_unsaid(fact);
+
+	fact->said |= events;
+	order->unsaid -= before && !is_unsaid(fact);
+}
+
+static void set_silent(struct vf_order *order, struct fact *fact)
+{
+	order->unsaid -= is_unsaid(fact);
+	fact->silent = true;
+}
+
 static bool is_about(const struct fact *fact, uint64_t nodeid, const char *name, uint32_t namelen)
 {
 	return fact->nodeid == nodeid && fact->namelen == namelen &&
@@ -179,17 +240,20 @@ static struct fact *new_fact(struct vf_order *order, const struct vf_change *cha
 static struct fact *add_fact(struct vf_order *order, const struct vf_change *change, uint64_t mask,
 			     bool own)
 {
-	uint32_t bucket = hash(vf_inode_nodeid(change->dir), change->name, change->namelen);
+	uint64_t key = name_key(vf_inode_nodeid(change->dir), change->name, change->namelen);
+	uint32_t bucket = (uint32_t)(key >> 29) % N_BUCKETS;
 	struct generation *g = &order->generations[order->young];
 	struct fact *fact = new_fact(order, change, mask);
 
 	if (!fact)
 		return NULL;
 	fact->silent = own;
+	fact->said = take_early(order, key, mask);
 	*g->last[bucket] = fact;
 	g->last[bucket] = &fact->next;
 	*g->newest = fact;
 	g->newest = &fact->later;
+	order->unsaid += is_unsaid(fact);
 	return fact;
 }
 
@@ -248,12 +312,12 @@ static void tell_fact(struct vf_order *order, struct fact *fact)
 		if (changes[0].dir && changes[1].dir)
 			vf_events_report_rename(order->events, changes);
 		put_change(order, &changes[1]);
-		second->silent = true;
+		set_silent(order, second);
 	} else if (changes[0].dir || (!fact->nodeid && changes[0].child)) {
 		vf_fanotify_report_ordered(order->events, changes, fact->mask & ~fact->used);
 	}
 	put_change(order, &changes[0]);
-	fact->silent = true;
+	set_silent(order, fact);
 }
 
 /* What inotify has lost, in the order of fanotify, which loses none. */
@@ -350,7 +414,7 @@ static void unlink_fact(struct generation *g, uint32_t bucket, struct fact **lin
 }
 
 /* Facts that are used up go from the chain when there is another of the same name. */
-static void look(struct generation *g, uint32_t bucket, uint64_t nodeid,
+static void look(struct vf_order *order, struct generation *g, uint32_t bucket, uint64_t nodeid,
 		 const struct vf_change *change, uint64_t event, struct candidates *c)
 {
 	struct fact **link = &g->first[bucket], **used_up = NULL, *fact;
@@ -378,6 +442,7 @@ static void look(struct generation *g, uint32_t bucket, uint64_t nodeid,
 		link = &fact->next;
 		if (!(fact->mask & event))
 			continue;
+		set_said(order, fact, event);
 		c->any = fact;
 		if (fact->used & event)
 			continue;
@@ -395,12 +460,13 @@ static void look(struct generation *g, uint32_t bucket, uint64_t nodeid,
 static struct fact *pick(struct vf_order *order, const struct vf_change *change, bool now)
 {
 	uint64_t event = change->mask & EVENTS, nodeid = vf_inode_nodeid(change->dir);
-	uint32_t bucket = hash(nodeid, change->name, change->namelen);
+	uint64_t key = name_key(nodeid, change->name, change->namelen);
+	uint32_t bucket = (uint32_t)(key >> 29) % N_BUCKETS;
 	struct candidates c = {.any = NULL};
 	struct fact *fact;
 
-	look(&order->generations[order->young ^ 1], bucket, nodeid, change, event, &c);
-	look(&order->generations[order->young], bucket, nodeid, change, event, &c);
+	look(order, &order->generations[order->young ^ 1], bucket, nodeid, change, event, &c);
+	look(order, &order->generations[order->young], bucket, nodeid, change, event, &c);
 	if (c.current && !(c.current->used & DEPARTURES) && (c.current->mask & event) &&
 	    (!(event & ARRIVALS) || !(c.current->used & event)))
 		fact = c.current;
@@ -408,6 +474,8 @@ static struct fact *pick(struct vf_order *order, const struct vf_change *change,
 		fact = c.unused ? c.unused : now ? c.any : NULL;
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;
+	if (fact ? fact->used & event : now)
+		note_early(order, key, event);
 	if (fact) {
 		fact->used |= event;
 		fact->picked = ++order->picks;
@@ -504,8 +572,8 @@ static bool report_by_fact(struct vf_order *order, const struct vf_change *first
 	changes[1] = change_of(order, second);
 	if (changes[1].dir) {
 		vf_events_report_rename(order->events, changes);
+		set_silent(order, second);
 		second->used = second->mask;
-		second->silent = true;
 	}
 	put_change(order, &changes[1]);
 	return second->silent;
@@ -564,17 +632,41 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 
 static void overflow(struct vf_inotify_reader *reader)
 {
-	tell_facts((struct vf_order *)reader);
+	struct vf_order *order = (struct vf_order *)reader;
+
+	tell_facts(order);
+	order->behind = true;
+}
+
+/*
+ * What inotify should have said by now, and did not: the host's queue of it had no room, say, while
+ * fanotify's had. Late, but not lost.
+ */
+static void tell_unsaid(struct vf_order *order, const struct generation *g)
+{
+	for (struct fact *fact = g->oldest; fact && order->unsaid; fact = fact->later) {
+		if (!is_unsaid(fact))
+			continue;
+		fact->used |= fact->said;
+		tell_fact(order, fact);
+	}
 }
 
 static void grow_old(struct vf_order *order)
 {
 	struct generation *young = &order->generations[order->young];
+	struct generation *old = &order->generations[order->young ^ 1];
 
-	if (young->empty || order->reader.now_ns - young->began_ns < GENERATION_NS)
+	if ((young->empty && old->empty) || order->reader.now_ns - young->began_ns < GENERATION_NS)
 		return;
+	tell_unsaid(order, old);
 	order->young ^= 1;
-	empty(order, &order->generations[order->young]);
+	empty(order, old);
+}
+
+int32_t vf_order_wait_ms(const struct vf_order *order)
+{
+	return order && order->unsaid ? (int32_t)(GENERATION_NS / 1000000) + 1 : -1;
 }
 
 /* False: inotify cannot be read. */
@@ -593,6 +685,10 @@ static bool read_once(struct vf_order *order)
 	while (order->read_facts(order->events) && ++reads < MAX_READS)
 		;
 	vf_inotify_take(&order->reader);
+	if (order->behind) {
+		tell_facts(order);
+		order->behind = reads == MAX_READS;
+	}
 	/* These came before inotify was read, and are not behind anything that it said. */
 	tell_deferred(order, &order->older, NULL);
 	order->older = order->newer;
@@ -678,6 +774,7 @@ void vf_order_clear(struct vf_order *order)
 {
 	empty(order, &order->generations[0]);
 	empty(order, &order->generations[1]);
+	order->unsaid = 0;
 	list_clear(&order->older);
 	list_clear(&order->newer);
 }

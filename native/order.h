@@ -50,6 +50,12 @@ bool vf_order_defer(struct vf_order *order, const struct vf_change *change);
  */
 void vf_order_read(struct vf_order *order, bool (*read_facts)(struct vf_events *));
 
+/*
+ * So long at most vf_order_read() may be left uncalled although nothing can be read: what inotify
+ * does not say is told then. -1: for ever.
+ */
+int32_t vf_order_wait_ms(const struct vf_order *order);
+
 /* Forgets facts (a session has ended). */
 void vf_order_clear(struct vf_order *order);
 

@@ -60,13 +60,16 @@ static void taker_attach(struct vf_events *events)
 /* All that has happened so far was reported. */
 static void settle(struct vf_events *events)
 {
-	int waiting;
+	int waiting, of_order;
 
 	for (;;) {
+		of_order = 0;
 		CHECK_EQ(ioctl(events->config.source_fd, FIONREAD, &waiting), 0);
+		if (events->config.order_fd >= 0)
+			CHECK_EQ(ioctl(events->config.order_fd, FIONREAD, &of_order), 0);
 		pthread_mutex_lock(&events->busy);
 		pthread_mutex_unlock(&events->busy);
-		if (!waiting)
+		if (!waiting && !of_order)
 			return;
 		sched_yield();
 	}
