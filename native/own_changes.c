@@ -34,6 +34,7 @@ struct vf_own_changes {
 	pthread_mutex_t lock;
 	int fd;
 	uint64_t taken;			    /* bytes read from the instance, ever */
+	uint64_t passed;		    /* of them, those that were looked at */
 	struct window *free;		    /* the last freed first, so that few are ever touched */
 	uint32_t used;			    /* no window was ever in use from here on */
 	struct window *ended, **last_ended; /* in the order of their ends */
@@ -299,8 +300,13 @@ void vf_own_changes_end(struct vf_own_changes *own, struct vf_own_window *window
 		waiting = 0;
 	w->to = own->taken + (uint64_t)waiting;
 	w->next = NULL;
-	*own->last_ended = w;
-	own->last_ended = &w->next;
+	if (w->to <= own->passed) {
+		/* It caused nothing, or what it caused has been looked at. */
+		drop_window(own, w);
+	} else {
+		*own->last_ended = w;
+		own->last_ended = &w->next;
+	}
 	pthread_mutex_unlock(&own->lock);
 }
 
@@ -368,6 +374,7 @@ bool vf_own_changes_is(struct vf_own_changes *own, uint64_t at, const struct vf_
 void vf_own_changes_pass(struct vf_own_changes *own, uint64_t at)
 {
 	pthread_mutex_lock(&own->lock);
+	own->passed = at;
 	while (own->ended && own->ended->to <= at) {
 		struct window *w = own->ended;
 

@@ -518,6 +518,27 @@ static void our_own_changes_are_not_told(struct guest *g)
 	expect_nothing(events);
 }
 
+/* Operations that could have caused something and did not leave nothing behind. */
+static void operations_without_a_record_do_not_add_up(struct guest *g)
+{
+	struct vf_events *events = start_events(g, ALL_FLAGS);
+	struct fuse_setattr_in nothing = {.valid = 0};
+	uint64_t f;
+
+	host_touch("f");
+	f = must_lookup(g, 1, "f");
+	CHECK_EQ(watch(g, f, VF_FS_ATTRIB), 0);
+	for (int turn = 0; turn < 2; turn++) {
+		for (int i = 0; i < 10000; i++) {
+			arg(g, &nothing, sizeof(nothing));
+			CHECK_EQ(dispatch(g, FUSE_SETATTR, f, NULL), sizeof(struct fuse_attr_out));
+		}
+		guest_chmod(g, f, 0600 + turn);
+		expect_nothing(events);
+		CHECK_EQ(event_stats(g).own, turn + 1);
+	}
+}
+
 /* The host does the same as the guest just did, to the same object. */
 static void the_hosts_same_change_is_told(struct guest *g)
 {
@@ -606,6 +627,7 @@ int main(void)
 	RUN_ALL(the_hosts_overflow_is_passed_on);
 	RUN_ALL(a_new_session_hears_nothing_of_the_old);
 	RUN_ALL(our_own_changes_are_not_told);
+	RUN_ALL(operations_without_a_record_do_not_add_up);
 	RUN_ALL(the_hosts_same_change_is_told);
 	RUN_ALL(many_at_once_are_told_apart);
 	CHECK_EQ(rmdir(base), 0);
