@@ -75,10 +75,12 @@ def told(events: Sequence[Seen]) -> list[Told]:
     by_cookie: dict[int, list[tuple[int, str]]] = defaultdict(list)
     times: Counter[str] = Counter()
     for at, event in enumerate(events):
-        if event.cookie:
+        if event.mask & (In.MOVED_FROM | In.MOVED_TO):
+            # A half that is alone has a cookie natively and none here, and counts as well.
             times[str(event)] += 1
             often = f" for the {times[str(event)]}. time" if times[str(event)] > 1 else ""
-            by_cookie[event.cookie].append((at, f"{event}{often}"))
+            if event.cookie:
+                by_cookie[event.cookie].append((at, f"{event}{often}"))
     result = []
     for at, event in enumerate(events):
         partner = ""
