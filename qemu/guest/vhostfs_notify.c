@@ -37,6 +37,7 @@
 #include <linux/pagemap.h>
 #include <linux/posix_acl.h>
 #include <linux/rbtree.h>
+#include <linux/rcupdate.h>
 #include <linux/statfs.h>
 #include <linux/task_work.h>
 #include <linux/virtio.h>
@@ -137,6 +138,8 @@ struct vhostfs_wire_element {
 #define VHOSTFS_WATCHES_IN_FLIGHT 8
 #define VHOSTFS_SETTLE_WAIT	HZ
 #define VHOSTFS_REPAIR_WAIT	HZ
+#define VHOSTFS_RETRIES		1024	/* of refused watches, in that time */
+#define VHOSTFS_MAX_TRIES	6U	/* of FUSE_FSNOTIFY_INIT, for the wait */
 #define VHOSTFS_MAX_GROUPS	64
 
 /* An element that was checked, in the CPU's byte order */
@@ -166,10 +169,10 @@ struct vhostfs_watch {
 	u64 nodeid;
 	u32 generation;
 	u32 mask;			/* what is wanted now */
-	u32 told;			/* what the device was last told */
+	u32 told;			/* what the device surely reports */
 	u32 pass;			/* of the last walk that saw it */
 	bool sending;
-	bool refused;
+	bool refused;			/* the device does not want ->mask */
 };
 
 enum vhostfs_session {
@@ -224,6 +227,7 @@ struct vhostfs_notify {
 	struct vhostfs_event event;
 	struct inode unknown_inode;	/* see vhostfs_raise_child() */
 	struct dentry unknown_dentry;	/* see vhostfs_stand_in() */
+	struct dentry unknown_parent;	/* see vhostfs_raise_rename() */
 	unsigned int batch_len[VHOSTFS_BATCH];
 	u8 batch[VHOSTFS_BATCH][VHOSTFS_ELEMENT_SIZE] __aligned(8);
 
@@ -231,6 +235,7 @@ struct vhostfs_notify {
 	struct mutex session_mutex;
 	struct delayed_work session_work;
 	unsigned int paused;
+	unsigned int tries;		/* of FUSE_FSNOTIFY_INIT, in vain */
 	atomic_t in_flight;
 	wait_queue_head_t idle;
 	spinlock_t watch_lock;		/* what follows */
@@ -241,7 +246,10 @@ struct vhostfs_notify {
 	unsigned int sending;
 	unsigned int pass;
 	unsigned int nrefused;
-	bool resync;
+	bool resync;			/* a walk is due, not before: */
+	unsigned long next_resync;
+	bool retry;			/* what was refused; not before: */
+	unsigned long next_retry;
 	bool full_logged;
 	wait_queue_head_t settled;
 };
@@ -253,6 +261,7 @@ struct vhostfs_request {
 	void (*end)(struct vhostfs_request *req, int error);
 	struct vhostfs_watch *watch;
 	u32 mask;
+	u32 told;			/* of the watch, before this */
 	struct completion *done;
 	int error;
 	union {
@@ -415,9 +424,19 @@ static struct inode *vhostfs_find(struct fuse_conn *fc, u64 nodeid,
 /*
  * The walk of a superblock's inodes. look() is called for every inode with
  * s_inode_list_lock held; when it returns true, act() is called without it and
- * with a reference. Every now and then the lock is given up in any case.
+ * with a reference. Every now and then the lock is given up in any case. An
+ * inode that is being made is nobody's yet.
  */
 #define VHOSTFS_LOOKS	1024
+
+static bool vhostfs_is_new(const struct inode *inode)
+{
+#if VHOSTFS_KERNEL < 619
+	return READ_ONCE(inode->i_state) & I_NEW;
+#else
+	return inode_state_read_once((struct inode *)inode) & I_NEW;
+#endif
+}
 
 static void vhostfs_walk(struct super_block *sb,
 			 bool (*look)(struct inode *inode, void *arg),
@@ -429,7 +448,7 @@ static void vhostfs_walk(struct super_block *sb,
 
 	spin_lock(&sb->s_inode_list_lock);
 	list_for_each_entry(inode, &sb->s_inodes, i_sb_list) {
-		wanted = look(inode, arg);
+		wanted = !vhostfs_is_new(inode) && look(inode, arg);
 		if (!wanted && ++looks % VHOSTFS_LOOKS)
 			continue;
 		/* The reference keeps our place in the list */
@@ -588,6 +607,29 @@ static struct dentry *vhostfs_lookup_cached(struct inode *dir,
 	return entry;
 }
 
+/* Is this the inode of the event's child? */
+static bool vhostfs_is_object(const struct inode *inode,
+			      const struct vhostfs_event *event)
+{
+	return event->child_nodeid == get_node_id((struct inode *)inode) &&
+	       event->child_generation == inode->i_generation;
+}
+
+/* Was the name's object found after the event, or may it have been? */
+static bool vhostfs_is_newer(const struct dentry *entry,
+			     const struct vhostfs_event *event)
+{
+	const struct inode *inode = d_inode(entry);
+
+	if (!inode)
+		return false;
+	/* It is in use beside us */
+	if (!event->child_nodeid)
+		return S_ISDIR(inode->i_mode) && d_count(entry) > 1;
+	return (event->mask & (FS_DELETE | FS_MOVED_FROM)) &&
+	       !vhostfs_is_object(inode, event);
+}
+
 /*
  * What is known of a directory's entry and of its listing. The directory's
  * lock waits for every LOOKUP and READDIRPLUS in it that was sent before now,
@@ -596,7 +638,9 @@ static struct dentry *vhostfs_lookup_cached(struct inode *dir,
  * A dentry may be in revalidation meanwhile, which needs no such lock and may
  * give it a new time from an old answer. So what is wrong is unhashed; a new
  * time alone is given only where the dentry holds a newer object than the
- * event speaks of, which the next walk confirms.
+ * event speaks of, which the next walk confirms. The same for a directory
+ * of which the device knew nothing: who uses it here, as a mount point or from
+ * within, has found it after the event.
  *
  * A cached listing is dropped by its readers, for its iversion differs.
  */
@@ -614,14 +658,13 @@ static void vhostfs_stale_entry(struct inode *dir,
 	entry = vhostfs_lookup_cached(dir, event);
 	if (entry) {
 		inode = d_inode(entry);
-		same = inode && event->child_nodeid == get_node_id(inode) &&
-		       event->child_generation == inode->i_generation;
+		same = inode && vhostfs_is_object(inode, event);
 		if (inode)
 			vhostfs_stale_attr(inode, STATX_BASIC_STATS);
-		if (gone ? inode && (same || !event->child_nodeid) : !same)
-			d_invalidate(entry);
-		else if (gone && inode)
+		if (vhostfs_is_newer(entry, event))
 			vhostfs_expire_dentry(entry);
+		else if (gone ? !!inode : !same)
+			d_invalidate(entry);
 		dput(entry);
 	}
 	inode_unlock(dir);
@@ -747,10 +790,10 @@ static void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
 
 /*
  * The last link is gone. Linux says so, and ends the watches, when the last
- * dentry of an inode without links goes. So take the links, and the dentries as
- * far as nobody uses them; for one that is in use (an open file) it happens
- * when that ends, as in any file system. Only an inode that had no dentry at
- * all is left to be done here.
+ * dentry of an inode without links goes. So take the dentries as far as nobody
+ * uses them, and then the links; for a dentry that is in use (an open file) it
+ * happens when that ends, as in any file system. Only of an inode that has no
+ * dentry any more it is said here; once, so not if it had no links before.
  */
 #define VHOSTFS_MAX_ALIASES	1000
 
@@ -759,6 +802,7 @@ static void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 {
 	struct fuse_inode *fi = get_fuse_inode(inode);
 	struct dentry *alias;
+	bool first;
 	int i;
 
 	vhostfs_count(n, VHOSTFS_RAISED);
@@ -768,16 +812,15 @@ static void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 		fsnotify_inode(inode, FS_DELETE_SELF);
 		return;
 	}
-	spin_lock(&fi->lock);
-	if (inode->i_nlink)
-		clear_nlink(inode);
-	spin_unlock(&fi->lock);
 
 	for (i = 0; i < VHOSTFS_MAX_ALIASES; i++) {
 		alias = d_find_alias(inode);
 		if (!alias)
 			break;
 		d_invalidate(alias);
+		/* It may have been invalid before, and then kept its children */
+		if (S_ISDIR(inode->i_mode))
+			shrink_dcache_parent(alias);
 		dput(alias);
 		/* A directory has one alias, and it is found unhashed as well */
 		if (S_ISDIR(inode->i_mode))
@@ -785,36 +828,57 @@ static void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 	}
 
 	alias = d_find_any_alias(inode);
+	spin_lock(&fi->lock);
+	first = inode->i_nlink;
+	if (first)
+		clear_nlink(inode);
+	spin_unlock(&fi->lock);
 	if (alias) {
 		dput(alias);
-	} else {
+	} else if (first) {
 		fsnotify_inode(inode, FS_DELETE_SELF);
 		__fsnotify_inode_delete(inode);
 	}
 }
 
-/* Both names at once, for fanotify; both directories are in one superblock */
+/*
+ * Both names at once, for fanotify; both directories are in one superblock.
+ * One of them may be NULL: what happens there is not known. Each mark on a
+ * directory gets the name in that one only. One on the superblock gets both, so
+ * where there is such a mark, nobody is told of half a rename.
+ */
 static void vhostfs_raise_rename(struct vhostfs_notify *n,
 				 struct inode *old_dir, struct inode *new_dir,
 				 struct inode *child,
 				 const struct vhostfs_event *from,
 				 const struct vhostfs_event *to)
 {
+	struct inode *dir = old_dir ? old_dir : new_dir;
 	struct qstr old_name = { .name = from->name, .len = from->namelen };
 	struct qstr new_name = { .name = to->name, .len = to->namelen };
 	u32 mask = FS_RENAME | (from->mask & FS_ISDIR) | vhostfs_isdir(child);
-	struct dentry *parent, *moved;
+	u32 wanted = 0, wanted_on_sb = READ_ONCE(dir->i_sb->s_fsnotify_mask);
+	struct dentry *moved;
 
-	if (!((READ_ONCE(old_dir->i_fsnotify_mask) |
-	       READ_ONCE(new_dir->i_fsnotify_mask) |
-	       READ_ONCE(old_dir->i_sb->s_fsnotify_mask)) & FS_RENAME))
+	if (old_dir)
+		wanted |= READ_ONCE(old_dir->i_fsnotify_mask);
+	if (new_dir)
+		wanted |= READ_ONCE(new_dir->i_fsnotify_mask);
+	if (old_dir && new_dir)
+		wanted |= wanted_on_sb;
+	else
+		wanted &= ~wanted_on_sb;
+	if (!(wanted & FS_RENAME))
 		return;
-	if (child && child->i_sb != old_dir->i_sb)
+
+	if (child && child->i_sb != dir->i_sb)
 		child = NULL;
-	parent = d_find_any_alias(new_dir);
-	if (!parent)
-		return;
-	moved = vhostfs_stand_in(n, old_dir, parent, child, &new_name);
+	n->unknown_parent.d_inode = new_dir;
+	moved = vhostfs_stand_in(n, dir, &n->unknown_parent, child, &new_name);
+	if (!old_dir) {
+		n->unknown_inode.i_sb = dir->i_sb;
+		old_dir = &n->unknown_inode;
+	}
 #if VHOSTFS_KERNEL < 700
 	fsnotify(mask, moved, FSNOTIFY_EVENT_DENTRY, old_dir, &old_name, NULL,
 		 0);
@@ -826,7 +890,6 @@ static void vhostfs_raise_rename(struct vhostfs_notify *n,
 			 &old_name, NULL, 0);
 	}
 #endif
-	dput(parent);
 }
 
 /* ---- events in directories and on objects ------------------------------------- */
@@ -868,8 +931,13 @@ static void vhostfs_entry_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	child = vhostfs_find_child(fc, NULL, event);
 	if (child)
 		vhostfs_stale_attr(child, STATX_BASIC_STATS);
-	if (event->mask & (FS_MOVED_FROM | FS_MOVED_TO))
+	if (event->mask & (FS_MOVED_FROM | FS_MOVED_TO)) {
 		cookie = vhostfs_local_cookie(n, event->cookie);
+		vhostfs_raise_rename(n,
+				     event->mask & FS_MOVED_FROM ? dir : NULL,
+				     event->mask & FS_MOVED_TO ? dir : NULL,
+				     child, event, event);
+	}
 	vhostfs_raise_entry(n, dir, child, event, cookie);
 	iput(child);
 	iput(dir);
@@ -1177,11 +1245,14 @@ static void vhostfs_lose_inode(struct inode *inode, void *arg)
 	if (S_ISDIR(inode->i_mode))
 		inode_maybe_inc_iversion(inode, false);
 
-	alias = d_find_any_alias(inode);
-	if (alias) {
+	spin_lock(&inode->i_lock);
+#ifdef for_each_alias
+	for_each_alias(alias, inode)
+#else
+	hlist_for_each_entry(alias, &inode->i_dentry, d_u.d_alias)
+#endif
 		vhostfs_expire_dentry(alias);
-		dput(alias);
-	}
+	spin_unlock(&inode->i_lock);
 	if (READ_ONCE(inode->i_fsnotify_mask))
 		vhostfs_lost_groups(lost, inode, NULL);
 }
@@ -1436,7 +1507,7 @@ static struct vhostfs_watch *vhostfs_find_watch(struct vhostfs_notify *n,
 }
 
 static struct vhostfs_watch *vhostfs_new_watch(struct vhostfs_notify *n,
-					       u64 nodeid)
+					       u64 nodeid, u32 generation)
 {
 	struct rb_node **link = &n->watches.rb_node, *parent = NULL;
 	struct vhostfs_watch *watch;
@@ -1445,6 +1516,7 @@ static struct vhostfs_watch *vhostfs_new_watch(struct vhostfs_notify *n,
 	if (!watch)
 		return NULL;
 	watch->nodeid = nodeid;
+	watch->generation = generation;
 	INIT_LIST_HEAD(&watch->changed);
 	while (*link) {
 		parent = *link;
@@ -1460,13 +1532,20 @@ static struct vhostfs_watch *vhostfs_new_watch(struct vhostfs_notify *n,
 	return watch;
 }
 
+static void vhostfs_set_refused(struct vhostfs_notify *n,
+				struct vhostfs_watch *watch, bool refused)
+{
+	n->nrefused += refused - watch->refused;
+	watch->refused = refused;
+}
+
 static void vhostfs_drop_watch(struct vhostfs_notify *n,
 			       struct vhostfs_watch *watch)
 {
+	vhostfs_set_refused(n, watch, false);
 	list_del(&watch->changed);
 	rb_erase(&watch->node, &n->watches);
 	n->nwatches--;
-	n->nrefused -= watch->refused;
 	kfree(watch);
 }
 
@@ -1486,10 +1565,20 @@ static void vhostfs_watch_changed(struct vhostfs_notify *n,
 	if (watch->sending)
 		return;
 	list_del_init(&watch->changed);
-	if (watch->mask != watch->told)
-		list_add_tail(&watch->changed, &n->changed);
-	else if (!watch->mask)
+	if (!watch->mask && !watch->told)
 		vhostfs_drop_watch(n, watch);
+	else if (watch->mask != watch->told && !watch->refused)
+		list_add_tail(&watch->changed, &n->changed);
+}
+
+/* Wants something else, which the device may not refuse */
+static void vhostfs_set_mask(struct vhostfs_notify *n,
+			     struct vhostfs_watch *watch, u32 mask)
+{
+	if (watch->mask == mask)
+		return;
+	watch->mask = mask;
+	vhostfs_set_refused(n, watch, false);
 }
 
 /*
@@ -1497,7 +1586,7 @@ static void vhostfs_watch_changed(struct vhostfs_notify *n,
  * lock: whoever comes last to the table saw the newest.
  */
 static void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
-			 const struct inode *inode)
+			 struct inode *inode)
 {
 	struct vhostfs_watch *watch;
 	u32 mask = 0;
@@ -1509,16 +1598,20 @@ static void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
 	if (!watch && !mask)
 		return;
 	if (!watch)
-		watch = vhostfs_new_watch(n, nodeid);
+		watch = vhostfs_new_watch(n, nodeid, generation);
 	if (!watch) {
 		n->resync = true;
 		return;
 	}
 	if (watch->generation != generation) {
+		/* Late news of an object whose number another one has got */
+		if (!inode || fuse_is_bad(inode))
+			return;
 		watch->generation = generation;
 		watch->told = 0;
+		vhostfs_set_refused(n, watch, false);
 	}
-	watch->mask = mask;
+	vhostfs_set_mask(n, watch, mask);
 	watch->pass = n->pass;
 	vhostfs_watch_changed(n, watch);
 }
@@ -1528,7 +1621,7 @@ static void vhostfs_wake_session(struct vhostfs_notify *n)
 {
 	if (n->session == VHOSTFS_GRANTED && !list_empty(&n->changed))
 		mod_delayed_work(vhostfs_wq, &n->session_work, 0);
-	else if (n->resync)
+	else if (n->resync || n->retry)
 		queue_delayed_work(vhostfs_wq, &n->session_work,
 				   VHOSTFS_REPAIR_WAIT);
 }
@@ -1558,7 +1651,7 @@ static bool vhostfs_is_settled(struct vhostfs_notify *n, u64 nodeid)
 			  !(watch->mask & ~watch->told);
 	} else {
 		settled = n->session == VHOSTFS_NONE ||
-			  n->session == VHOSTFS_REFUSED;
+			  n->session == VHOSTFS_REFUSED || READ_ONCE(n->tries);
 	}
 	spin_unlock(&n->watch_lock);
 	return settled;
@@ -1608,6 +1701,9 @@ static void vhostfs_settle_later(struct vhostfs_notify *n, u64 nodeid)
  * with the connector's lock held. That keeps the inode alive, with its
  * superblock and all that belongs to it, until the first has returned; of the
  * second only what was copied at its entry is used at its return.
+ *
+ * What stands where a submount will be has the nodeid of the submount's root,
+ * and is passed over: the device means the root by it.
  */
 struct vhostfs_probe {
 	struct vhostfs_notify *notify;
@@ -1633,7 +1729,7 @@ static int vhostfs_probe_entry(struct kretprobe_instance *ri,
 #else
 	inode = conn->obj;
 #endif
-	if (inode->i_sb->s_type != vhostfs_type)
+	if (inode->i_sb->s_type != vhostfs_type || IS_AUTOMOUNT(inode))
 		return 1;
 	n = vhostfs_notify_of(get_fuse_conn(inode));
 	if (!n || READ_ONCE(ignore_probes))
@@ -1712,7 +1808,7 @@ static bool vhostfs_look_at_marks(struct inode *inode, void *arg)
 {
 	struct vhostfs_notify *n = arg;
 
-	if (READ_ONCE(inode->i_fsnotify_mask)) {
+	if (READ_ONCE(inode->i_fsnotify_mask) && !IS_AUTOMOUNT(inode)) {
 		spin_lock(&n->watch_lock);
 		vhostfs_note(n, get_node_id(inode), inode->i_generation,
 			     inode);
@@ -1751,15 +1847,81 @@ static void vhostfs_resync(struct vhostfs_notify *n)
 		watch = rb_entry(node, struct vhostfs_watch, node);
 		/* Probes have marked what came meanwhile */
 		if (watch->pass != n->pass)
-			watch->mask = 0;
-		if (watch->refused) {
-			watch->refused = false;
-			n->nrefused--;
-			watch->told = 0;
-		}
+			vhostfs_set_mask(n, watch, 0);
+		vhostfs_watch_changed(n, watch);
+	}
+	n->next_resync = jiffies + VHOSTFS_REPAIR_WAIT;
+	spin_unlock(&n->watch_lock);
+}
+
+/*
+ * Perhaps there is room now for what was refused. The more it is, the longer
+ * until the next try: a thousand in a second.
+ */
+static void vhostfs_retry_refused(struct vhostfs_notify *n)
+{
+	struct vhostfs_watch *watch;
+	struct rb_node *node, *next;
+
+	spin_lock(&n->watch_lock);
+	n->retry = false;
+	n->next_retry = jiffies + VHOSTFS_REPAIR_WAIT *
+			(1 + n->nrefused / VHOSTFS_RETRIES);
+	for (node = rb_first(&n->watches); node; node = next) {
+		next = rb_next(node);
+		watch = rb_entry(node, struct vhostfs_watch, node);
+		if (!watch->refused)
+			continue;
+		vhostfs_set_refused(n, watch, false);
 		vhostfs_watch_changed(n, watch);
 	}
 	spin_unlock(&n->watch_lock);
+}
+
+/* Under watch_lock: is it time? Else the worker comes back then */
+static bool vhostfs_is_due(struct vhostfs_notify *n, bool wanted,
+			   unsigned long when)
+{
+	if (!wanted)
+		return false;
+	if (time_after_eq(jiffies, when))
+		return true;
+	queue_delayed_work(vhostfs_wq, &n->session_work, when - jiffies);
+	return false;
+}
+
+/*
+ * What the device reports after its answer; true: it refused. Until then only
+ * what it reported before and will report was certain.
+ */
+static bool vhostfs_watch_answered(struct vhostfs_notify *n,
+				   struct vhostfs_watch *watch,
+				   const struct vhostfs_request *req, int error)
+{
+	/* The number has another object, of which the device was told nothing */
+	if (watch->generation != le32_to_cpu(req->watch_in.generation))
+		return false;
+
+	switch (error) {
+	case 0:
+	case -ESTALE:
+		/* Not known any more: there is nothing to watch there */
+		watch->told = req->mask;
+		return false;
+	case -ENOMEM:
+		/* Perhaps ours; a walk sends it again */
+		watch->told = req->told;
+		n->resync = true;
+		return false;
+	default:
+		/* The earlier watch stays; to end one is not to be refused */
+		watch->told = req->mask ? req->told : 0;
+		if (watch->mask == req->mask)
+			vhostfs_set_refused(n, watch, true);
+		/* Ours: the device has gone */
+		return req->mask && error != -ENOTCONN &&
+		       error != -ECONNABORTED;
+	}
 }
 
 static void vhostfs_watch_end(struct vhostfs_request *req, int error)
@@ -1771,32 +1933,16 @@ static void vhostfs_watch_end(struct vhostfs_request *req, int error)
 	spin_lock(&n->watch_lock);
 	n->sending--;
 	watch->sending = false;
-	switch (error) {
-	case 0:
-	case -ESTALE:
-		/* Not known any more: there is nothing to watch there */
-		watch->told = req->mask;
-		/* Perhaps there is room now for what was refused */
-		if (!req->mask && n->nrefused)
-			n->resync = true;
-		break;
-	case -ENOMEM:
-	case -ENOTCONN:
-	case -ECONNABORTED:
-		/* Ours; tried again by a walk, if there is a session then */
-		n->resync = true;
-		break;
-	default:
-		watch->told = req->mask;
-		watch->refused = true;
-		n->nrefused++;
+	if (vhostfs_watch_answered(n, watch, req, error)) {
 		log = !n->full_logged;
 		n->full_logged = true;
+	} else if (!error && !req->mask && n->nrefused) {
+		n->retry = true;
 	}
 	/* That a watch on what is gone ends is no refusal */
 	if (error && (error != -ESTALE || req->mask))
 		vhostfs_count(n, VHOSTFS_WATCHES_REFUSED);
-	if (!n->resync || watch->mask == watch->told)
+	if (!error || !n->resync || watch->mask == watch->told)
 		vhostfs_watch_changed(n, watch);
 	vhostfs_wake_session(n);
 	spin_unlock(&n->watch_lock);
@@ -1832,14 +1978,12 @@ static bool vhostfs_send_watch(struct vhostfs_notify *n, struct fuse_mount *fm)
 	watch = list_first_entry(&n->changed, struct vhostfs_watch, changed);
 	list_del_init(&watch->changed);
 	watch->sending = true;
-	if (watch->refused) {
-		watch->refused = false;
-		n->nrefused--;
-	}
 	n->sending++;
 	req->end = vhostfs_watch_end;
 	req->watch = watch;
 	req->mask = watch->mask;
+	req->told = watch->told;
+	watch->told &= watch->mask;
 	req->args.nodeid = watch->nodeid;
 	generation = watch->generation;
 	spin_unlock(&n->watch_lock);
@@ -1859,6 +2003,9 @@ static void vhostfs_set_session(struct vhostfs_notify *n,
 	spin_lock(&n->watch_lock);
 	n->session = session;
 	n->resync = session == VHOSTFS_GRANTED;
+	n->next_resync = jiffies;
+	n->retry = false;
+	n->next_retry = jiffies;
 	n->full_logged = false;
 	spin_unlock(&n->watch_lock);
 	wake_up_all(&n->settled);
@@ -1884,12 +2031,44 @@ static const char *vhostfs_why_refused(struct vhostfs_notify *n,
 	return NULL;
 }
 
+/* Not the server's no: it may never have seen the request */
+static bool vhostfs_is_unanswered(int error)
+{
+	switch (error) {
+	case -ENOMEM:
+	case -EINTR:
+	case -EAGAIN:
+	case -ENOTCONN:
+	case -ECONNREFUSED:
+	case -ECONNABORTED:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/* Later each time: a connection that has failed does not come back */
+static void vhostfs_ask_again(struct vhostfs_notify *n, int error)
+{
+	unsigned int tries = min(n->tries++, VHOSTFS_MAX_TRIES);
+
+	if (!tries)
+		dev_info(&n->vdev->dev,
+			 "the server could not be asked for notifications (%d), trying again\n",
+			 error);
+	vhostfs_set_session(n, VHOSTFS_NEW);
+	queue_delayed_work(vhostfs_wq, &n->session_work,
+			   VHOSTFS_REPAIR_WAIT << tries);
+}
+
 static void vhostfs_init_end(struct vhostfs_request *req, int error)
 {
 	struct vhostfs_notify *n = req->notify;
 	const char *why = vhostfs_why_refused(n, req, error);
 
-	if (why) {
+	if (vhostfs_is_unanswered(error)) {
+		vhostfs_ask_again(n, error);
+	} else if (why) {
 		dev_info(&n->vdev->dev,
 			 "no notifications from the host: %s (%d)\n", why,
 			 error);
@@ -1952,7 +2131,7 @@ static void vhostfs_session_work(struct work_struct *work)
 						session_work);
 	enum vhostfs_session session;
 	struct fuse_mount *fm;
-	bool resync;
+	bool resync, retry;
 
 	mutex_lock(&n->session_mutex);
 	if (n->paused || !n->fc)
@@ -1972,13 +2151,16 @@ static void vhostfs_session_work(struct work_struct *work)
 		vhostfs_begin(n);
 	spin_lock(&n->watch_lock);
 	session = n->session;
-	resync = n->resync;
+	resync = vhostfs_is_due(n, n->resync, n->next_resync);
+	retry = vhostfs_is_due(n, n->retry, n->next_retry);
 	spin_unlock(&n->watch_lock);
 	if (session == VHOSTFS_NEW) {
 		vhostfs_send_init(n, fm);
 	} else if (session == VHOSTFS_GRANTED) {
 		if (resync)
 			vhostfs_resync(n);
+		if (retry)
+			vhostfs_retry_refused(n);
 		while (vhostfs_send_watch(n, fm))
 			cond_resched();
 	}
@@ -1988,7 +2170,7 @@ out:
 
 /* Without probes, or when some were missed, only walks find all watches */
 static void vhostfs_check_probes(struct work_struct *work);
-static DECLARE_DEFERRABLE_WORK(vhostfs_probe_work, vhostfs_check_probes);
+static DECLARE_DELAYED_WORK(vhostfs_probe_work, vhostfs_check_probes);
 
 static void vhostfs_check_probes(struct work_struct *work)
 {
@@ -2094,6 +2276,7 @@ void vhostfs_notify_mount(struct vhostfs_notify *n, struct super_block *sb)
 	n->fc = get_fuse_conn_super(sb);
 	memset(n->cookies, 0, sizeof(n->cookies));
 	mutex_unlock(&n->event_mutex);
+	n->tries = 0;
 	vhostfs_set_session(n, VHOSTFS_NEW);
 	mod_delayed_work(vhostfs_wq, &n->session_work, 0);
 	mutex_unlock(&n->session_mutex);
@@ -2128,6 +2311,7 @@ void vhostfs_notify_killed_sb(struct vhostfs_notify *n, bool last)
 		spin_lock(&n->watch_lock);
 		n->session = VHOSTFS_NONE;
 		n->resync = false;
+		n->retry = false;
 		vhostfs_free_watches(n);
 		spin_unlock(&n->watch_lock);
 		wake_up_all(&n->settled);
@@ -2220,7 +2404,7 @@ static ssize_t probes_missed_show(struct device *dev,
 }
 static DEVICE_ATTR_RO(probes_missed);
 
-/* Anything written starts a walk over all inodes */
+/* Anything written starts a walk over all inodes and tries again what was refused */
 static ssize_t resync_store(struct device *dev, struct device_attribute *attr,
 			    const char *buf, size_t count)
 {
@@ -2230,6 +2414,9 @@ static ssize_t resync_store(struct device *dev, struct device_attribute *attr,
 		return -ENODEV;
 	spin_lock(&n->watch_lock);
 	n->resync = true;
+	n->next_resync = jiffies;
+	n->retry = true;
+	n->next_retry = jiffies;
 	spin_unlock(&n->watch_lock);
 	mod_delayed_work(vhostfs_wq, &n->session_work, 0);
 	return count;
@@ -2409,6 +2596,8 @@ void vhostfs_notify_free(struct vhostfs_notify *n)
 	cancel_delayed_work_sync(&n->session_work);
 	/* A late interrupt or timeout; it found nothing to do */
 	cancel_work_sync(&n->receive_work);
+	/* A probe may be at its end, on an inode that went meanwhile */
+	synchronize_rcu();
 	vhostfs_put(n);
 }
 
@@ -2483,4 +2672,6 @@ void vhostfs_notify_unregister(struct file_system_type *type)
 	destroy_workqueue(vhostfs_wq);
 	/* The last request's end may have been in an RCU section of the core */
 	rcu_barrier();
+	/* A task that waited for a watch has let go of us, but not left yet */
+	synchronize_rcu_tasks();
 }
