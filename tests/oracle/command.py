@@ -12,16 +12,19 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tests.oracle.generate import random_script
+from tests.oracle.guest_level import GuestSession
 from tests.oracle.ring_level import RingLevel
 from tests.oracle.runner import SOURCES, Outcome, Source
 from tests.oracle.scenarios import SCENARIOS
 from tests.oracle.script import Script, ScriptError, parse, step_by_step, written
 from tests.oracle.shrink import shrunk
+from vhostfs.vm.errors import VmError
+from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 
 _PROGRESS_S = 5.0
 _SHRINK_S = 60.0
@@ -35,9 +38,14 @@ class Level(Protocol):
 
 
 @contextlib.contextmanager
-def _opened(level: str, source: Source) -> Iterator[Level]:
-    with RingLevel(source) as ring:
-        yield ring
+def _opened(options: argparse.Namespace, sources: Sequence[Source]) -> Iterator[Callable[[Source], Level]]:
+    """What opens each source at the level: a server each, or one guest for all."""
+    with contextlib.ExitStack() as stack:
+        if options.level == "guest":
+            session = GuestSession(sources, options.kernel, (f"--cache={options.cache}",))
+            yield stack.enter_context(session).on
+        else:
+            yield lambda source: stack.enter_context(RingLevel(source))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     differed = 0
     try:
-        for name in names:
-            with _opened(options.level, SOURCES[name]) as level:
-                differed += _Campaign(level, name, options).run(scripts)
+        with _opened(options, [SOURCES[name] for name in names]) as level_of:
+            for name in names:
+                differed += _Campaign(level_of(SOURCES[name]), name, options).run(scripts)
     except KeyboardInterrupt:
         return 130
-    except AssertionError as error:
+    except (AssertionError, VmError) as error:
         print(f"oracle: {error}", file=sys.stderr)
         return 2
     return 1 if differed else 0
@@ -68,8 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Does the same to a share and to a directory beside it, and compares what they tell.",
     )
     parser.add_argument(
-        "--level", choices=("ring",), default="ring", help="our own front end (default: ring)"
+        "--level",
+        choices=("ring", "guest"),
+        default="ring",
+        help="our own front end, or QEMU (default: ring)",
     )
+    parser.add_argument("--kernel", choices=SERIES, default=DEFAULT_SERIES, help="of the guest in QEMU")
+    parser.add_argument("--cache", choices=("auto", "never", "always"), default="never", help="with QEMU")
     parser.add_argument("--source", choices=(*SOURCES, "all"), default="all", help="of events (default: all)")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="random runs (default: 20)")
     parser.add_argument("--operations", type=int, default=200, metavar="N", help="of a run (default: 200)")
@@ -163,7 +176,7 @@ class _Campaign:
             print(f"  it does not differ again: {name} depends on the moment", flush=True)
             return
         small = shrunk(script, fails, _SHRINK_S)
-        command = f"scripts/oracle --source {self._source} --script -"
+        command = f"scripts/oracle --level {self._options.level} --source {self._source} --script -"
         print(f"{self._source}: {name}, the same in {len(small)} lines; {command}")
         print(*(f"    {line}" for line in written(small).splitlines()), sep="\n")
         print("  with that:", *last[0].lines, sep="\n    ", flush=True)
