@@ -8,11 +8,14 @@ Source: cffi documentation, "Preparing and distributing modules"; api.h is the i
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
+HOSTILE = os.environ.get("VHOSTFS_HOSTILE") == "1"
+"""Builds a server that lies to its guest's driver, to test that one."""
 
 
 def declarations() -> str:
@@ -33,7 +36,15 @@ def compile_flags() -> list[str]:
 
 def link_flags() -> list[str]:
     sanitize = os.environ.get("VHOSTFS_SANITIZE")
-    return [f"-fsanitize={sanitize}"] if sanitize else []
+    flags = [f"-fsanitize={sanitize}"] if sanitize else []
+    if HOSTILE:
+        wrapped = re.findall(r"\b__wrap_(\w+)", (HERE / "tests/hostile.c").read_text())
+        flags += [f"-Wl,--wrap={name}" for name in wrapped]
+    return flags
+
+
+def source_files() -> list[Path]:
+    return sorted(HERE.glob("*.c")) + ([HERE / "tests/hostile.c"] if HOSTILE else [])
 
 
 ffibuilder = FFI()
@@ -41,7 +52,7 @@ ffibuilder.cdef(declarations())
 ffibuilder.set_source(
     "vhostfs._native",
     '#include <stdbool.h>\n#include <stdint.h>\n#include "api.h"\n',
-    sources=[os.path.relpath(path) for path in sorted(HERE.glob("*.c"))],
+    sources=[os.path.relpath(path) for path in source_files()],
     depends=[os.path.relpath(path) for path in sorted(HERE.glob("*.h"))],
     include_dirs=[os.path.relpath(HERE)],
     libraries=["seccomp", "pthread"],

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+BOTH_WRITE = "both-write"
+"""A file in the directory's root to which it appends, and others may as well."""
 PACE_S = 1 / 300
 """Between two changes, to begin with: what an emulated guest can follow."""
 
@@ -38,7 +40,7 @@ class Load(threading.Thread):
             *(self._create, self._create, self._create, self._append, self._rewrite, self._truncate),
             *(self._chmod, self._touch, self._unlink, self._unlink, self._mkdir, self._rmdir),
             *(self._rename, self._rename, self._rename_over, self._rename_folder, self._symlink, self._link),
-            *(self._save_as_editors_do, self._replace_folder),
+            *(self._save_as_editors_do, self._replace_folder, self._append_with_others),
         ]
 
     def run(self) -> None:
@@ -89,6 +91,12 @@ class Load(threading.Thread):
     def _append(self) -> None:
         with self._some().open("ab") as stream:
             stream.write(b"more\n" * 20)
+
+    def _append_with_others(self) -> None:
+        with (self._root / BOTH_WRITE).open("ab") as stream:
+            if stream.tell() > 100_000:
+                stream.truncate(0)
+            stream.write(b"the host\n")
 
     def _rewrite(self) -> None:
         with self._some().open("r+b") as stream:
