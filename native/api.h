@@ -168,6 +168,7 @@ struct vf_events_config {
 	uint32_t max_queued; /* elements that wait for the guest; more are lost, and announced */
 	uint32_t max_watches;
 	uint32_t notify_buf_size; /* largest element, in bytes with fuse_out_header */
+	uint32_t max_parked;	  /* requests that the guest may keep waiting for events */
 };
 /*
  * Begins to read the group, in a thread of its own, until vf_share_free().  Once for a share and
@@ -280,7 +281,7 @@ int vf_device_remove_region(vf_device *device, const struct vf_region *region);
 int vf_queue_start(vf_device *device, const struct vf_queue_config *config);
 /*
  * Stops it: requests under way are finished first (lock requests that wait are
- * answered with EINTR).  Returns the next available index, 0..65535.
+ * answered with EINTR, parked ones with ENOTCONN).  Returns the next available index, 0..65535.
  * Blocks; -ENOENT when the queue does not run.
  */
 int vf_queue_stop(vf_device *device, uint32_t index);

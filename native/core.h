@@ -212,6 +212,8 @@ VF_DECLARE_OP(setlkw);
 VF_DECLARE_OP(interrupt);
 /* op_fsnotify.c */
 VF_DECLARE_OP(fsnotify_watch);
+/* parked.c */
+VF_DECLARE_OP(fsnotify_park);
 
 /* ---- the share ---------------------------------------------------------- */
 

@@ -3,6 +3,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 
+#include "events.h"
 #include "file.h"
 #include "queue.h"
 #include "request.h"
@@ -251,6 +252,8 @@ int vf_queue_stop(vf_device *device, uint32_t index)
 	pthread_join(q->thread, NULL);
 	vf_notifier_detach(q);
 	vf_lock_waiters_cancel(device->share, q);
+	if (device->share->events)
+		vf_parked_send_back(device->share->events->parked, q);
 	pthread_mutex_lock(&q->lock);
 	while (q->finished != q->taken)
 		pthread_cond_wait(&q->idle, &q->lock);

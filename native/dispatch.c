@@ -59,6 +59,7 @@ const uint32_t vf_n_ops = sizeof(vf_ops) / sizeof(vf_ops[0]);
 static const struct vf_op_entry fsnotify_ops[] = {
     [VF_FUSE_FSNOTIFY_INIT - VF_FUSE_FSNOTIFY_INIT] = {NULL, VF_OP_UPCALL},
     [VF_FUSE_FSNOTIFY_WATCH - VF_FUSE_FSNOTIFY_INIT] = {vf_op_fsnotify_watch, 0},
+    [VF_FUSE_FSNOTIFY_PARK - VF_FUSE_FSNOTIFY_INIT] = {vf_op_fsnotify_park, 0},
 };
 #define N_FSNOTIFY_OPS (sizeof(fsnotify_ops) / sizeof(fsnotify_ops[0]))
 

@@ -177,6 +177,8 @@ static struct vf_events *events_new(vf_share *share, const struct vf_events_conf
 		*error = vf_watch_share_init(events);
 	if (!*error)
 		events->outbox = vf_outbox_new(config->max_queued, events->trace, error);
+	if (!*error)
+		events->parked = vf_parked_new(events, config->max_parked, error);
 	if (!*error && config->order_fd >= 0)
 		events->order = vf_order_new(events, config->order_fd, error);
 	if (!*error)
@@ -210,6 +212,7 @@ void vf_events_free(struct vf_events *events)
 		pthread_join(events->thread, NULL);
 	if (events->outbox)
 		vf_outbox_free(events->outbox);
+	vf_parked_free(events->parked);
 	vf_order_free(events->order);
 	vf_watches_free(events->watches);
 	vf_watch_share_free(events);
@@ -237,6 +240,8 @@ int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask)
 	error = vf_handle_index_start(share);
 	if (error)
 		return error;
+	if (flags & VF_FSNOTIFY_PARKED)
+		vf_parked_open(events->parked);
 	atomic_store(&events->mask, mask);
 	atomic_store(&events->flags, flags);
 	return 0;
@@ -255,6 +260,7 @@ void vf_events_end_session(struct vf_events *events)
 	if (!events)
 		return;
 	atomic_store(&events->flags, 0);
+	vf_parked_close(events->parked);
 	/* What the source's thread was reporting has come as far as the outbox. */
 	lock_source(events);
 	pthread_mutex_unlock(&events->busy);
@@ -267,6 +273,7 @@ void vf_events_end_session(struct vf_events *events)
 		pthread_mutex_unlock(&events->busy);
 	}
 	vf_outbox_clear(events->outbox);
+	vf_outbox_use(events->outbox, NULL);
 }
 
 /* ---- what people are told --------------------------------------------------------- */

@@ -122,6 +122,7 @@ struct vf_outbox;
 struct vf_own_changes;
 struct vf_watches;
 struct vf_order;
+struct vf_parked;
 
 struct vf_events {
 	struct vf_share *share;
@@ -129,6 +130,7 @@ struct vf_events {
 	const struct vf_source_ops *ops;
 	struct vf_watches *watches;
 	struct vf_outbox *outbox;
+	struct vf_parked *parked;
 	struct vf_order *order; /* beside fanotify; NULL: fanotify's own order */
 	/* Granted to the session; 0: none, and nothing is reported. */
 	atomic_uint_fast64_t flags;
@@ -313,7 +315,7 @@ struct vf_outgoing {
 	uint64_t seen_ns; /* CLOCK_MONOTONIC */
 };
 
-/* Where elements leave: notify_queue.c (later also parked requests). */
+/* Where elements leave: notify_queue.c, parked.c. */
 struct vf_sink {
 	/*
 	 * Gives the guest one element; false: no buffer is free (the guest will say when there is
@@ -345,7 +347,22 @@ void vf_outbox_clear(struct vf_outbox *outbox);
 int vf_outbox_attach(struct vf_outbox *outbox, struct vf_sink *sink);
 /* When it returns this sink is no longer in use; what waits stays. */
 void vf_outbox_detach(struct vf_outbox *outbox, struct vf_sink *sink);
+/* They leave by this sink instead of the attached one; NULL: no longer, and it is not in use. */
+void vf_outbox_use(struct vf_outbox *outbox, struct vf_sink *sink);
 /* Fills in what it counts: merged to max_depth but host_overflows, buffers, latency. */
 void vf_outbox_get_stats(struct vf_outbox *outbox, struct vf_events_stats *stats);
+
+/* ---- parked.c -------------------------------------------------------------------- */
+
+/* max: requests that may wait at a time. */
+struct vf_parked *vf_parked_new(struct vf_events *events, uint32_t max, int *error);
+/* None waits. */
+void vf_parked_free(struct vf_parked *parked);
+/* Requests may be parked, and events leave by them. */
+void vf_parked_open(struct vf_parked *parked);
+/* No longer; those that wait are answered with ENOTCONN.  What waits for the guest stays. */
+void vf_parked_close(struct vf_parked *parked);
+/* Those of one queue that wait (NULL: of all) are answered with ENOTCONN.  parked may be NULL. */
+void vf_parked_send_back(struct vf_parked *parked, const struct vf_queue *queue);
 
 #endif

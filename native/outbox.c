@@ -36,7 +36,8 @@ _Static_assert(sizeof(struct chunk) == CHUNK_SIZE, "whole pages");
 struct vf_outbox {
 	pthread_mutex_t lock;
 	struct vf_trace *trace;
-	struct vf_sink *sink;
+	struct vf_sink *sink; /* the notification queue's */
+	struct vf_sink *used; /* in its place */
 	/* There is always one; the last has room left for an overflow element, or one waits. */
 	struct chunk *first, *last;
 	struct chunk *spare;   /* the one that was emptied last */
@@ -167,9 +168,14 @@ static void count_delivery(struct vf_outbox *outbox, const struct record *record
 		     overflow ? VF_EVENT_OVERFLOW : VF_EVENT_DELIVERED, record->pid);
 }
 
+static struct vf_sink *active(const struct vf_outbox *outbox)
+{
+	return outbox->used ? outbox->used : outbox->sink;
+}
+
 static void flush(struct vf_outbox *outbox)
 {
-	struct vf_sink *sink = outbox->sink;
+	struct vf_sink *sink = active(outbox);
 	struct record *record;
 	uint32_t since_done = 0;
 
@@ -298,6 +304,13 @@ void vf_outbox_detach(struct vf_outbox *outbox, struct vf_sink *sink)
 	pthread_mutex_unlock(&outbox->lock);
 }
 
+void vf_outbox_use(struct vf_outbox *outbox, struct vf_sink *sink)
+{
+	pthread_mutex_lock(&outbox->lock);
+	outbox->used = sink;
+	pthread_mutex_unlock(&outbox->lock);
+}
+
 /* ---- the rest -------------------------------------------------------------- */
 
 struct vf_outbox *vf_outbox_new(uint32_t max_elements, struct vf_trace *trace, int *error)
@@ -350,7 +363,7 @@ void vf_outbox_get_stats(struct vf_outbox *outbox, struct vf_events_stats *stats
 	stats->overflows = outbox->overflows;
 	stats->depth = outbox->depth;
 	stats->max_depth = outbox->max_depth;
-	stats->buffers = outbox->sink ? outbox->sink->buffers(outbox->sink) : 0;
+	stats->buffers = active(outbox) ? active(outbox)->buffers(active(outbox)) : 0;
 	memcpy(stats->latency, outbox->latency, sizeof(outbox->latency));
 	pthread_mutex_unlock(&outbox->lock);
 }

@@ -11,7 +11,8 @@
 
 /* ---- completion --------------------------------------------------------- */
 
-static void finish(struct vf_req *r, int32_t result, const void *payload, bool recycle)
+/* alone: nothing else is about to end on this queue that would see to the interrupt soon. */
+static void finish(struct vf_req *r, int32_t result, const void *payload, bool recycle, bool alone)
 {
 	struct vf_queue *q = r->queue;
 	uint32_t written = 0;
@@ -26,7 +27,7 @@ static void finish(struct vf_req *r, int32_t result, const void *payload, bool r
 		r->next = q->spare;
 		q->spare = r;
 	}
-	if (!q->draining && vf_ring_needs_call(&q->ring))
+	if ((alone || !q->draining) && vf_ring_needs_call(&q->ring))
 		vf_signal_fd(q->call_fd);
 	q->finished++;
 	if (atomic_load_explicit(&q->stopping, memory_order_relaxed))
@@ -37,7 +38,7 @@ static void finish(struct vf_req *r, int32_t result, const void *payload, bool r
 void vf_req_complete(struct vf_req *r, int error, const void *payload, uint32_t size)
 {
 	r->in_place = false;
-	finish(r, error ? error : (int32_t)size, payload, true);
+	finish(r, error ? error : (int32_t)size, payload, true, true);
 }
 
 /* True: the request has ended and is the caller's to use again or to recycle. */
@@ -55,7 +56,7 @@ static bool run(struct vf_thread *t, struct vf_req *r, bool recycle)
 	atomic_store_explicit(&t->requests,
 			      atomic_load_explicit(&t->requests, memory_order_relaxed) + 1,
 			      memory_order_relaxed);
-	finish(r, result, t->reply, recycle);
+	finish(r, result, t->reply, recycle, false);
 	return true;
 }
 
@@ -128,12 +129,12 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		error = vf_req_parse(r);
 		if (error == -EBADMSG) {
 			why = "a request shorter than a FUSE header";
-			finish(r, VF_NO_REPLY, NULL, false);
+			finish(r, VF_NO_REPLY, NULL, false, false);
 			taken = error;
 			break;
 		}
 		if (error)
-			finish(r, error, NULL, false);
+			finish(r, error, NULL, false, false);
 		else
 			ended = run(t, r, false);
 		if (!ended)

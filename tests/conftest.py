@@ -10,9 +10,15 @@ import os
 from collections.abc import Callable
 from typing import NoReturn
 
+import hypothesis
 import pytest
 
 Lacking = Callable[[str], NoReturn]
+
+
+# How long an example takes says more about what else the machine does.
+hypothesis.settings.register_profile("vhostfs", deadline=None)
+hypothesis.settings.load_profile("vhostfs")
 
 
 def lacking(what: str) -> NoReturn:

@@ -23,7 +23,13 @@ from .control.report import ServerState, stats_message
 from .control.server import ControlServer
 from .events.feed import EventFeed
 from .events.paths import NodePaths
-from .fuse.fsnotify import NOTIFY_BUF_SIZE_BYTES, EventAbilities, FsnotifyFlag
+from .fuse.fsnotify import (
+    MAX_PARKED,
+    NO_NOTIFICATION_QUEUE,
+    NOTIFY_BUF_SIZE_BYTES,
+    EventAbilities,
+    FsnotifyFlag,
+)
 from .fuse.init import SessionOptions
 from .fuse.operations import Operations
 from .fuse.upcalls import Upcalls
@@ -56,6 +62,8 @@ class EventOptions:
     mask: int
     """FS_* bits that elements can carry."""
     joins_renames: bool
+    transports: FsnotifyFlag
+    """Those of VIRTQUEUE and PARKED that are offered."""
     max_watches: int
     source: str
     reason: str
@@ -93,7 +101,7 @@ class ControlOptions:
 def device_options(options: ServerOptions) -> DeviceOptions:
     """What a front end is offered."""
     config = b""
-    notification = options.events is not None
+    notification = offers_queue(options)
     if options.tag is not None:
         notify_buf_size_bytes = NOTIFY_BUF_SIZE_BYTES if notification else 0
         config = FsConfig(options.tag, options.num_request_queues, notify_buf_size_bytes).pack()
@@ -102,14 +110,33 @@ def device_options(options: ServerOptions) -> DeviceOptions:
     )
 
 
-def event_abilities(options: EventOptions, features_acked: int) -> EventAbilities:
-    """What can be done for a driver that has acked these virtio features."""
-    flags = FsnotifyFlag.CHILD | FsnotifyFlag.WATCH_FILESYSTEM
-    if options.joins_renames:
+def offers_queue(options: ServerOptions) -> bool:
+    """Whether VIRTIO_FS_F_NOTIFICATION is offered, which takes a configuration space and so a tag."""
+    events = options.events
+    return events is not None and bool(events.transports & FsnotifyFlag.VIRTQUEUE) and options.tag is not None
+
+
+def event_abilities(options: ServerOptions, features_acked: int) -> EventAbilities:
+    """What can be done for a driver that has acked these virtio features; there are events."""
+    events = options.events
+    assert events is not None
+    flags = FsnotifyFlag.CHILD | FsnotifyFlag.WATCH_FILESYSTEM | (events.transports & FsnotifyFlag.PARKED)
+    if events.joins_renames:
         flags |= FsnotifyFlag.RENAME
-    if features_acked & VirtioFeature.FS_NOTIFICATION:
+    no_queue = NO_NOTIFICATION_QUEUE
+    if not events.transports & FsnotifyFlag.VIRTQUEUE:
+        no_queue = "the notification queue is switched off by --delivery"
+    elif options.tag is None:
+        no_queue = "no --tag is given, without which there is no notification queue"
+    elif features_acked & VirtioFeature.FS_NOTIFICATION:
         flags |= FsnotifyFlag.VIRTQUEUE
-    return EventAbilities(flags=int(flags), mask=options.mask, max_watches=options.max_watches)
+    return EventAbilities(
+        flags=int(flags),
+        mask=events.mask,
+        max_watches=events.max_watches,
+        max_parked=MAX_PARKED if flags & FsnotifyFlag.PARKED else 0,
+        no_queue=no_queue,
+    )
 
 
 async def serve(
@@ -129,7 +156,7 @@ async def serve(
         share,
         options.session,
         readonly=options.readonly,
-        event_abilities=None if events is None else lambda: event_abilities(events, listener.features_acked),
+        event_abilities=None if events is None else lambda: event_abilities(options, listener.features_acked),
     )
     listener = Listener(
         listen_socket,

@@ -38,6 +38,7 @@ static struct vf_events *start_events(struct guest *g, enum marks marks, uint64_
 	    .max_queued = 1000,
 	    .max_watches = 2000,
 	    .notify_buf_size = 320,
+	    .max_parked = 64,
 	};
 
 	config.source_fd =
@@ -578,6 +579,7 @@ static void mutated_streams_do_no_harm(struct guest *g)
 	    .max_queued = 100,
 	    .max_watches = 10,
 	    .notify_buf_size = 320,
+	    .max_parked = 64,
 	};
 	struct maker kinds[4], m;
 	struct vf_events *events;

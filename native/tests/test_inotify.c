@@ -16,6 +16,7 @@ static struct vf_events *start_events(struct guest *g, uint64_t flags)
 	    .max_queued = 1000,
 	    .max_watches = 2000,
 	    .notify_buf_size = 320,
+	    .max_parked = 64,
 	};
 
 	CHECK(config.source_fd >= 0);

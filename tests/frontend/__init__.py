@@ -11,6 +11,7 @@ from tests.frontend.fsnotify import Element, Event
 from tests.frontend.fuse_abi import ROOT, FileLock, InitFlag, Opcode, OpenReply, SetattrValid
 from tests.frontend.notification import NotificationQueue
 from tests.frontend.operations import Call, SecurityContext
+from tests.frontend.parked import ParkedRequests
 from tests.frontend.ring import RingFullError, Segment, Virtqueue
 from tests.frontend.server import ServerProcess, awaited
 from tests.frontend.session import Caller, Framing, FuseError, Pending, Session
@@ -47,6 +48,7 @@ __all__ = [
     "NotificationQueue",
     "Opcode",
     "OpenReply",
+    "ParkedRequests",
     "Pending",
     "ProtocolError",
     "ProtocolFeature",

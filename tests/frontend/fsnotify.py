@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 
 from tests.frontend.fuse_abi import OUT_HEADER
-from tests.frontend.operations import Call, nothing
+from tests.frontend.operations import Call, nothing, the_bytes
 from tests.frontend.vhost_user import ProtocolError
 
 NOTIFY_FSNOTIFY = 0x5800
@@ -125,6 +125,11 @@ def init(
 
 def watch(nodeid: int, mask: int, generation: int = 0, flags: int = 0) -> Call[None]:
     return Call(OPCODE_WATCH, nodeid, nothing, WATCH_IN.pack(mask, generation, flags))
+
+
+def park(room: int = NOTIFY_BUF_BYTES - OUT_HEADER.size) -> Call[bytes]:
+    """room: for the element, behind fuse_out_header."""
+    return Call(OPCODE_PARK, 0, the_bytes, reply_room=room)
 
 
 NO_FLAGS = ElementFlag(0)

@@ -9,20 +9,33 @@ Specification: docs/protocol.md.
 
 from __future__ import annotations
 
+import enum
 import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.frontend import FuseClient, Machine, NotificationQueue
+from tests.frontend import FuseClient, Machine, NotificationQueue, ParkedRequests
 from tests.frontend import fuse_abi as abi
 from tests.frontend.fsnotify import ALL_EVENTS, CHANGES, Element, Event, Granted, InitAnswer
 from tests.ring.share import Share
 
 WATCHED = CHANGES | Event.EVENT_ON_CHILD
 """What a program that follows changes asks for, as inotify puts it into the inode's mask."""
-NOTIFYING = Machine(region_bytes=16 << 20).with_notifications()
+STOCK = Machine(region_bytes=16 << 20)
+NOTIFYING = STOCK.with_notifications()
+
+
+class Delivery(enum.Enum):
+    """The ways for events to travel."""
+
+    VIRTQUEUE = Granted.VIRTQUEUE
+    PARKED = Granted.PARKED
+
+    @property
+    def machine(self) -> Machine:
+        return NOTIFYING if self is Delivery.VIRTQUEUE else STOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +53,32 @@ class EventGuest:
         self,
         share: Share,
         *,
-        machine: Machine = NOTIFYING,
+        delivery: Delivery = Delivery.VIRTQUEUE,
+        machine: Machine | None = None,
         buffers: int = 16,
-        flags: int = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD,
+        flags: int | None = None,
         mask: int = ALL_EVENTS,
         pieces: Sequence[int] = (),
         direct: bool = False,
         poison: bool = True,
         mounted: FuseClient | None = None,
-        notifications: NotificationQueue | None = None,
+        notifications: NotificationQueue | ParkedRequests | None = None,
     ) -> None:
-        """`mounted`, `notifications`: what is left of a guest before, on the same connection."""
+        """`mounted`, `notifications`: what is left of a guest before, on the same connection.
+
+        machine and flags follow from the delivery where they are not given; with parked requests, buffers is
+        their number.
+        """
         self.share = share
-        self.fs = mounted or share.mount(machine)
-        self.notifications = notifications or NotificationQueue(
-            self.fs.vmm, buffers=buffers, pieces=pieces, direct=direct, poison=poison
-        )
+        self.fs = mounted or share.mount(machine or delivery.machine)
+        if notifications is None and delivery is Delivery.VIRTQUEUE:
+            notifications = NotificationQueue(
+                self.fs.vmm, buffers=buffers, pieces=pieces, direct=direct, poison=poison
+            )
+        if flags is None:
+            flags = delivery.value | Granted.RENAME | Granted.CHILD
         self.granted: InitAnswer = self.fs.fsnotify_init(flags, mask)
+        self.notifications = notifications or ParkedRequests(self.fs.session, count=buffers)
         self._names: dict[tuple[int, int], str] = {}
         self._held: dict[str, Held] = {"": Held(self.fs.root, self._generation_of_root())}
         self._names[self.fs.root, self._held[""].generation] = "."
@@ -66,6 +88,12 @@ class EventGuest:
         (share.path / self._fence).mkdir()
         node = self.node(self._fence)
         self.fs.watch(node.nodeid, Event.CREATE, node.generation)
+
+    @property
+    def notification_queue(self) -> NotificationQueue:
+        """Where events travel by it."""
+        assert isinstance(self.notifications, NotificationQueue)
+        return self.notifications
 
     def _generation_of_root(self) -> int:
         """The share's exported root has generation 0; below it, the entry says."""

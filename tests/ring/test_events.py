@@ -22,7 +22,7 @@ import pytest
 from tests.frontend.fsnotify import ALL_EVENTS, Event, Granted
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import INOTIFY, SOURCES, Source, start_share
-from tests.ring.events import WATCHED, EventGuest, merged, write
+from tests.ring.events import WATCHED, Delivery, EventGuest, merged, write
 from tests.ring.share import Share
 
 pytestmark = pytest.mark.usefixtures("ours")
@@ -43,13 +43,19 @@ def share(make_share: MakeShare, source: Source) -> Share:
     return start_share(make_share, source)
 
 
+@pytest.fixture(params=Delivery, ids=lambda delivery: delivery.name.lower())
+def delivery(request: pytest.FixtureRequest) -> Delivery:
+    found: Delivery = request.param
+    return found
+
+
 @pytest.fixture
-def guest(share: Share) -> EventGuest:
+def guest(share: Share, delivery: Delivery) -> EventGuest:
     for name in ("d", "d/sub", "e", "u"):
         (share.path / name).mkdir()
     for name in ("d/f", "d/x", "d/sub/g", "e/k", "u/v"):
         (share.path / name).write_text("before")
-    guest = EventGuest(share)
+    guest = EventGuest(share, delivery=delivery)
     guest.hold("d/f", "d/sub", "d/sub/g", "u")
     guest.watch("d")
     guest.watch("e")

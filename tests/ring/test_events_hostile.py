@@ -57,10 +57,10 @@ class Bench:
         self.guest = EventGuest(share, machine=machine, buffers=1)
         self.guest.watch("d")
         # The one sound buffer is taken back by the element of a change that nobody waits for.
-        self.guest.notifications.give_back = False
+        self.guest.notification_queue.give_back = False
         os.mknod(share.path / "d/first")
-        self.guest.notifications.take()
-        self.queue: Virtqueue = self.guest.notifications.queue
+        self.guest.notification_queue.take()
+        self.queue: Virtqueue = self.guest.notification_queue.queue
         self.buffer: GuestBuffer = self.guest.fs.vmm.memory.allocate(4096)
 
     def descriptor(self, index: int, addr: int, size: int, flags: int = F_WRITE, nxt: int = 0) -> None:
@@ -85,11 +85,11 @@ class Bench:
         guest, vmm = self.guest, self.guest.fs.vmm
         vmm.stop_queue(1)
         self.queue.reset()
-        guest.notifications.forget_buffers()
+        guest.notification_queue.forget_buffers()
         vmm.set_queue(1, self.queue)
         vmm.enable_queue(1)
-        guest.notifications.give_back = True
-        guest.notifications.offer(8)
+        guest.notification_queue.give_back = True
+        guest.notification_queue.offer(8)
         return guest.told()
 
 
@@ -312,10 +312,10 @@ def test_buffers_in_memory_that_was_taken_away_stop_the_queue(share: Share) -> N
     guest.watch("d")
     vmm = guest.fs.vmm
     region = vmm.plug_memory(8 << 30, 1 << 20)
-    queue = guest.notifications.queue
-    guest.notifications.give_back = False
+    queue = guest.notification_queue.queue
+    guest.notification_queue.give_back = False
     os.mknod(share.path / "d/first")
-    guest.notifications.take()
+    guest.notification_queue.take()
     queue.put_descriptor(0, region.guest_addr + 4096, 320, F_WRITE)
     queue.put_available(queue.avail_index, 0)
     queue.set_available_index(queue.avail_index + 1)
@@ -330,8 +330,8 @@ def test_buffers_in_memory_that_was_taken_away_stop_the_queue(share: Share) -> N
 def test_descriptors_that_change_while_they_are_used_do_no_harm(share: Share) -> None:
     guest = EventGuest(share, machine=DIRECT, buffers=1)
     guest.watch("d")
-    guest.notifications.give_back = False
-    queue = guest.notifications.queue
+    guest.notification_queue.give_back = False
+    queue = guest.notification_queue.queue
     buffer = guest.fs.vmm.memory.allocate(4096)
     good = DESCRIPTOR.pack(buffer.guest_addr, 320, F_WRITE, 0)
     bad = DESCRIPTOR.pack(0xDEAD_0000_0000, 0xFFFFFFFF, F_NEXT, 0xFFFF)
@@ -463,7 +463,7 @@ def test_watches_and_forgets_race_with_events(share: Share) -> None:
             with suppress(FuseError):
                 fs.watch(entry.nodeid, WATCHED, entry.generation)
             fs.forget(entry.nodeid)
-        while guest.notifications.poll() is not None:
+        while guest.notification_queue.poll() is not None:
             pass
     assert fs.getattr(fs.root).nlink >= 2
 

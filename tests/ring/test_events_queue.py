@@ -73,8 +73,8 @@ def test_any_number_of_buffers_carries_all_events(share: Share, buffers: int) ->
 def test_a_larger_buffer_is_only_written_as_far_as_the_element_goes(share: Share) -> None:
     guest = EventGuest(share, buffers=0)
     for size in (320, 321, 4096, 65536):
-        guest.notifications.size_bytes = size
-        guest.notifications.offer(4)
+        guest.notification_queue.size_bytes = size
+        guest.notification_queue.offer(4)
     guest.watch("d")
     expected = make(share, 0, 64)
     assert guest.told() == expected
@@ -83,9 +83,9 @@ def test_a_larger_buffer_is_only_written_as_far_as_the_element_goes(share: Share
 def test_an_element_takes_no_more_than_its_name_needs(share: Share) -> None:
     guest = EventGuest(share)
     guest.watch("d")
-    guest.notifications.give_back = False
+    guest.notification_queue.give_back = False
     os.mknod(share.path / "d/12345")
-    used = guest.notifications.queue.wait_used(guest.fs.vmm.connection.fileno())
+    used = guest.notification_queue.queue.wait_used(guest.fs.vmm.connection.fileno())
     assert used.length_bytes == HEAD_BYTES + 5
 
 
@@ -101,7 +101,7 @@ def test_memory_plugged_later_can_take_events(share: Share) -> None:
     guest.watch("d")
     memory = guest.fs.vmm.memory
     guest.fs.vmm.plug_memory(8 << 30, 1 << 20)
-    guest.notifications.offer(64)
+    guest.notification_queue.offer(64)
     assert len(memory.regions) == 2
     expected = make(share, 0, 200)
     assert guest.told() == expected
@@ -113,13 +113,13 @@ def test_memory_plugged_later_can_take_events(share: Share) -> None:
 def test_events_wait_for_buffers_in_order(share: Share) -> None:
     guest = EventGuest(share, buffers=2)
     guest.watch("d")
-    guest.notifications.give_back = False
+    guest.notification_queue.give_back = False
     expected = make(share, 0, 150)
-    got = [guest.describe(element) for element in guest.notifications.receive(2)]
-    assert guest.notifications.with_device == 0
+    got = [guest.describe(element) for element in guest.notification_queue.receive(2)]
+    assert guest.notification_queue.with_device == 0
     expected += make(share, 150, 150)
-    guest.notifications.give_back = True
-    guest.notifications.give_back_all()
+    guest.notification_queue.give_back = True
+    guest.notification_queue.give_back_all()
     got += guest.told()
     assert got == expected
 
@@ -127,24 +127,24 @@ def test_events_wait_for_buffers_in_order(share: Share) -> None:
 def test_buffers_given_one_by_one_come_back_one_by_one(share: Share) -> None:
     guest = EventGuest(share, buffers=1)
     guest.watch("d")
-    guest.notifications.give_back = False
+    guest.notification_queue.give_back = False
     expected = make(share, 0, 30)
     got = []
     for _ in range(30):
-        got.append(guest.describe(guest.notifications.take()))
-        assert guest.notifications.poll() is None
-        guest.notifications.give_back_all()
+        got.append(guest.describe(guest.notification_queue.take()))
+        assert guest.notification_queue.poll() is None
+        guest.notification_queue.give_back_all()
     assert got == expected
 
 
 def test_requests_are_served_while_events_wait_for_buffers(share: Share) -> None:
     guest = EventGuest(share, buffers=1)
     guest.watch("d")
-    guest.notifications.give_back = False
+    guest.notification_queue.give_back = False
     expected = make(share, 0, 500)
     for _ in range(500):
         assert guest.fs.getattr(guest.node("d").nodeid).nlink >= 2
-    assert guest.describe(guest.notifications.take()) == expected[0]
+    assert guest.describe(guest.notification_queue.take()) == expected[0]
 
 
 # ---- suppression -----------------------------------------------------------------------------------------
@@ -165,40 +165,40 @@ def test_a_driver_that_polls_is_not_interrupted(share: Share) -> None:
     machine = replace(NOTIFYING, features=PLAIN | Feature.INDIRECT_DESC)
     guest = EventGuest(share, machine=machine)
     guest.watch("d")
-    queue = guest.notifications.queue
+    queue = guest.notification_queue.queue
     queue.set_available_flags(AVAIL_F_NO_INTERRUPT)
     before = queue.device_used_index()
-    clear_interrupts(guest.notifications)
+    clear_interrupts(guest.notification_queue)
     make(share, 0, 10)
     assert awaited(lambda: queue.device_used_index() == (before + 10) & 0xFFFF)
-    assert not interrupted(guest.notifications)
+    assert not interrupted(guest.notification_queue)
     queue.set_available_flags(0)
     make(share, 10, 1)
-    assert awaited(lambda: interrupted(guest.notifications))
+    assert awaited(lambda: interrupted(guest.notification_queue))
 
 
 def test_the_event_index_says_when_to_interrupt(share: Share) -> None:
     guest = EventGuest(share)
     guest.watch("d")
-    queue = guest.notifications.queue
+    queue = guest.notification_queue.queue
     before = queue.device_used_index()
     queue.set_used_event(before + 7)
-    clear_interrupts(guest.notifications)
+    clear_interrupts(guest.notification_queue)
     make(share, 0, 7)
     assert awaited(lambda: queue.device_used_index() == (before + 7) & 0xFFFF)
-    assert not interrupted(guest.notifications)
+    assert not interrupted(guest.notification_queue)
     make(share, 7, 1)
-    assert awaited(lambda: interrupted(guest.notifications))
+    assert awaited(lambda: interrupted(guest.notification_queue))
 
 
 def test_the_driver_is_asked_to_kick_only_when_buffers_are_short(share: Share) -> None:
     guest = EventGuest(share, buffers=64)
     guest.watch("d")
-    kicks = guest.notifications.queue.kicks
+    kicks = guest.notification_queue.queue.kicks
     for i in range(100):
         make(share, i, 1)
-        guest.notifications.take()
-    assert guest.notifications.queue.kicks - kicks < 10
+        guest.notification_queue.take()
+    assert guest.notification_queue.queue.kicks - kicks < 10
 
 
 # ---- indices, stop and start -----------------------------------------------------------------------------
@@ -207,12 +207,12 @@ def test_the_driver_is_asked_to_kick_only_when_buffers_are_short(share: Share) -
 def test_indices_wrap(share: Share) -> None:
     machine = replace(NOTIFYING, notification_queue_size=4)
     guest = EventGuest(share, machine=machine, buffers=0)
-    vmm, queue = guest.fs.vmm, guest.notifications.queue
+    vmm, queue = guest.fs.vmm, guest.notification_queue.queue
     vmm.stop_queue(1)
     queue.resume_at(65_500)
     vmm.set_queue(1, queue, 65_500)
     vmm.enable_queue(1)
-    guest.notifications.offer(4)
+    guest.notification_queue.offer(4)
     guest.watch("d")
     expected = make(share, 0, 200)
     assert guest.told() == expected
@@ -224,12 +224,12 @@ def test_a_pause_keeps_what_waits(share: Share) -> None:
     guest = EventGuest(share)
     guest.watch("d")
     expected = make(share, 0, 5)
-    got = [guest.describe(element) for element in guest.notifications.receive(5)]
+    got = [guest.describe(element) for element in guest.notification_queue.receive(5)]
     for turn in range(3):
         bases = guest.fs.vmm.stop()
-        used = guest.notifications.queue.device_used_index()
+        used = guest.notification_queue.queue.device_used_index()
         more = make(share, 5 + 40 * turn, 40)
-        assert guest.notifications.queue.device_used_index() == used
+        assert guest.notification_queue.queue.device_used_index() == used
         guest.fs.vmm.start(bases)
         expected += more
         got += guest.told()
@@ -241,9 +241,9 @@ def test_the_queue_alone_may_stop_and_start_again(share: Share) -> None:
     guest.watch("d")
     vmm = guest.fs.vmm
     base = vmm.stop_queue(1)
-    assert (guest.notifications.queue.avail_index - base) & 0xFFFF == 8, "buffers that no event has used"
+    assert (guest.notification_queue.queue.avail_index - base) & 0xFFFF == 8, "buffers that no event has used"
     expected = make(share, 0, 40)
-    vmm.set_queue(1, guest.notifications.queue, base)
+    vmm.set_queue(1, guest.notification_queue.queue, base)
     vmm.enable_queue(1)
     assert guest.told() == expected
 

@@ -199,7 +199,7 @@ def test_mandatory_file_handles_that_cannot_be_had_are_an_error(place: Path) -> 
         (["--socket-path=/nonexistent/s"], 1, "the directory /nonexistent does not exist"),
         (["--cache=sometimes"], 2, "--cache: 'sometimes' is not possible"),
         (["--events=kqueue"], 2, "--events: 'kqueue' is not possible"),
-        (["--events=inotify"], 2, "--events=inotify needs --tag=TAG"),
+        (["--delivery=virtqueue"], 2, "--delivery=virtqueue needs --tag=TAG"),
         (["--control-socket=/nonexistent/c"], 1, "--control-socket=/nonexistent/c: the directory"),
     ],
 )
@@ -256,7 +256,9 @@ def test_as_another_user_in_a_namespace_inodes_are_marked_and_root_may_ask(place
 
 def test_the_control_socket_may_lie_elsewhere_or_nowhere(place: Path) -> None:
     elsewhere = place / "c"
-    with running(place, at(place), "--sandbox=none", f"--control-socket={elsewhere}") as server:
+    with running(
+        place, at(place), "--sandbox=none", "--events=off", f"--control-socket={elsewhere}"
+    ) as server:
         server.answers()
         with ControlClient(str(elsewhere)) as client:
             assert client.stats()["events"]["source"] == "off"
@@ -276,10 +278,10 @@ def test_a_default_control_socket_that_is_in_the_way_of_a_file_leaves_both_alone
     assert "cannot reach this server: --control-socket=" in server.log.read_text()
 
 
-def test_without_a_tag_events_are_off_and_one_line_says_why(place: Path) -> None:
-    with running(place, at(place), "--sandbox=none") as server:
+def test_events_need_no_tag(place: Path) -> None:
+    with running(place, at(place), "--sandbox=none", "--events=inotify") as server:
         server.answers()
-    assert server.log.read_text().count("events: off, because no --tag is given") == 1
+    assert server.log.read_text().count("events: inotify") == 1
 
 
 @pytest.mark.usefixtures("needs_root")

@@ -99,12 +99,15 @@ def test_only_what_both_want_and_can_is_granted(
         assert answer.error == errno.EINVAL
         return
     assert answer.error == 0
-    assert answer.reply.flags == offered & able
+    granted = offered & able
+    if granted & FsnotifyFlag.VIRTQUEUE:
+        granted &= ~FsnotifyFlag.PARKED
+    assert answer.reply.flags == granted
     assert answer.driver_mask == offered_mask & able_mask
     assert answer.reply.mask == able_mask
     assert answer.reply.minor == 0
     assert answer.reply.max_watches == 5
-    assert answer.reply.max_parked == (3 if offered & able & FsnotifyFlag.PARKED else 0)
+    assert answer.reply.max_parked == (3 if granted & FsnotifyFlag.PARKED else 0)
     assert answer.note.count("\n") == 0
 
 
@@ -123,3 +126,30 @@ def test_the_log_says_when_there_is_no_way_for_events_to_travel_and_why() -> Non
     assert "VIRTIO_FS_F_NOTIFICATION is not accepted" in refused.note
     unasked = negotiate_events(replace(OFFER, flags=int(FsnotifyFlag.CHILD)), ABLE)
     assert "did not ask for the notification queue" in unasked.note
+
+
+def test_parked_requests_are_the_second_choice_and_the_log_says_what_the_first_lacks() -> None:
+    both = FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED
+    able = replace(ABLE, flags=ABLE.flags | FsnotifyFlag.PARKED, max_parked=8)
+    offer = replace(OFFER, flags=OFFER.flags | both)
+    first = negotiate_events(offer, able)
+    assert first.reply.flags & both == FsnotifyFlag.VIRTQUEUE
+    assert first.reply.max_parked == 0
+    second = negotiate_events(offer, replace(able, flags=able.flags & ~FsnotifyFlag.VIRTQUEUE))
+    assert second.reply.flags & both == FsnotifyFlag.PARKED
+    assert second.reply.max_parked == 8
+    assert second.note == (
+        "events for the guest: by parked requests (driver 1.0, rename, child): "
+        "VIRTIO_FS_F_NOTIFICATION is not accepted: "
+        "the VMM does not pass it or the guest's driver does not know it"
+    )
+    chosen = negotiate_events(replace(offer, flags=int(FsnotifyFlag.PARKED)), able)
+    assert chosen.reply.flags == FsnotifyFlag.PARKED
+    assert "did not ask for the notification queue" in chosen.note
+
+
+def test_the_log_says_when_the_driver_knows_neither_way() -> None:
+    able = replace(ABLE, flags=ABLE.flags | FsnotifyFlag.PARKED)
+    neither = negotiate_events(replace(OFFER, flags=int(FsnotifyFlag.CHILD)), able)
+    assert not neither.reply.flags & TRANSPORTS
+    assert "neither way" in neither.note

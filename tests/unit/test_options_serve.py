@@ -17,6 +17,7 @@ from vhostfs.share.capabilities import Capability, CapabilityChanges
 from vhostfs.share.idmap import IdRule, IdRuleKind, NamespaceRange
 from vhostfs.share.options import (
     CacheMode,
+    DeliveryMode,
     EventsMode,
     HandleMode,
     LogLevel,
@@ -280,17 +281,18 @@ def test_options_are_values_that_nobody_changes() -> None:
         parse(*NEEDED).cache = CacheMode.NEVER  # type: ignore[misc]
 
 
-def test_events_are_wanted_where_the_guest_can_learn_of_them() -> None:
-    assert not parse(*NEEDED).events_wanted
-    assert parse(*NEEDED, "--tag=x").events_wanted
-    assert not parse(*NEEDED, "--tag=x", "--events=off").events_wanted
+def test_events_are_wanted_unless_they_are_switched_off() -> None:
+    assert parse(*NEEDED).events_wanted
+    assert not parse(*NEEDED, "--events=off").events_wanted
     assert parse(*NEEDED, "--tag=x", "--events=fanotify:inodes").events is EventsMode.FANOTIFY_INODES
     assert not parse(*NEEDED, "--tag=x", "--no-fan-rename").fan_rename
 
 
-@pytest.mark.parametrize("source", ["fanotify", "fanotify:filesystem", "fanotify:inodes", "inotify"])
-def test_a_source_that_is_asked_for_needs_a_tag(source: str) -> None:
-    assert f"--events={source} needs --tag" in complaint(*NEEDED, f"--events={source}")
+def test_the_way_of_events_can_be_chosen() -> None:
+    assert parse(*NEEDED).delivery is DeliveryMode.AUTO
+    assert parse(*NEEDED, "--delivery=parked").delivery is DeliveryMode.PARKED
+    assert parse(*NEEDED, "--tag=x", "--delivery=virtqueue").delivery is DeliveryMode.VIRTQUEUE
+    assert "--delivery=virtqueue needs --tag" in complaint(*NEEDED, "--delivery=virtqueue")
 
 
 @pytest.mark.parametrize("option", ["--event-queue", "--max-watches"])

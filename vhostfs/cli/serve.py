@@ -126,7 +126,7 @@ def _serve(
         split_descriptors,
     )
     from ..share.native_share import Share
-    from ..share.options import EventsMode, HandleMode, SandboxMode
+    from ..share.options import HandleMode, SandboxMode
     from ..share.sandbox import enter_sandbox, needs_user_namespace
 
     limit, warning = raise_nofile_limit(options.rlimit_nofile)
@@ -151,8 +151,6 @@ def _serve(
                 use_rename=options.fan_rename,
             )
             _log.info("%s", source)
-        elif options.events is not EventsMode.OFF:
-            _log.info("events: off, because no --tag is given: the guest could not learn of them")
         settled.append((mode, budget, source))
         return frozenset() if mode is HandleMode.NEVER else frozenset({Capability.DAC_READ_SEARCH})
 
@@ -199,7 +197,7 @@ def _serve(
 
 def _events_config(options: ServeOptions, source: EventSource) -> EventsConfig:
     from ..events.records import EventsConfig, NativeSource
-    from ..fuse.fsnotify import NOTIFY_BUF_SIZE_BYTES
+    from ..fuse.fsnotify import MAX_PARKED, NOTIFY_BUF_SIZE_BYTES
     from ..share.options import EventsMode
 
     is_inotify = source.mode is EventsMode.INOTIFY
@@ -212,16 +210,25 @@ def _events_config(options: ServeOptions, source: EventSource) -> EventsConfig:
         max_queued=options.event_queue,
         max_watches=options.max_watches,
         notify_buf_size_bytes=NOTIFY_BUF_SIZE_BYTES,
+        max_parked=MAX_PARKED,
     )
 
 
 def _event_options(options: ServeOptions, source: EventSource, proc_fd_dir: int, root: str) -> EventOptions:
     from ..events.masks import DELIVERABLE
+    from ..fuse.fsnotify import TRANSPORTS, FsnotifyFlag
     from ..server import EventOptions
+    from ..share.options import DeliveryMode
 
+    transports = {
+        DeliveryMode.AUTO: TRANSPORTS,
+        DeliveryMode.VIRTQUEUE: FsnotifyFlag.VIRTQUEUE,
+        DeliveryMode.PARKED: FsnotifyFlag.PARKED,
+    }
     return EventOptions(
         mask=source.host_mask & DELIVERABLE,
         joins_renames=source.joins_renames,
+        transports=transports[options.delivery],
         max_watches=options.max_watches,
         reason=source.reason,
         source=source.mode.value,

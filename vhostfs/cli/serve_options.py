@@ -15,6 +15,7 @@ from ..share.capabilities import parse_modcaps
 from ..share.idmap import parse_namespace_range, parse_translation
 from ..share.options import (
     CacheMode,
+    DeliveryMode,
     EventsMode,
     HandleMode,
     LogLevel,
@@ -57,6 +58,7 @@ _CACHE = choice(
 _SANDBOX = choice({mode.value: mode for mode in SandboxMode})
 _SECCOMP = choice({action.value: action for action in SeccompAction})
 _HANDLES = choice({mode.name.lower(): mode for mode in HandleMode}, hidden={"fallback": HandleMode.PREFER})
+_DELIVERY = choice({mode.value: mode for mode in DeliveryMode})
 _EVENTS = choice({mode.value: mode for mode in EventsMode})
 _LOG_LEVEL = choice(
     {level.value: level for level in LogLevel}, hidden={"err": LogLevel.ERROR, "warning": LogLevel.WARN}
@@ -200,7 +202,14 @@ def _add_events(parser: Parser) -> None:
         metavar="SOURCE",
         type=_EVENTS,
         help="auto; fanotify, also fanotify:filesystem and fanotify:inodes to choose what is marked; "
-        "inotify; off (default: auto; needs --tag)",
+        "inotify; off (default: auto)",
+    )
+    add(
+        "--delivery",
+        metavar="WAY",
+        type=_DELIVERY,
+        help="how they reach the guest: virtqueue, the notification queue (needs --tag and a VMM with it); "
+        "parked, requests that wait here (any VMM); auto, the first that can be had (default)",
     )
     add(
         "--event-queue",

@@ -30,6 +30,7 @@ class EventsConfig:
     max_queued: int
     max_watches: int
     notify_buf_size_bytes: int
+    max_parked: int
 
 
 class EventFate(enum.IntEnum):

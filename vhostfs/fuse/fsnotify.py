@@ -18,6 +18,9 @@ FSNOTIFY_MINOR = 0
 NOTIFY_BUF_SIZE_BYTES = 320
 """Largest element: fuse_out_header (16), the fixed part (48) and a name of 255 bytes, rounded up to 8."""
 
+MAX_PARKED = 64
+"""Requests that a guest may keep waiting for events: a driver takes fewer where its ring is small."""
+
 _VERSION = struct.Struct("<II")
 _INIT_IN = struct.Struct("<IIQQII")
 _INIT_OUT = struct.Struct("<IIQQIIII")
@@ -111,7 +114,8 @@ class FsnotifyInitOut:
 class EventAbilities:
     """What the server can do for the session that asks.
 
-    flags: granted if wanted; VIRTQUEUE is among them only when the driver acked the feature bit.
+    flags: granted if wanted, of VIRTQUEUE and PARKED only the first; VIRTQUEUE is among them only when the
+    driver acked the feature bit. no_queue: why it is not.
     """
 
     flags: int
@@ -119,6 +123,7 @@ class EventAbilities:
     max_watches: int
     notify_buf_size_bytes: int = NOTIFY_BUF_SIZE_BYTES
     max_parked: int = 0
+    no_queue: str = NO_NOTIFICATION_QUEUE
 
     @property
     def can_deliver(self) -> bool:
@@ -154,6 +159,8 @@ def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> Fsnoti
         needed = abilities.notify_buf_size_bytes
         return _refused(errno.EINVAL, f"its buffers hold {offer.buf_size_bytes} bytes, {needed} are needed")
     granted = FsnotifyFlag(offer.flags & abilities.flags)
+    if granted & FsnotifyFlag.VIRTQUEUE:
+        granted &= ~FsnotifyFlag.PARKED
     mask = offer.mask & abilities.mask
     if not mask:
         return _refused(errno.EINVAL, f"it can raise no event that the host can report ({offer.mask:#x})")
@@ -165,7 +172,7 @@ def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> Fsnoti
         max_watches=abilities.max_watches,
         max_parked=abilities.max_parked if granted & FsnotifyFlag.PARKED else 0,
     )
-    return FsnotifyAnswer(0, reply, _describe(offer, granted), mask)
+    return FsnotifyAnswer(0, reply, _describe(offer, granted, abilities), mask)
 
 
 def _refused(error: int, seen: str) -> FsnotifyAnswer:
@@ -179,7 +186,7 @@ def flag_list(flags: int) -> list[str]:
     return [known.get(1 << bit) or f"BIT{bit}" for bit in range(flags.bit_length()) if flags >> bit & 1]
 
 
-def _describe(offer: FsnotifyInitIn, granted: FsnotifyFlag) -> str:
+def _describe(offer: FsnotifyInitIn, granted: FsnotifyFlag, abilities: EventAbilities) -> str:
     version = f"driver {offer.major}.{offer.minor}"
     extras = [name.lower() for name in flag_list(granted & ~TRANSPORTS)]
     details = ", ".join([version, *extras])
@@ -187,5 +194,13 @@ def _describe(offer: FsnotifyInitIn, granted: FsnotifyFlag) -> str:
         return f"events for the guest: by the notification queue ({details})"
     missing = "its driver did not ask for the notification queue"
     if offer.flags & FsnotifyFlag.VIRTQUEUE:
-        missing = NO_NOTIFICATION_QUEUE
+        missing = abilities.no_queue
+    if granted & FsnotifyFlag.PARKED:
+        return f"events for the guest: by parked requests ({details}): {missing}"
+    if abilities.flags & FsnotifyFlag.PARKED:
+        missing = (
+            "its driver asked for neither way that there is"
+            if missing != abilities.no_queue
+            else f"{missing}, and its driver did not ask for parked requests"
+        )
     return f"events for the guest: none ({details}): {missing}"

@@ -17,10 +17,10 @@ from typing import Protocol
 
 from .abi import InitIn, IoctlIn, Opcode, pack_ioctl
 from .fsnotify import (
-    NO_NOTIFICATION_QUEUE,
     TRANSPORTS,
     EventAbilities,
     FsnotifyAnswer,
+    FsnotifyFlag,
     FsnotifyInitIn,
     negotiate_events,
 )
@@ -108,8 +108,8 @@ class Operations:
             self._event_refusal_said = False
             self._tree.start_session(answer.reply.flags, answer.max_write_bytes)
             _log.info("guest mounted the share (FUSE 7.%d)", offer.minor)
-            if self._event_abilities is not None and not self._event_abilities().can_deliver:
-                _log.info("events for the guest: none: %s", NO_NOTIFICATION_QUEUE)
+            if self._event_abilities is not None:
+                self._say_what_is_missing(self._event_abilities())
         return answer.reply.pack()
 
     def destroy(self, request: Request) -> bytes:
@@ -144,6 +144,13 @@ class Operations:
             self._tree.grant_events(answer.reply.flags, answer.driver_mask)
         self.event_answer = answer
         return answer.reply.pack()
+
+    def _say_what_is_missing(self, abilities: EventAbilities) -> None:
+        """A driver that knows nothing of events sends nothing that could be answered."""
+        if abilities.flags & FsnotifyFlag.VIRTQUEUE:
+            return
+        way = "only if its driver parks requests" if abilities.can_deliver else "none"
+        _log.info("events for the guest: %s: %s", way, abilities.no_queue)
 
     def _say_refused(self, note: str) -> None:
         """Once in a session: a guest may go on offering nonsense for ever."""

@@ -164,6 +164,7 @@ class Share:
         native.max_queued = config.max_queued
         native.max_watches = config.max_watches
         native.notify_buf_size = config.notify_buf_size_bytes
+        native.max_parked = config.max_parked
         _checked(lib.vf_share_start_events(self.native, native))
 
     def grant_events(self, flags: int, mask: int) -> None:

@@ -74,6 +74,14 @@ class EventsMode(enum.Enum):
     OFF = "off"
 
 
+class DeliveryMode(enum.Enum):
+    """--delivery: how events travel to the guest (docs/protocol.md, sections 3 and 4.4)."""
+
+    AUTO = "auto"  # the notification queue where it can be had, else parked requests
+    VIRTQUEUE = "virtqueue"
+    PARKED = "parked"
+
+
 class LogLevel(enum.Enum):
     OFF = "off"
     ERROR = "error"
@@ -134,6 +142,7 @@ class ServeOptions:
     translate_gid: tuple[IdRule, ...] = ()
 
     events: EventsMode = EventsMode.AUTO
+    delivery: DeliveryMode = DeliveryMode.AUTO
     event_queue: int = 131072  # elements that wait for a slow guest
     max_watches: int = 524288  # what systems that watch large trees allow inotify
     fan_rename: bool = True  # False: as if the kernel had none
@@ -179,10 +188,10 @@ class ServeOptions:
             raise OptionError(f"--event-queue={self.event_queue}: 1 to {MAX_EVENT_QUEUE} are possible")
         if not 1 <= self.max_watches <= MAX_WATCHES:
             raise OptionError(f"--max-watches={self.max_watches}: 1 to {MAX_WATCHES} are possible")
-        if self.tag is None and self.events not in (EventsMode.AUTO, EventsMode.OFF):
+        if self.tag is None and self.delivery is DeliveryMode.VIRTQUEUE:
             raise OptionError(
-                f"--events={self.events.value} needs --tag=TAG: the guest learns of the notification queue "
-                f"from the configuration space, which has the tag in it"
+                "--delivery=virtqueue needs --tag=TAG: the guest learns of the notification queue "
+                "from the configuration space, which has the tag in it"
             )
 
     def _check_numbers(self) -> None:
@@ -232,8 +241,8 @@ class ServeOptions:
 
     @property
     def events_wanted(self) -> bool:
-        """Whether the host's events are offered, which takes a configuration space and so a tag."""
-        return self.events is not EventsMode.OFF and self.tag is not None
+        """Whether the host's events are offered."""
+        return self.events is not EventsMode.OFF
 
     @property
     def control_path(self) -> str | None:
