@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from vhostfs.cli.listen import SOCKET_PATH_MAX_BYTES, Listener, ListenError, listen_at, take_listener
+from vhostfs.cli.listen import SOCKET_PATH_MAX_BYTES, Listener, ListenError, bind_at, take_listener
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Listener]:
-    listener = listen_at(str(tmp_path / "s"), None)
+    listener = bind_at(str(tmp_path / "s"), None)
+    listener.listen()
     yield listener
     listener.socket.close()
     listener.remove_files()
@@ -39,7 +40,7 @@ def test_a_new_socket_is_its_owners_alone_and_names_the_process(made: Listener, 
 
 
 def test_a_group_may_be_let_in(tmp_path: Path) -> None:
-    listener = listen_at(str(tmp_path / "s"), str(os.getgid()))
+    listener = bind_at(str(tmp_path / "s"), str(os.getgid()))
     found = os.stat(tmp_path / "s")
     assert stat.S_IMODE(found.st_mode) == 0o770
     assert found.st_gid == os.getgid()
@@ -47,13 +48,13 @@ def test_a_group_may_be_let_in(tmp_path: Path) -> None:
     listener.remove_files()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ListenError, match="there is no such group"):
-        listen_at(str(tmp_path / "s"), "no-such-group")
+        bind_at(str(tmp_path / "s"), "no-such-group")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_servers_do_not_share_a_path(made: Listener, tmp_path: Path) -> None:
     with pytest.raises(ListenError, match=rf"another server \(pid {os.getpid()}\) uses this path"):
-        listen_at(str(tmp_path / "s"), None)
+        bind_at(str(tmp_path / "s"), None)
     assert connects(tmp_path / "s")
 
 
@@ -61,7 +62,9 @@ def test_a_dead_socket_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "s"))
     (tmp_path / "s.pid").write_text("1234567\n")
-    listener = listen_at(str(tmp_path / "s"), None)
+    listener = bind_at(str(tmp_path / "s"), None)
+    assert not connects(tmp_path / "s")
+    listener.listen()
     assert connects(tmp_path / "s")
     assert (tmp_path / "s.pid").read_text() == f"{os.getpid()}\n"
     listener.socket.close()
@@ -74,7 +77,7 @@ def test_a_live_socket_of_another_program_is_left_alone(tmp_path: Path) -> None:
         other.listen(0)
         for _ in range(3):  # also with its queue full
             with pytest.raises(ListenError, match="something listens there"):
-                listen_at(str(tmp_path / "s"), None)
+                bind_at(str(tmp_path / "s"), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
 
 
@@ -88,19 +91,19 @@ def test_what_is_not_a_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
     else:
         path.symlink_to("elsewhere")
     with pytest.raises(ListenError, match="a file that is not a socket is in the way"):
-        listen_at(str(path), None)
+        bind_at(str(path), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
 
 
 def test_a_path_that_cannot_be_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ListenError, match=f"at most {SOCKET_PATH_MAX_BYTES}"):
-        listen_at("/tmp/" + "x" * SOCKET_PATH_MAX_BYTES, None)
+        bind_at("/tmp/" + "x" * SOCKET_PATH_MAX_BYTES, None)
     with pytest.raises(ListenError, match=r"the directory .*missing does not exist"):
-        listen_at(str(tmp_path / "missing" / "s"), None)
+        bind_at(str(tmp_path / "missing" / "s"), None)
 
 
 def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
-    listener = listen_at(str(tmp_path / "s"), None)
+    listener = bind_at(str(tmp_path / "s"), None)
     for name in ("s", "s.pid"):
         (tmp_path / name).unlink()
         (tmp_path / name).write_text("somebody else's")

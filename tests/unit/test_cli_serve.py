@@ -254,6 +254,22 @@ def test_as_another_user_in_a_namespace_inodes_are_marked_and_root_may_ask(place
         assert "events: fanotify, marks on watched inodes (no CAP_SYS_ADMIN)" in server.log.read_text()
 
 
+def test_who_sees_the_socket_listen_may_use_the_control_socket_too(place: Path) -> None:
+    with running(place, at(place), "--sandbox=none") as server:
+        with server.connected(), ControlClient(f"{server.path}.ctl") as client:
+            assert client.stats()["server"]["tag"] is None
+        server.process.kill()
+        server.process.wait(TIMEOUT_S)
+    assert (place / "s").exists()
+    assert (place / "s.ctl").exists()
+    with running(place, at(place), "--sandbox=none") as server:
+        with server.connected(), ControlClient(f"{server.path}.ctl") as client:
+            assert client.stats()["server"]["tag"] is None
+        server.process.terminate()
+        assert server.ended() == 0
+    assert sorted(path.name for path in place.iterdir()) == ["log", "share"]
+
+
 def test_the_control_socket_may_lie_elsewhere_or_nowhere(place: Path) -> None:
     elsewhere = place / "c"
     with running(

@@ -29,7 +29,7 @@ class ListenError(UserError):
 
 @dataclass(slots=True)
 class Listener:
-    """A listening stream socket and, when it was made here, the files to remove at the end."""
+    """A stream socket, listening or about to, and, when it was made here, the files to remove at the end."""
 
     socket: socket.socket
     path: str | None = None
@@ -41,6 +41,11 @@ class Listener:
     def lock_fds(self) -> frozenset[int]:
         """What every process of the server keeps open: the path is free when the last has ended."""
         return frozenset({self.lock_fd} if self.lock_fd >= 0 else ())
+
+    def listen(self) -> None:
+        """Who knows the path can connect from now on; nothing new for a socket that the parent made."""
+        if self.path is not None:
+            self.socket.listen(_BACKLOG)
 
     def remove_files(self) -> None:
         """
@@ -61,8 +66,8 @@ class Listener:
                 os.unlink(self.lock_path)
 
 
-def listen_at(path: str, group: str | None) -> Listener:
-    """Makes a socket that only this user (and group) may connect to. Raises ListenError."""
+def bind_at(path: str, group: str | None) -> Listener:
+    """Makes a socket that only this user (and group) may connect to, once it listens. Raises ListenError."""
     path = _checked_path("--socket-path", path)
     group_id = _group_id(group) if group is not None else None
     lock_path = f"{path}.pid"
@@ -73,7 +78,6 @@ def listen_at(path: str, group: str | None) -> Listener:
         if group_id is not None:
             os.chown(path, -1, group_id)
         found = os.lstat(path)
-        listener.listen(_BACKLOG)
     except OSError as error:
         os.unlink(lock_path)
         os.close(lock_fd)

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         control = None
         try:
             control = _control_listener(options)
+            # Last: who sees this socket listen may use the other too.
+            listener.listen()
             return _serve(options, shared_dir, listener, control, log_fds)
         finally:
             _remove_files(listener, control)
@@ -70,12 +72,12 @@ def _stop(number: int, _frame: object) -> None:
 
 
 def _listener(options: ServeOptions) -> Listener:
-    from .listen import listen_at, take_listener
+    from .listen import bind_at, take_listener
 
     if options.listen_fd is not None:
         return take_listener(options.listen_fd)
     assert options.socket_path is not None  # ServeOptions has one of the two
-    return listen_at(options.socket_path, options.socket_group)
+    return bind_at(options.socket_path, options.socket_group)
 
 
 def _control_listener(options: ServeOptions) -> Listener | None:
