@@ -207,7 +207,7 @@ def test_the_guest_is_told_again_after_it_has_rebooted(second: Second) -> None:
 
 
 def test_the_guest_survives_the_end_of_its_server(second: Second) -> None:
-    """The last of the second guest: neither device of QEMU connects again to another server."""
+    """The last of the second guest. How it gets a share back: test_restart.py."""
     place = second.place()
     watch = Watch(place, second.share.control, None)
     assert second.share.server.stop() == 0

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU's monitor, and a share that is plugged in and taken away through it while the guest runs.
+
+Must not know what is on the share. Specification: QEMU docs/interop/qmp-spec.rst; docs/guest.md.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 30.0
+PORT = "port0"
+
+
+def arguments(socket_path: Path) -> tuple[str, ...]:
+    """For QEMU's command line: a monitor, and a slot that a device can be plugged into."""
+    slot = f"pcie-root-port,id={PORT},chassis=1"
+    return ("-qmp", f"unix:{socket_path},server=on,wait=off", "-device", slot)
+
+
+class Monitor:
+    """A connection to a monitor."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(TIMEOUT_S)
+        self._socket.connect(str(socket_path))
+        self._stream = self._socket.makefile("rwb")
+        assert "QMP" in self._message()
+        self._deleted: set[str] = set()
+        self.execute("qmp_capabilities")
+
+    def _message(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self._stream.readline())
+        if message.get("event") == "DEVICE_DELETED":
+            self._deleted.add(message["data"].get("device", ""))
+        return message
+
+    def execute(self, command: str, **values: object) -> None:
+        """Runs a command; arguments as QEMU calls them, with underscores where it has them."""
+        line = json.dumps({"execute": command, "arguments": values})
+        self._stream.write(line.encode() + b"\n")
+        self._stream.flush()
+        while "event" in (answer := self._message()):
+            pass
+        assert "return" in answer, f"{line}: {answer}"
+
+    def plug(self, socket_path: Path) -> None:
+        """A share whose server listens there."""
+        address = {"type": "unix", "data": {"path": str(socket_path)}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        self.execute("chardev-add", id="share0", backend=backend)
+        device = {"driver": "vhost-user-test-device-pci", "id": "share0", "bus": PORT, "chardev": "share0"}
+        sizes = {"virtio-id": 26, "num_vqs": 3, "vq_size": 1024, "config_size": 44}
+        self.execute("device_add", **device, **sizes)
+
+    def unplug(self) -> None:
+        """Takes the share away; returns when the guest has let it go."""
+        self._deleted.discard("share0")
+        self.execute("device_del", id="share0")
+        while "share0" not in self._deleted:
+            self._message()
+        self.execute("chardev-remove", id="share0")
+
+    def close(self) -> None:
+        """Leaves QEMU alone."""
+        self._stream.close()
+        self._socket.close()

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server that ends under a running guest and is started again: the share is plugged in anew, events go on.
+
+Must not know how events travel. Specification: docs/guest.md, "When a server ends".
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.guest.conftest import image_or_lacking
+from tests.guest.events.conftest import EventShare, Parts, complaints_of, start_share
+from tests.guest.events.qmp import Monitor, arguments
+from tests.guest.events.watching import Watch
+from tests.guest.place import Place, awaited
+from vhostfs.vm.agent import RunningCommand
+from vhostfs.vm.guest import Guest
+from vhostfs.vm.kernel import DEFAULT_SERIES
+from vhostfs.vm.lifeline import Lifeline
+
+TIMEOUT_S = 30.0
+
+
+class Plugged:
+    """A guest that was started without a share, and one that comes and goes with its server."""
+
+    def __init__(self, parts: Parts, directory: Path, lifeline: Lifeline) -> None:
+        self._directory = directory
+        self._lifeline = lifeline
+        self.share = self._start()
+        kernel = os.environ.get("VHOSTFS_TEST_KERNEL", DEFAULT_SERIES)
+        image = image_or_lacking(parts.launchpad, parts.image_spec(kernel))
+        monitor_path = lifeline.directory / "qmp.sock"
+        machine = parts.launchpad.machine(image, qemu=parts.qemu)
+        machine = replace(machine, qemu_arguments=arguments(monitor_path))
+        self.guest = Guest(machine, lifeline=lifeline)
+        self.guest.launch()
+        self._monitor = Monitor(monitor_path)
+        self._monitor.plug(self.share.server.spec.socket_path)
+        self.mount()
+
+    def _start(self) -> EventShare:
+        return start_share(self._lifeline, self._directory, "share")
+
+    def mount(self) -> None:
+        """Waits for the guest's kernel to find the device."""
+        mount = "mkdir -p /share; until mount -t virtiofs share /share 2>/dev/null; do sleep 0.1; done"
+        self.guest.run(mount, TIMEOUT_S).check()
+
+    def end_server(self, number: signal.Signals) -> None:
+        """All that is left of it is what it had no time to remove."""
+        self.share.control.close()
+        server = self.share.server
+        server.process.send_signal(number)
+        server.process.wait(TIMEOUT_S)
+        assert server.spec.socket_path.exists() == (number == signal.SIGKILL)
+
+    def start_server_again(self) -> None:
+        """On the same sockets; the guest gets the share as a new device."""
+        self._monitor.unplug()
+        self.share = self._start()
+        self._monitor.plug(self.share.server.spec.socket_path)
+
+    def awaits_an_answer(self, command: RunningCommand) -> bool:
+        """Waits until somebody in the guest's kernel waits for an answer of the server."""
+        look = "grep -lqs request_wait_answer /proc/[0-9]*/stack"
+        found = awaited(lambda: self.guest.run(look, TIMEOUT_S).exit_status == 0, step_s=0.1)
+        return found and command.status is None
+
+    def close(self) -> list[str]:
+        """Ends all; what there is to complain about."""
+        self._monitor.close()
+        self.guest.close()
+        return complaints_of(self.guest, [self.share])
+
+
+@pytest.fixture(scope="module")
+def plugged(parts: Parts, real_directory: Path) -> Iterator[Plugged]:
+    directory = real_directory / "restart"
+    directory.mkdir()
+    with Lifeline() as lifeline:
+        state = Plugged(parts, directory, lifeline)
+        yield state
+        complaints = state.close()
+    if complaints:
+        pytest.fail("\n".join(complaints), pytrace=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_guest_is_told_again_after_its_server_was_started_again(
+    plugged: Plugged, number: signal.Signals
+) -> None:
+    place = Place(plugged.guest, plugged.share.directory, "/share").child(number.name)
+    before = Watch(place, plugged.share.control, None)
+    before.step((place.host / "seen").mkdir, "CREATE|ISDIR seen")
+    plugged.end_server(number)
+    (place.host / "unseen").write_text("of the time without a server\n")
+    # Not from there: entering the directory would wait too, in the guest's agent.
+    waits = plugged.guest.start(f"exec cat {place.inside}/unseen")
+    assert plugged.awaits_an_answer(waits)
+    plugged.start_server_again()
+    assert waits.wait(TIMEOUT_S).exit_status == 1
+    assert b"Transport endpoint is not connected" in waits.stderr
+    before.step(plugged.guest.run("umount /share", TIMEOUT_S).check, "UNMOUNT|ISDIR", "IGNORED")
+    before.command.close_stdin()
+    before.command.wait(TIMEOUT_S).check()
+    plugged.mount()
+    assert place.sh("cat unseen") == "of the time without a server\n"
+    after = Watch(place, plugged.share.control, None)
+    after.step((place.host / "new").mkdir, "CREATE|ISDIR new")
+    after.step(lambda: place.sh("rmdir new"), "DELETE|ISDIR new")
+    after.ends()
+    after.close()
+
+
+def test_an_unmount_that_waits_for_a_server_that_ended_is_done_when_the_share_is_taken_away(
+    plugged: Plugged,
+) -> None:
+    plugged.end_server(signal.SIGKILL)
+    waits = plugged.guest.start("exec umount /share")
+    assert plugged.awaits_an_answer(waits)
+    plugged.start_server_again()
+    waits.wait(TIMEOUT_S).check()
+    plugged.mount()
+    place = Place(plugged.guest, plugged.share.directory, "/share").child("after")
+    watch = Watch(place, plugged.share.control, None)
+    watch.step((place.host / "new").mkdir, "CREATE|ISDIR new")
+    watch.ends()
+    watch.close()
