@@ -61,7 +61,10 @@ struct fact {
 	char name[];
 };
 
-/* inotify said this of a name without using up a fact: a fact of it may still come. */
+/*
+ * What inotify said of a name not long ago.  A fact of the same that comes now may be of an event
+ * that inotify had counted as one with others, or told before its fact was there.
+ */
 struct early {
 	uint64_t key, events, since_ns;
 };
@@ -172,13 +175,11 @@ static void note_early(struct vf_order *order, uint64_t key, uint64_t event)
 	e->since_ns = order->reader.now_ns;
 }
 
-/* What of mask inotify said before fanotify did. */
-static uint64_t take_early(struct vf_order *order, uint64_t key, uint64_t mask)
+static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 {
 	struct early *e = early_slot(order, key);
 	uint64_t events = e->key == key ? e->events & mask : 0;
 
-	e->events &= ~events;
 	return order->reader.now_ns - e->since_ns < EARLY_NS ? events : 0;
 }
 
@@ -248,7 +249,7 @@ static struct fact *add_fact(struct vf_order *order, const struct vf_change *cha
 	if (!fact)
 		return NULL;
 	fact->silent = own;
-	fact->said = take_early(order, key, mask);
+	fact->said = said_early(order, key, mask);
 	*g->last[bucket] = fact;
 	g->last[bucket] = &fact->next;
 	*g->newest = fact;
@@ -474,7 +475,7 @@ static struct fact *pick(struct vf_order *order, const struct vf_change *change,
 		fact = c.unused ? c.unused : now ? c.any : NULL;
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;
-	if (fact ? fact->used & event : now)
+	if (fact || now)
 		note_early(order, key, event);
 	if (fact) {
 		fact->used |= event;
