@@ -60,20 +60,18 @@ class Hands:
         while self._slots:
             os.close(self._slots.popitem()[1])
 
-    def ended_while_open(self, op: Op) -> tuple[int, int] | None:
-        """(device, inode) of what a slot has open and `op` will take the last link of, once it is done."""
-        name = {"unlink": 0, "rename": 1}.get(op.kind)
-        if name is None:
+    def ended_by(self, op: Op) -> tuple[int, int] | None:
+        """(device, inode) of what loses its last name by `op`, once it is done and succeeds."""
+        at = {"unlink": 0, "rmdir": 0, "rename": 1}.get(op.kind)
+        if at is None:
             return None
         try:
-            state = os.lstat(self._at(op.arguments[name]))
+            states = [os.lstat(self._at(path)) for path in op.arguments]
         except OSError:
             return None
-        identity = state.st_dev, state.st_ino
-        if state.st_nlink != 1 or stat.S_ISDIR(state.st_mode):
-            return None
-        opened = [os.fstat(fd) for fd in self._slots.values()]
-        return identity if identity in [(s.st_dev, s.st_ino) for s in opened] else None
+        identities = [(state.st_dev, state.st_ino) for state in states]
+        is_last = stat.S_ISDIR(states[at].st_mode) or states[at].st_nlink == 1
+        return identities[at] if is_last and identities.count(identities[at]) == 1 else None
 
     def _at(self, path: str) -> str:
         return os.path.join(self.root, path)

@@ -73,7 +73,7 @@ class NativeWatcher:
             _LIBC.inotify_rm_watch(self._fd, number)
 
     def end_of(self, identity: tuple[int, int]) -> list[Seen]:
-        """Ends the watch of an object that lost its last name while it is open: with what its end tells."""
+        """Ends the watch of an object that lost its last name and still lives: what its end tells."""
         for number, watched in self._identities.items():
             if watched == identity:
                 name, wanted = self._name_of_watch[number], self._masks[number]

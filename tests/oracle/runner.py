@@ -147,16 +147,18 @@ class _Run:
 
     def _replayed(self, op: Op, result: int) -> list[Seen]:
         """Does to the twin what was done to the share; what its watcher gets."""
-        ending = self._twin.ended_while_open(op)
+        ending = self._twin.ended_by(op)
         again = self._twin.do(op)
         if again != result:
             raise AssertionError(f"{op}: errno {result} on the share, {again} beside it")
         seen = self._native.read()
         if ending is None or again != 0:
             return seen
-        # An object ends with its last name in the guest, not with its last close: docs/protocol.md, 5.5.
+        # An object ends with its last name in the guest, not with its last close: docs/protocol.md, 5.5. (A
+        # directory that is removed also lives as long as what was in it and is open.)
         ended = self._native.end_of(ending)
         if not ended:
             return seen
-        at = max((i for i, event in enumerate(seen, 1) if event.watch == ended[0].watch), default=len(seen))
+        own = (i for i, event in enumerate(seen, 1) if event.watch == ended[0].watch)
+        at = max(own, default=0 if op.kind == "rmdir" else len(seen))
         return [*seen[:at], *ended, *seen[at:]]
