@@ -11,7 +11,6 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from tests.conftest import lacking
 from tests.guest.conftest import Launchpad, image_or_lacking, lines_matching
 from tests.guest.events.watching import CHANGES, PROGRAM, Control, In, Watch
 from tests.guest.place import Place
+from tests.writers import following
+from tests.writers.following import compile_static
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.image import ImageSpec
@@ -34,7 +35,13 @@ from vhostfs.vm.server import ServerSpec, ShareServer
 
 CACHE_MODES = {"auto": (), "never": ("--cache=never",), "always": ("--cache=always", "--writeback")}
 SOURCES = {"inodes": ("--events=fanotify:inodes",), "inotify": ("--events=inotify",)}
-SHARES = {**CACHE_MODES, **SOURCES}
+WRITTEN = {
+    "written-auto": (),
+    "written-never": ("--cache=never", "--events=inotify"),
+    "written-always": ("--cache=always", "--writeback", "--events=fanotify:inodes"),
+}
+"""All three share one directory: one writer on the host is seen in every cache mode and by every source."""
+SHARES = {**CACHE_MODES, **SOURCES, **WRITTEN}
 """Options of the server by tag; each is mounted at /TAG. Those of CACHE_MODES have the best source."""
 _BAD_LOG = re.compile(
     r"Traceback \(most recent call last\)|AddressSanitizer|runtime error:|Fatal Python error"
@@ -53,10 +60,13 @@ class Parts:
     qemu: Qemu
     program: Path
     """The watcher, for host and guest."""
+    follower: Path
+    """The recursive watcher, for both."""
 
     def image_spec(self, kernel: str, packages: tuple[str, ...] = ()) -> ImageSpec:
-        """An image with the driver and the watcher."""
-        return ImageSpec(kernel, packages, files={PROGRAM: self.program}, driver=True)
+        """An image with the driver and the watchers."""
+        files = {PROGRAM: self.program, following.PROGRAM: self.follower}
+        return ImageSpec(kernel, packages, files=files, driver=True)
 
 
 @pytest.fixture(scope="package")
@@ -65,11 +75,10 @@ def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Par
         qemu = find_qemu(None, launchpad.cache, notifications=True)
     except VmError as error:
         lacking(f"a QEMU that passes the notification queue: {error}")
-    program = tmp_path_factory.mktemp("watcher") / "watch-events"
-    source = Path(__file__).with_name("watch-events.c")
-    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-static", "-s"]
-    subprocess.run([os.environ.get("CC", "gcc"), *flags, "-o", str(program), str(source)], check=True)
-    return Parts(launchpad, qemu, program)
+    folder = tmp_path_factory.mktemp("watchers")
+    program = compile_static(Path(__file__).with_name("watch-events.c"), folder / "watch-events")
+    follower = compile_static(Path(following.__file__).with_name("follow-events.c"), folder / "follow-events")
+    return Parts(launchpad, qemu, program, follower)
 
 
 def watchdog_files() -> dict[str, Path]:
@@ -154,8 +163,9 @@ def session(parts: Parts, real_directory: Path) -> Iterator[EventSession]:
     with Lifeline() as lifeline:
         shares = {}
         for tag, options in SHARES.items():
-            (real_directory / tag).mkdir()
-            shares[tag] = start_share(lifeline, real_directory / tag, tag, options)
+            directory = real_directory / ("written" if tag in WRITTEN else tag)
+            directory.mkdir(exist_ok=True)
+            shares[tag] = start_share(lifeline, directory, tag, options)
         places = tuple(as_share(share) for share in shares.values())
         guest = Guest(parts.launchpad.machine(image, places, qemu=parts.qemu), lifeline=lifeline)
         with guest:
