@@ -389,6 +389,9 @@ int vf_inode_lookup_self(struct vf_thread *t, struct vf_inode *dir, struct vf_in
 	error = statx_fd(fd, &sx);
 	if (error)
 		return error;
+	/* A handle of what is gone leads nowhere, as on the host. */
+	if (dir == inode && !sx.stx_nlink && inode != share->inodes->root)
+		return -ESTALE;
 	pthread_mutex_lock(&shard->lock);
 	inode_hold(inode); /* the caller's reference keeps it from being freed */
 	pthread_mutex_unlock(&shard->lock);

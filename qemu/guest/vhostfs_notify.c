@@ -18,6 +18,7 @@
  *   event_mutex     one element is acted on
  *   fc->killsb      (read) no superblock of the connection goes away
  *   i_rwsem, s_inode_list_lock, connector lock
+ *   share->lock     directories that are held
  *   watch_lock      the table of watches; also taken by the probes
  *   vq_lock         queue 1 (on its own)
  *
@@ -28,12 +29,15 @@
 #define pr_fmt(fmt) "vhostfs: " fmt
 
 #include <linux/dcache.h>
+#include <linux/exportfs.h>
+#include <linux/fanotify.h>
 #include <linux/fs.h>
 #include <linux/fs_context.h>
 #include <linux/fsnotify.h>
 #include <linux/iversion.h>
 #include <linux/kprobes.h>
 #include <linux/module.h>
+#include <linux/namei.h>
 #include <linux/pagemap.h>
 #include <linux/posix_acl.h>
 #include <linux/rbtree.h>
@@ -62,6 +66,10 @@
 #define FUSE_FSNOTIFY_VIRTQUEUE	BIT_ULL(0)
 #define FUSE_FSNOTIFY_RENAME	BIT_ULL(3)
 #define FUSE_FSNOTIFY_CHILD	BIT_ULL(4)
+#define FUSE_FSNOTIFY_WATCH_FILESYSTEM BIT_ULL(6)
+
+/* Flags of FUSE_FSNOTIFY_WATCH */
+#define FSNOTIFY_WATCH_FILESYSTEM BIT(0)
 
 /* Flags of an element */
 #define FSNOTIFY_SPLIT_RENAME	BIT(0)
@@ -127,6 +135,10 @@ struct vhostfs_wire_element {
 #define VHOSTFS_EVENTS		(VHOSTFS_ENTRY_EVENTS | VHOSTFS_CHILD_EVENTS | \
 				 VHOSTFS_SELF_EVENTS)
 
+/* What a driver that holds all directories has to hear of */
+#define VHOSTFS_TREE_EVENTS	(VHOSTFS_ENTRY_EVENTS | FS_DELETE_SELF | \
+				 FS_EVENT_ON_CHILD)
+
 /* ---- state ------------------------------------------------------------------ */
 
 #define VHOSTFS_MAX_BUFFERS	256
@@ -141,6 +153,9 @@ struct vhostfs_wire_element {
 #define VHOSTFS_RETRIES		1024	/* of refused watches, in that time */
 #define VHOSTFS_MAX_TRIES	6U	/* of FUSE_FSNOTIFY_INIT, for the wait */
 #define VHOSTFS_MAX_GROUPS	64
+#define VHOSTFS_WALK_WAIT	(10 * HZ)
+#define VHOSTFS_READDIR_SIZE	8192
+#define VHOSTFS_MAX_RECENT	1024
 
 /* An element that was checked, in the CPU's byte order */
 struct vhostfs_event {
@@ -173,6 +188,28 @@ struct vhostfs_watch {
 	u32 pass;			/* of the last walk that saw it */
 	bool sending;
 	bool refused;			/* the device does not want ->mask */
+};
+
+/*
+ * A superblock with marks on it: everything there is watched, and every
+ * directory is held.
+ */
+struct vhostfs_share {
+	struct fsnotify_mark mark;	/* ours; its references are this one's */
+	struct list_head list;		/* on ->shares, under session_mutex */
+	struct vhostfs_notify *notify;	/* referenced */
+	struct super_block *sb;
+	struct work_struct walk_work;
+	spinlock_t lock;		/* what follows */
+	bool open;			/* directories are being held */
+	struct rb_root held;		/* by the inode's address */
+	struct list_head unread;	/* those that the walk has not been to */
+};
+
+struct vhostfs_held {
+	struct rb_node node;
+	struct list_head unread;
+	struct inode *inode;		/* referenced */
 };
 
 enum vhostfs_session {
@@ -225,6 +262,8 @@ struct vhostfs_notify {
 	} cookies[VHOSTFS_MAX_COOKIES];
 	unsigned int next_cookie;
 	struct vhostfs_event event;
+	struct inode *recent[VHOSTFS_MAX_RECENT];	/* referenced, or NULL */
+	unsigned int next_recent;
 	struct inode unknown_inode;	/* see vhostfs_raise_child() */
 	struct dentry unknown_dentry;	/* see vhostfs_stand_in() */
 	struct dentry unknown_parent;	/* see vhostfs_raise_rename() */
@@ -251,7 +290,20 @@ struct vhostfs_notify {
 	bool retry;			/* what was refused; not before: */
 	unsigned long next_retry;
 	bool full_logged;
+	unsigned int shares_changed;	/* counted by the probes */
+	unsigned int shares_done;	/* how far the worker has come */
+	bool walk_again;
 	wait_queue_head_t settled;
+
+	/* Whole superblocks, under session_mutex */
+	u64 granted;			/* flags of FUSE_FSNOTIFY_INIT */
+	struct list_head shares;
+	u32 share_mask;			/* what the device was last told */
+	bool share_refused;
+	bool held_full_logged;
+	bool fid_wanted;		/* somebody wants objects by handle */
+	atomic_t nheld;
+	atomic_t nunread;
 };
 
 /* A request of ours to the device */
@@ -268,9 +320,13 @@ struct vhostfs_request {
 		struct fuse_fsnotify_init_in init_in;
 		struct fuse_fsnotify_watch_in watch_in;
 		struct fuse_getattr_in getattr_in;
+		struct fuse_open_in open_in;
+		struct fuse_read_in read_in;
+		struct fuse_release_in release_in;
 	};
 	union {
 		struct fuse_fsnotify_init_out init_out;
+		struct fuse_open_out open_out;
 		struct fuse_attr_out getattr_out;
 	};
 };
@@ -290,10 +346,16 @@ module_param(ignore_probes, bool, 0644);
 MODULE_PARM_DESC(ignore_probes,
 		 "For tests: behave as if every probe was missed");
 
+static unsigned int max_directories = 524288;
+module_param(max_directories, uint, 0644);
+MODULE_PARM_DESC(max_directories,
+		 "Most directories to hold for marks on the file system");
+
 static struct workqueue_struct *vhostfs_wq;
 static DEFINE_MUTEX(vhostfs_devices_mutex);
 static LIST_HEAD(vhostfs_devices);
 static struct fsnotify_group *vhostfs_group;
+static struct fsnotify_group *vhostfs_share_group;
 static const struct file_system_type *vhostfs_type;
 static bool vhostfs_no_probes;
 
@@ -304,6 +366,7 @@ static inline void vhostfs_count(struct vhostfs_notify *n,
 }
 
 static void vhostfs_free_watches(struct vhostfs_notify *n);
+static void vhostfs_walk_again(struct vhostfs_notify *n);
 static void vhostfs_free_halves(struct vhostfs_notify *n);
 
 static void vhostfs_release(struct kref *kref)
@@ -419,6 +482,41 @@ static struct inode *vhostfs_find(struct fuse_conn *fc, u64 nodeid,
 		iput(inode);
 	}
 	return NULL;
+}
+
+/* A dentry of this directory, as good as any; NULL without memory */
+static struct dentry *vhostfs_any_alias(struct inode *dir)
+{
+	struct dentry *alias = d_find_any_alias(dir);
+
+	if (alias)
+		return alias;
+	ihold(dir);
+	alias = d_obtain_alias(dir);
+	return IS_ERR(alias) ? NULL : alias;
+}
+
+/* The object of a name as the device has it now, with a reference, or NULL */
+static struct inode *vhostfs_look_up(struct inode *dir, const char *name,
+				     unsigned int namelen)
+{
+	struct dentry *parent = vhostfs_any_alias(dir), *entry;
+	struct inode *inode = NULL;
+
+	if (!parent)
+		return NULL;
+#if VHOSTFS_KERNEL < 700
+	entry = lookup_one_len_unlocked(name, parent, namelen);
+#else
+	entry = lookup_noperm_unlocked(&QSTR_LEN(name, namelen), parent);
+#endif
+	if (!IS_ERR(entry)) {
+		if (d_really_is_positive(entry))
+			inode = igrab(d_inode(entry));
+		dput(entry);
+	}
+	dput(parent);
+	return inode;
 }
 
 /*
@@ -690,6 +788,70 @@ static struct inode *vhostfs_find_child(struct fuse_conn *fc, struct inode *dir,
 	return vhostfs_find(fc, event->child_nodeid, event->child_generation);
 }
 
+/*
+ * A file handle in an event leads to its object as long as this guest keeps
+ * that in memory: once it is forgotten, the device knows it by another number.
+ * So the last ones stay for a while.
+ */
+static void vhostfs_remember(struct vhostfs_notify *n, struct inode *inode)
+{
+	struct inode **place = &n->recent[n->next_recent];
+	unsigned int i;
+
+	if (!READ_ONCE(n->fid_wanted))
+		return;
+	for (i = 0; i < VHOSTFS_MAX_RECENT; i++)
+		if (n->recent[i] == inode)
+			return;
+	iput(*place);
+	*place = igrab(inode);
+	n->next_recent = (n->next_recent + 1) % VHOSTFS_MAX_RECENT;
+}
+
+/* Of one superblock, or of all, or one object that is gone. Under event_mutex */
+static void vhostfs_forget_recent(struct vhostfs_notify *n,
+				  const struct super_block *sb,
+				  const struct inode *inode)
+{
+	unsigned int i;
+
+	for (i = 0; i < VHOSTFS_MAX_RECENT; i++) {
+		if (!n->recent[i] || (sb && n->recent[i]->i_sb != sb) ||
+		    (inode && n->recent[i] != inode))
+			continue;
+		iput(n->recent[i]);
+		n->recent[i] = NULL;
+	}
+}
+
+/*
+ * The object of a name in an event, which this guest does not know. It is asked
+ * for where that matters: a directory that came has to be held before the next
+ * event, which may be about what is in it; and who wants objects by handle
+ * wants them of those, too.
+ */
+static struct inode *vhostfs_meet(struct vhostfs_notify *n, struct inode *dir,
+				  const struct vhostfs_event *event)
+{
+	bool is_dir = (event->mask & FS_ISDIR) && READ_ONCE(n->share_mask);
+	struct inode *child;
+
+	if ((!is_dir && !READ_ONCE(n->fid_wanted)) ||
+	    (event->mask & (FS_DELETE | FS_MOVED_FROM)))
+		return NULL;
+	child = vhostfs_look_up(dir, event->name, event->namelen);
+	if (!child)
+		return NULL;
+	/* The name may have been given to another since */
+	if (!event->child_nodeid ? !(event->mask & FS_ISDIR) ==
+				   !S_ISDIR(child->i_mode) :
+	    event->child_nodeid == get_node_id(child) &&
+	    event->child_generation == child->i_generation)
+		return child;
+	iput(child);
+	return NULL;
+}
+
 /* ---- raising ------------------------------------------------------------------ */
 
 static inline u32 vhostfs_isdir(const struct inode *inode)
@@ -729,6 +891,8 @@ static void vhostfs_raise_entry(struct vhostfs_notify *n, struct inode *dir,
 	u32 mask = event->mask | vhostfs_isdir(child);
 
 	vhostfs_count(n, VHOSTFS_RAISED);
+	if (child && !(mask & FS_DELETE))
+		vhostfs_remember(n, child);
 	if (child && child->i_sb == dir->i_sb)
 		fsnotify(mask, child, FSNOTIFY_EVENT_INODE, dir, &name, NULL,
 			 cookie);
@@ -753,6 +917,8 @@ static void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 	u32 mask = event->mask | vhostfs_isdir(child);
 
 	vhostfs_count(n, VHOSTFS_RAISED);
+	if (child)
+		vhostfs_remember(n, child);
 	if (bit & fsnotify_inode_watches_children(dir))
 		mask |= FS_EVENT_ON_CHILD;
 	if (child && child->i_sb == dir->i_sb) {
@@ -806,6 +972,7 @@ static void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 	int i;
 
 	vhostfs_count(n, VHOSTFS_RAISED);
+	vhostfs_forget_recent(n, NULL, inode);
 	vhostfs_stale_attr(inode, STATX_BASIC_STATS);
 	/* What is mounted stays mounted */
 	if (inode == d_inode(inode->i_sb->s_root)) {
@@ -931,6 +1098,8 @@ static void vhostfs_entry_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	child = vhostfs_find_child(fc, NULL, event);
 	if (child)
 		vhostfs_stale_attr(child, STATX_BASIC_STATS);
+	else
+		child = vhostfs_meet(n, dir, event);
 	if (event->mask & (FS_MOVED_FROM | FS_MOVED_TO)) {
 		cookie = vhostfs_local_cookie(n, event->cookie);
 		vhostfs_raise_rename(n,
@@ -939,6 +1108,8 @@ static void vhostfs_entry_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 				     child, event, event);
 	}
 	vhostfs_raise_entry(n, dir, child, event, cookie);
+	if (child && (event->mask & FS_DELETE))
+		vhostfs_forget_recent(n, NULL, child);
 	iput(child);
 	iput(dir);
 }
@@ -964,6 +1135,8 @@ static void vhostfs_rename_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	child = vhostfs_find_child(fc, NULL, to);
 	if (child)
 		vhostfs_stale_attr(child, STATX_BASIC_STATS);
+	else
+		child = vhostfs_meet(n, new_dir, to);
 
 	cookie = fsnotify_get_cookie();
 	vhostfs_raise_rename(n, old_dir, new_dir, child, from, to);
@@ -1016,6 +1189,8 @@ static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 			vhostfs_stale_object(n, d_inode(entry), bit);
 		dput(entry);
 	}
+	if (!child && dir)
+		child = vhostfs_meet(n, dir, event);
 
 	if (dir)
 		vhostfs_raise_child(n, dir, child, event, bit);
@@ -1267,6 +1442,7 @@ static void vhostfs_overflow_event(struct vhostfs_notify *n,
 	vhostfs_count(n, VHOSTFS_OVERFLOWS);
 	lost = kzalloc(sizeof(*lost), GFP_KERNEL | __GFP_NOFAIL);
 	lost->notify = n;
+	vhostfs_walk_again(n);
 #if VHOSTFS_KERNEL >= 616
 	/* Every dentry and listing is checked again, those in use, too */
 	atomic_inc(&fc->epoch);
@@ -1619,7 +1795,8 @@ static void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
 /* Under watch_lock: does the worker have to be woken, and when? */
 static void vhostfs_wake_session(struct vhostfs_notify *n)
 {
-	if (n->session == VHOSTFS_GRANTED && !list_empty(&n->changed))
+	if (n->session == VHOSTFS_GRANTED &&
+	    (!list_empty(&n->changed) || n->shares_done != n->shares_changed))
 		mod_delayed_work(vhostfs_wq, &n->session_work, 0);
 	else if (n->resync || n->retry)
 		queue_delayed_work(vhostfs_wq, &n->session_work,
@@ -1636,8 +1813,14 @@ static void vhostfs_wake_session(struct vhostfs_notify *n)
 struct vhostfs_settle {
 	struct callback_head work;
 	struct vhostfs_notify *notify;
-	u64 nodeid;
+	u64 nodeid;			/* 0: marks on superblocks */
 };
+
+/* Whoever marks a superblock waits until the walk has been everywhere */
+static bool vhostfs_shares_settled(struct vhostfs_notify *n)
+{
+	return n->shares_done == n->shares_changed && !atomic_read(&n->nunread);
+}
 
 static bool vhostfs_is_settled(struct vhostfs_notify *n, u64 nodeid)
 {
@@ -1647,8 +1830,9 @@ static bool vhostfs_is_settled(struct vhostfs_notify *n, u64 nodeid)
 	spin_lock(&n->watch_lock);
 	if (n->session == VHOSTFS_GRANTED) {
 		watch = vhostfs_find_watch(n, nodeid);
-		settled = !watch || watch->refused ||
-			  !(watch->mask & ~watch->told);
+		settled = nodeid ? !watch || watch->refused ||
+				   !(watch->mask & ~watch->told) :
+				   vhostfs_shares_settled(n);
 	} else {
 		settled = n->session == VHOSTFS_NONE ||
 			  n->session == VHOSTFS_REFUSED || READ_ONCE(n->tries);
@@ -1666,7 +1850,8 @@ static void vhostfs_settle_work(struct callback_head *work)
 
 	wait_event_killable_timeout(n->settled,
 				    vhostfs_is_settled(n, settle->nodeid),
-				    VHOSTFS_SETTLE_WAIT);
+				    settle->nodeid ? VHOSTFS_SETTLE_WAIT :
+						     VHOSTFS_WALK_WAIT);
 	kfree(settle);
 	vhostfs_put(n);
 	module_put(THIS_MODULE);
@@ -1708,9 +1893,53 @@ static void vhostfs_settle_later(struct vhostfs_notify *n, u64 nodeid)
 struct vhostfs_probe {
 	struct vhostfs_notify *notify;
 	struct inode *inode;		/* not looked at once it is detached */
-	u64 nodeid;
+	u64 nodeid;			/* 0: a superblock */
 	u32 generation;
 };
+
+/* Does any of the marks want to have objects by handle, and not only names? */
+static bool vhostfs_wants_fid(struct fsnotify_mark_connector *conn)
+{
+	const struct fsnotify_group *group;
+	struct fsnotify_mark *mark;
+
+	hlist_for_each_entry(mark, &conn->list, obj_list) {
+		group = mark->group;
+		/* Of those who take events so, all are fanotify but ourselves */
+		if (group->ops->handle_event && group != vhostfs_share_group &&
+		    (group->fanotify_data.flags &
+		     (FAN_REPORT_FID | FAN_REPORT_TARGET_FID)))
+			return true;
+	}
+	return false;
+}
+
+static struct super_block *vhostfs_marked_sb(struct fsnotify_mark_connector *conn)
+{
+#if VHOSTFS_KERNEL < 610
+	return container_of(conn->obj, struct super_block, s_fsnotify_marks);
+#else
+	return conn->obj;
+#endif
+}
+
+static int vhostfs_probe_sb(struct vhostfs_probe *probe,
+			    struct fsnotify_mark_connector *conn)
+{
+	struct super_block *sb = vhostfs_marked_sb(conn);
+	struct vhostfs_notify *n;
+
+	if (sb->s_type != vhostfs_type)
+		return 1;
+	n = vhostfs_notify_of(get_fuse_conn_super(sb));
+	if (!n || READ_ONCE(ignore_probes))
+		return 1;
+	if (vhostfs_wants_fid(conn))
+		WRITE_ONCE(n->fid_wanted, true);
+	probe->notify = n;
+	probe->nodeid = 0;
+	return 0;
+}
 
 static int vhostfs_probe_entry(struct kretprobe_instance *ri,
 			       struct pt_regs *regs)
@@ -1722,6 +1951,8 @@ static int vhostfs_probe_entry(struct kretprobe_instance *ri,
 
 	conn = (struct fsnotify_mark_connector *)
 		regs_get_kernel_argument(regs, 0);
+	if (conn->obj && READ_ONCE(conn->type) == FSNOTIFY_OBJ_TYPE_SB)
+		return vhostfs_probe_sb(probe, conn);
 	if (READ_ONCE(conn->type) != FSNOTIFY_OBJ_TYPE_INODE || !conn->obj)
 		return 1;
 #if VHOSTFS_KERNEL < 610
@@ -1734,6 +1965,8 @@ static int vhostfs_probe_entry(struct kretprobe_instance *ri,
 	n = vhostfs_notify_of(get_fuse_conn(inode));
 	if (!n || READ_ONCE(ignore_probes))
 		return 1;
+	if (vhostfs_wants_fid(conn))
+		WRITE_ONCE(n->fid_wanted, true);
 	probe->notify = n;
 	probe->inode = inode;
 	probe->nodeid = get_node_id(inode);
@@ -1748,7 +1981,10 @@ static void vhostfs_probed(struct kretprobe_instance *ri, bool attached)
 	bool waits;
 
 	spin_lock(&n->watch_lock);
-	if (n->session != VHOSTFS_NONE) {
+	if (!probe->nodeid) {
+		n->shares_changed++;
+		vhostfs_wake_session(n);
+	} else if (n->session != VHOSTFS_NONE) {
 		vhostfs_note(n, probe->nodeid, probe->generation,
 			     attached ? probe->inode : NULL);
 		vhostfs_wake_session(n);
@@ -1995,6 +2231,518 @@ static bool vhostfs_send_watch(struct vhostfs_notify *n, struct fuse_mount *fm)
 	return true;
 }
 
+/* ---- whole superblocks ------------------------------------------------------------ */
+
+/*
+ * A mark on a superblock wants to hear of everything there, but the device
+ * tells only of directories that this guest has looked up. So it is asked to
+ * tell of all that is held here, and a walk looks every directory up and holds
+ * it until the last mark goes.
+ *
+ * A mark of our own beside it says which directories come and go from then on,
+ * whoever makes them: events of the host are raised, and come here as well.
+ */
+
+static void vhostfs_put_held(struct vhostfs_notify *n,
+			     struct vhostfs_held *held)
+{
+	iput(held->inode);
+	kfree(held);
+	atomic_dec(&n->nheld);
+}
+
+/* Under share->lock; false: the walk has been there */
+static bool vhostfs_take_unread(struct vhostfs_share *share,
+				struct vhostfs_held *held)
+{
+	if (list_empty(&held->unread))
+		return false;
+	list_del_init(&held->unread);
+	atomic_dec(&share->notify->nunread);
+	return true;
+}
+
+static void vhostfs_add_unread(struct vhostfs_share *share,
+			       struct vhostfs_held *held)
+{
+	if (!list_empty(&held->unread))
+		return;
+	list_add_tail(&held->unread, &share->unread);
+	atomic_inc(&share->notify->nunread);
+}
+
+/* Where the inode is or belongs in the tree. Under share->lock */
+static struct vhostfs_held *vhostfs_find_held(struct vhostfs_share *share,
+					      const struct inode *inode,
+					      struct rb_node ***where,
+					      struct rb_node **parent)
+{
+	struct rb_node **link = &share->held.rb_node;
+	struct vhostfs_held *held;
+
+	*parent = NULL;
+	while (*link) {
+		*parent = *link;
+		held = rb_entry(*link, struct vhostfs_held, node);
+		if (held->inode == inode)
+			return held;
+		link = inode < held->inode ? &(*link)->rb_left :
+					     &(*link)->rb_right;
+	}
+	*where = link;
+	return NULL;
+}
+
+static bool vhostfs_may_hold(struct vhostfs_share *share)
+{
+	struct vhostfs_notify *n = share->notify;
+
+	if (atomic_read(&n->nheld) < READ_ONCE(max_directories))
+		return true;
+	if (!READ_ONCE(n->held_full_logged)) {
+		WRITE_ONCE(n->held_full_logged, true);
+		dev_warn(&n->vdev->dev,
+			 "more than max_directories=%u in a share that is watched as a whole: what the host does in some is not seen\n",
+			 max_directories);
+	}
+	return false;
+}
+
+/* Holds a directory, which the walk is then to read */
+static void vhostfs_hold(struct vhostfs_share *share, struct inode *inode)
+{
+	struct vhostfs_held *held;
+	struct rb_node **where, *parent;
+
+	/* The root of a submount has a superblock of its own */
+	if (!S_ISDIR(inode->i_mode) || IS_AUTOMOUNT(inode) ||
+	    inode->i_sb != share->sb || fuse_is_bad(inode) ||
+	    !vhostfs_may_hold(share))
+		return;
+	held = kzalloc(sizeof(*held), GFP_KERNEL);
+	if (!held)
+		return;
+	held->inode = igrab(inode);
+	INIT_LIST_HEAD(&held->unread);
+	spin_lock(&share->lock);
+	if (held->inode && share->open &&
+	    !vhostfs_find_held(share, inode, &where, &parent)) {
+		rb_link_node(&held->node, parent, where);
+		rb_insert_color(&held->node, &share->held);
+		atomic_inc(&share->notify->nheld);
+		vhostfs_add_unread(share, held);
+		queue_work(vhostfs_wq, &share->walk_work);
+		held = NULL;
+	}
+	spin_unlock(&share->lock);
+	if (held) {
+		iput(held->inode);
+		kfree(held);
+	}
+}
+
+/* It is gone */
+static void vhostfs_let_go(struct vhostfs_share *share, struct inode *inode)
+{
+	struct vhostfs_held *held;
+	struct rb_node **where, *parent;
+
+	spin_lock(&share->lock);
+	held = vhostfs_find_held(share, inode, &where, &parent);
+	if (held) {
+		rb_erase(&held->node, &share->held);
+		vhostfs_take_unread(share, held);
+	}
+	spin_unlock(&share->lock);
+	if (held)
+		vhostfs_put_held(share->notify, held);
+}
+
+static int vhostfs_share_event(struct fsnotify_group *group, u32 mask,
+			       const void *data, int data_type,
+			       struct inode *dir, const struct qstr *name,
+			       u32 cookie, struct fsnotify_iter_info *iter_info)
+{
+	struct fsnotify_mark *mark = fsnotify_iter_sb_mark(iter_info);
+	struct inode *inode = fsnotify_data_inode(data, data_type);
+	struct vhostfs_share *share;
+
+	if (!mark || !inode || !S_ISDIR(inode->i_mode))
+		return 0;
+	share = container_of(mark, struct vhostfs_share, mark);
+	if (mask & (FS_DELETE | FS_DELETE_SELF))
+		vhostfs_let_go(share, inode);
+	else
+		vhostfs_hold(share, inode);
+	return 0;
+}
+
+static void vhostfs_free_share(struct fsnotify_mark *mark)
+{
+	struct vhostfs_share *share = container_of(mark, struct vhostfs_share,
+						   mark);
+
+	vhostfs_put(share->notify);
+	kfree(share);
+}
+
+static const struct fsnotify_ops vhostfs_share_ops = {
+	.handle_event	= vhostfs_share_event,
+	.free_mark	= vhostfs_free_share,
+};
+
+/* A request, and its answer; frees nothing */
+static int vhostfs_ask(struct vhostfs_notify *n, struct fuse_mount *fm,
+		       struct vhostfs_request *req)
+{
+	DECLARE_COMPLETION_ONSTACK(done);
+
+	req->end = vhostfs_wake;
+	req->done = &done;
+	vhostfs_send(n, fm, req);
+	wait_for_completion(&done);
+	return req->error;
+}
+
+/*
+ * Looks up the directories among the entries that a READDIR brought. Returns
+ * where the next one goes on, 0 at the end or where it makes no sense.
+ */
+static u64 vhostfs_read_entries(struct vhostfs_share *share, struct inode *dir,
+				const char *buf, size_t left)
+{
+	const struct fuse_dirent *entry;
+	struct inode *inode;
+	u64 offset = 0;
+
+	while (left > FUSE_NAME_OFFSET && READ_ONCE(share->open)) {
+		entry = (const struct fuse_dirent *)buf;
+		if (!entry->namelen || entry->namelen > NAME_MAX ||
+		    FUSE_DIRENT_SIZE(entry) > left)
+			return 0;
+		offset = entry->off;
+		buf += FUSE_DIRENT_SIZE(entry);
+		left -= FUSE_DIRENT_SIZE(entry);
+		if ((entry->type != DT_DIR && entry->type != DT_UNKNOWN) ||
+		    (entry->name[0] == '.' &&
+		     (entry->namelen == 1 ||
+		      (entry->namelen == 2 && entry->name[1] == '.'))))
+			continue;
+		inode = vhostfs_look_up(dir, entry->name, entry->namelen);
+		if (inode)
+			vhostfs_hold(share, inode);
+		iput(inode);
+		cond_resched();
+	}
+	return offset;
+}
+
+static void vhostfs_read_dir(struct vhostfs_share *share, struct inode *dir,
+			     char *buf)
+{
+	struct fuse_mount *fm = get_fuse_mount_super(share->sb);
+	struct vhostfs_notify *n = share->notify;
+	u64 nodeid = get_node_id(dir), offset = 0, last, fh;
+	struct vhostfs_request *req;
+	int err;
+
+	req = vhostfs_new_request(FUSE_OPENDIR, nodeid, sizeof(req->open_in),
+				  sizeof(req->open_out));
+	if (!req)
+		return;
+	req->open_in.flags = O_RDONLY | O_DIRECTORY;
+	err = vhostfs_ask(n, fm, req);
+	/* Then directories are read without being opened */
+	fh = err == -ENOSYS ? 0 : req->open_out.fh;
+	kfree(req);
+	if (err && err != -ENOSYS)
+		return;
+
+	do {
+		req = vhostfs_new_request(FUSE_READDIR, nodeid,
+					  sizeof(req->read_in), 1);
+		if (!req)
+			break;
+		req->read_in.fh = fh;
+		req->read_in.offset = offset;
+		req->read_in.size = VHOSTFS_READDIR_SIZE;
+		req->args.out_args[0].size = VHOSTFS_READDIR_SIZE;
+		req->args.out_args[0].value = buf;
+		req->args.out_argvar = true;
+		last = offset;
+		offset = 0;
+		if (!vhostfs_ask(n, fm, req))
+			offset = vhostfs_read_entries(share, dir, buf,
+						      req->args.out_args[0].size);
+		kfree(req);
+	} while (offset && offset != last && READ_ONCE(share->open));
+
+	if (err)
+		return;
+	req = vhostfs_new_request(FUSE_RELEASEDIR, nodeid,
+				  sizeof(req->release_in), 0);
+	if (!req)
+		return;
+	req->release_in.fh = fh;
+	vhostfs_ask(n, fm, req);
+	kfree(req);
+}
+
+static struct inode *vhostfs_next_unread(struct vhostfs_share *share)
+{
+	struct vhostfs_held *held;
+	struct inode *inode = NULL;
+
+	spin_lock(&share->lock);
+	held = list_first_entry_or_null(&share->unread, struct vhostfs_held,
+					unread);
+	if (held) {
+		list_del_init(&held->unread);
+		inode = held->inode;
+		ihold(inode);
+	}
+	spin_unlock(&share->lock);
+	return inode;
+}
+
+static void vhostfs_walk_work(struct work_struct *work)
+{
+	struct vhostfs_share *share = container_of(work, struct vhostfs_share,
+						   walk_work);
+	struct vhostfs_notify *n = share->notify;
+	char *buf = kmalloc(VHOSTFS_READDIR_SIZE, GFP_KERNEL | __GFP_NOFAIL);
+	struct inode *inode;
+
+	while ((inode = vhostfs_next_unread(share))) {
+		if (vhostfs_is_granted(n))
+			vhostfs_read_dir(share, inode, buf);
+		iput(inode);
+		if (atomic_dec_and_test(&n->nunread))
+			wake_up_all(&n->settled);
+		cond_resched();
+	}
+	kfree(buf);
+}
+
+/* Directories may have come that nobody told us of. Under fc->killsb */
+static void vhostfs_walk_again(struct vhostfs_notify *n)
+{
+	/* The worker does it, which may use the list */
+	spin_lock(&n->watch_lock);
+	if (n->share_mask) {
+		n->shares_changed++;
+		n->walk_again = true;
+		vhostfs_wake_session(n);
+	}
+	spin_unlock(&n->watch_lock);
+}
+
+static void vhostfs_read_all(struct vhostfs_share *share)
+{
+	struct rb_node *node;
+
+	spin_lock(&share->lock);
+	for (node = rb_first(&share->held); node; node = rb_next(node))
+		vhostfs_add_unread(share, rb_entry(node, struct vhostfs_held,
+						   node));
+	if (!list_empty(&share->unread))
+		queue_work(vhostfs_wq, &share->walk_work);
+	spin_unlock(&share->lock);
+}
+
+/* The walk begins at the root, and what it meets is held */
+static void vhostfs_open_share(struct vhostfs_share *share)
+{
+	spin_lock(&share->lock);
+	share->open = true;
+	spin_unlock(&share->lock);
+	vhostfs_hold(share, d_inode(share->sb->s_root));
+}
+
+/* Everything is let go. Under session_mutex, as all that follows */
+static void vhostfs_close_share(struct vhostfs_share *share)
+{
+	struct vhostfs_held *held;
+	struct rb_node *node;
+
+	spin_lock(&share->lock);
+	share->open = false;
+	spin_unlock(&share->lock);
+	cancel_work_sync(&share->walk_work);
+	/* Nobody adds to it any more; who lets go takes one out at a time */
+	spin_lock(&share->lock);
+	while ((node = rb_first(&share->held))) {
+		held = rb_entry(node, struct vhostfs_held, node);
+		rb_erase(node, &share->held);
+		vhostfs_take_unread(share, held);
+		spin_unlock(&share->lock);
+		vhostfs_put_held(share->notify, held);
+		cond_resched();
+		spin_lock(&share->lock);
+	}
+	spin_unlock(&share->lock);
+}
+
+static void vhostfs_end_share(struct vhostfs_share *share)
+{
+	if (!share)
+		return;
+	list_del(&share->list);
+	vhostfs_close_share(share);
+	fsnotify_destroy_mark(&share->mark, vhostfs_share_group);
+	fsnotify_put_mark(&share->mark);
+}
+
+static struct vhostfs_share *vhostfs_find_share(struct vhostfs_notify *n,
+						const struct super_block *sb)
+{
+	struct vhostfs_share *share;
+
+	list_for_each_entry(share, &n->shares, list)
+		if (share->sb == sb)
+			return share;
+	return NULL;
+}
+
+static struct vhostfs_share *vhostfs_new_share(struct vhostfs_notify *n,
+					       struct super_block *sb)
+{
+	struct vhostfs_share *share = kzalloc(sizeof(*share), GFP_KERNEL);
+
+	if (!share)
+		return NULL;
+	share->sb = sb;
+	spin_lock_init(&share->lock);
+	share->held = RB_ROOT;
+	INIT_LIST_HEAD(&share->unread);
+	INIT_WORK(&share->walk_work, vhostfs_walk_work);
+	kref_get(&n->kref);
+	share->notify = n;
+	fsnotify_init_mark(&share->mark, vhostfs_share_group);
+	share->mark.mask = FS_CREATE | FS_DELETE | FS_MOVED_TO |
+			   FS_DELETE_SELF | FS_ISDIR;
+	if (vhostfs_add_mark(&share->mark, NULL, sb)) {
+		fsnotify_put_mark(&share->mark);
+		return NULL;
+	}
+	list_add(&share->list, &n->shares);
+	return share;
+}
+
+/* What all marks on the superblock but ours want together */
+static u32 vhostfs_others_mask(struct vhostfs_share *share)
+{
+	struct fsnotify_mark_connector *conn = share->mark.connector;
+	struct fsnotify_mark *mark;
+	u32 mask = 0;
+
+	spin_lock(&conn->lock);
+	hlist_for_each_entry(mark, &conn->list, obj_list)
+		if (mark != &share->mark &&
+		    mark->group != vhostfs_group &&
+		    (mark->flags & FSNOTIFY_MARK_FLAG_ATTACHED))
+			mask |= fsnotify_calc_mask(mark);
+	spin_unlock(&conn->lock);
+	return mask;
+}
+
+static u32 vhostfs_look_at_sb(struct vhostfs_notify *n, struct super_block *sb)
+{
+	struct vhostfs_share *share = vhostfs_find_share(n, sb);
+	u32 wish;
+
+	if (!share && READ_ONCE(sb->s_fsnotify_mask))
+		share = vhostfs_new_share(n, sb);
+	if (!share)
+		return 0;
+	wish = vhostfs_wish(vhostfs_others_mask(share));
+	if (!wish)
+		vhostfs_end_share(share);
+	return wish;
+}
+
+static int vhostfs_send_share_watch(struct vhostfs_notify *n,
+				    struct fuse_mount *fm, u32 mask)
+{
+	struct vhostfs_request *req;
+	int err;
+
+	req = vhostfs_new_request(FUSE_FSNOTIFY_WATCH, FUSE_ROOT_ID,
+				  sizeof(req->watch_in), 0);
+	if (!req)
+		return -ENOMEM;
+	req->watch_in.mask = cpu_to_le64(mask);
+	req->watch_in.flags = cpu_to_le32(FSNOTIFY_WATCH_FILESYSTEM);
+	vhostfs_count(n, VHOSTFS_WATCHES_SENT);
+	err = vhostfs_ask(n, fm, req);
+	kfree(req);
+	return err;
+}
+
+static void vhostfs_share_refused(struct vhostfs_notify *n, int err)
+{
+	vhostfs_count(n, VHOSTFS_WATCHES_REFUSED);
+	if (!n->share_refused)
+		dev_warn(&n->vdev->dev,
+			 "the host does not watch whole shares (%d): marks on the file system see this guest's changes, and the host's where single inodes are watched\n",
+			 err);
+	n->share_refused = true;
+}
+
+/* Brings the device up to date about marks on superblocks. Under session_mutex */
+static void vhostfs_watch_shares(struct vhostfs_notify *n,
+				 struct fuse_mount *fm)
+{
+	struct vhostfs_share *share;
+	unsigned int changed;
+	struct fuse_mount *each;
+	bool again;
+	u32 wish = 0;
+	int err = 0;
+
+	spin_lock(&n->watch_lock);
+	changed = n->shares_changed;
+	again = n->walk_again;
+	n->walk_again = false;
+	spin_unlock(&n->watch_lock);
+
+	down_read(&n->fc->killsb);
+	list_for_each_entry(each, &n->fc->mounts, fc_entry)
+		if (each->sb)
+			wish |= vhostfs_look_at_sb(n, each->sb);
+	up_read(&n->fc->killsb);
+	if (wish)
+		wish |= VHOSTFS_TREE_EVENTS;
+	if (wish != n->share_mask) {
+		err = n->granted & FUSE_FSNOTIFY_WATCH_FILESYSTEM ?
+		      vhostfs_send_share_watch(n, fm, wish) : -EOPNOTSUPP;
+		if (!err)
+			WRITE_ONCE(n->share_mask, wish);
+		else
+			vhostfs_share_refused(n, err);
+	}
+	list_for_each_entry(share, &n->shares, list) {
+		if (n->share_mask && !share->open)
+			vhostfs_open_share(share);
+		else if (again)
+			vhostfs_read_all(share);
+	}
+
+	if (list_empty(&n->shares) && !READ_ONCE(n->nwatches) &&
+	    READ_ONCE(n->fid_wanted)) {
+		WRITE_ONCE(n->fid_wanted, false);
+		mutex_lock(&n->event_mutex);
+		vhostfs_forget_recent(n, NULL, NULL);
+		mutex_unlock(&n->event_mutex);
+	}
+
+	spin_lock(&n->watch_lock);
+	n->shares_done = changed;
+	vhostfs_wake_session(n);
+	spin_unlock(&n->watch_lock);
+	wake_up_all(&n->settled);
+}
+
 /* ---- session -------------------------------------------------------------------- */
 
 static void vhostfs_set_session(struct vhostfs_notify *n,
@@ -2076,6 +2824,7 @@ static void vhostfs_init_end(struct vhostfs_request *req, int error)
 	} else {
 		dev_info(&n->vdev->dev,
 			 "notifications from the host by the notification queue\n");
+		n->granted = le64_to_cpu(req->init_out.flags);
 		vhostfs_set_session(n, VHOSTFS_ANSWERED);
 		mod_delayed_work(vhostfs_wq, &n->session_work, 0);
 	}
@@ -2098,7 +2847,8 @@ static void vhostfs_send_init(struct vhostfs_notify *n, struct fuse_mount *fm)
 	in->major = cpu_to_le32(FUSE_FSNOTIFY_MAJOR);
 	in->minor = cpu_to_le32(FUSE_FSNOTIFY_MINOR);
 	in->flags = cpu_to_le64(FUSE_FSNOTIFY_VIRTQUEUE |
-				FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD);
+				FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD |
+				FUSE_FSNOTIFY_WATCH_FILESYSTEM);
 	in->mask = cpu_to_le64(VHOSTFS_EVENTS | FS_ISDIR | FS_Q_OVERFLOW);
 	in->buf_size = cpu_to_le32(n->buf_size);
 	/* A server with a newer minor number answers with the prefix it has */
@@ -2163,6 +2913,7 @@ static void vhostfs_session_work(struct work_struct *work)
 			vhostfs_retry_refused(n);
 		while (vhostfs_send_watch(n, fm))
 			cond_resched();
+		vhostfs_watch_shares(n, fm);
 	}
 out:
 	mutex_unlock(&n->session_mutex);
@@ -2211,9 +2962,46 @@ static int vhostfs_statfs(struct dentry *dentry, struct kstatfs *buf)
 	return err;
 }
 
+/*
+ * A handle of what has no link any more leads nowhere, as on other file systems.
+ * Else who opens what a DELETE_SELF names makes a dentry, and the end of that is
+ * a DELETE_SELF again.
+ */
+#define VHOSTFS_FH		0x81	/* FILEID_INO64_GEN of newer kernels */
+#define VHOSTFS_FH_PARENT	0x82
+
+static struct export_operations vhostfs_export_ops;
+static const struct export_operations *vhostfs_fuse_export_ops;
+
+static struct dentry *vhostfs_fh_to_dentry(struct super_block *sb,
+					   struct fid *fid, int fh_len,
+					   int fh_type)
+{
+	struct inode *inode;
+	u64 nodeid;
+	bool gone;
+
+	if (fh_len >= 3 && (fh_type == VHOSTFS_FH || fh_type == VHOSTFS_FH_PARENT)) {
+		nodeid = (u64)fid->raw[0] << 32 | fid->raw[1];
+		inode = ilookup5(sb, nodeid, vhostfs_inode_eq, &nodeid);
+		gone = inode && !inode->i_nlink;
+		iput(inode);
+		if (gone)
+			return ERR_PTR(-ESTALE);
+	}
+	return vhostfs_fuse_export_ops->fh_to_dentry(sb, fid, fh_len, fh_type);
+}
+
 static void vhostfs_wrap_super_ops(struct super_block *sb)
 {
 	mutex_lock(&vhostfs_devices_mutex);
+	if (!vhostfs_fuse_export_ops && sb->s_export_op->fh_to_dentry) {
+		vhostfs_export_ops = *sb->s_export_op;
+		vhostfs_export_ops.fh_to_dentry = vhostfs_fh_to_dentry;
+		vhostfs_fuse_export_ops = sb->s_export_op;
+	}
+	if (sb->s_export_op == vhostfs_fuse_export_ops)
+		sb->s_export_op = &vhostfs_export_ops;
 	if (!vhostfs_fuse_super_ops) {
 		vhostfs_super_ops = *sb->s_op;
 		vhostfs_super_ops.statfs = vhostfs_statfs;
@@ -2274,6 +3062,9 @@ void vhostfs_notify_mount(struct vhostfs_notify *n, struct super_block *sb)
 	mutex_lock(&n->session_mutex);
 	mutex_lock(&n->event_mutex);
 	n->fc = get_fuse_conn_super(sb);
+	n->share_mask = 0;
+	n->share_refused = false;
+	n->held_full_logged = false;
 	memset(n->cookies, 0, sizeof(n->cookies));
 	mutex_unlock(&n->event_mutex);
 	n->tries = 0;
@@ -2293,6 +3084,10 @@ void vhostfs_notify_kill_sb(struct vhostfs_notify *n, struct super_block *sb)
 		return;
 	mutex_lock(&n->session_mutex);
 	n->paused++;
+	vhostfs_end_share(vhostfs_find_share(n, sb));
+	mutex_lock(&n->event_mutex);
+	vhostfs_forget_recent(n, sb, NULL);
+	mutex_unlock(&n->event_mutex);
 	mutex_unlock(&n->session_mutex);
 	wait_event(n->idle, !atomic_read(&n->in_flight));
 }
@@ -2397,6 +3192,18 @@ static ssize_t watches_show(struct device *dev, struct device_attribute *attr,
 }
 static DEVICE_ATTR_RO(watches);
 
+/* Directories that are held because the whole share is watched */
+static ssize_t directories_show(struct device *dev,
+				struct device_attribute *attr, char *buf)
+{
+	struct vhostfs_notify *n = vhostfs_of_device(dev);
+
+	if (!n)
+		return -ENODEV;
+	return sysfs_emit(buf, "%d\n", atomic_read(&n->nheld));
+}
+static DEVICE_ATTR_RO(directories);
+
 static ssize_t probes_missed_show(struct device *dev,
 				  struct device_attribute *attr, char *buf)
 {
@@ -2435,6 +3242,7 @@ static struct attribute *vhostfs_attrs[] = {
 	&vhostfs_attr_resyncs.attr.attr,
 	&dev_attr_state.attr,
 	&dev_attr_watches.attr,
+	&dev_attr_directories.attr,
 	&dev_attr_probes_missed.attr,
 	&dev_attr_resync.attr,
 	NULL
@@ -2503,6 +3311,7 @@ int vhostfs_notify_probe(struct virtio_device *vdev,
 	n->watches = RB_ROOT;
 	INIT_LIST_HEAD(&n->changed);
 	init_waitqueue_head(&n->settled);
+	INIT_LIST_HEAD(&n->shares);
 	*notify = n;
 	return 0;
 }
@@ -2638,6 +3447,11 @@ int vhostfs_notify_register(struct file_system_type *type)
 		err = PTR_ERR(vhostfs_group);
 		goto destroy_wq;
 	}
+	vhostfs_share_group = fsnotify_alloc_group(&vhostfs_share_ops, 0);
+	if (IS_ERR(vhostfs_share_group)) {
+		err = PTR_ERR(vhostfs_share_group);
+		goto put_group;
+	}
 
 	err = register_filesystem(type);
 	if (err == -EBUSY) {
@@ -2647,12 +3461,14 @@ int vhostfs_notify_register(struct file_system_type *type)
 		err = register_filesystem(type);
 	}
 	if (err)
-		goto put_group;
+		goto put_share_group;
 
 	vhostfs_register_probes();
 	queue_delayed_work(vhostfs_wq, &vhostfs_probe_work, 2 * HZ);
 	return 0;
 
+put_share_group:
+	fsnotify_put_group(vhostfs_share_group);
 put_group:
 	fsnotify_put_group(vhostfs_group);
 destroy_wq:
@@ -2668,6 +3484,7 @@ void vhostfs_notify_unregister(struct file_system_type *type)
 	cancel_delayed_work_sync(&vhostfs_probe_work);
 	/* Marks are freed later, by a function of ours */
 	fsnotify_wait_marks_destroyed();
+	fsnotify_put_group(vhostfs_share_group);
 	fsnotify_put_group(vhostfs_group);
 	destroy_workqueue(vhostfs_wq);
 	/* The last request's end may have been in an RCU section of the core */
