@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.guest.place import awaited
+from tests.oracle.native import without_number
 from tests.oracle.streams import In, Seen, differences
 
 PROGRAM = "/usr/local/bin/follow-events"
@@ -88,7 +89,8 @@ class ProgramFollower:
         elif words[0] == "gone":
             self._gone.add(self._names[int(words[1])])
         elif words[0].lstrip("-").isdecimal():
-            event = Seen(self._names[int(words[0])], In(int(words[1], 16)), words[3], int(words[2]))
+            name = without_number(words[3])
+            event = Seen(self._names[int(words[0])], In(int(words[1], 16)), name, int(words[2]))
             self._events.append(event)
             if event.mask & In.IGNORED:
                 self._gone.add(event.watch)

@@ -350,3 +350,5 @@ WRITERS = (
     Writer("shell", _prepare_shell, _work_shell),
     *map(_acting, ("editors", "npm-like", "mmap", "kernel-copies", "odd-writes", "sqlite")),
 )
+CLONES = _acting("clones")
+"""For a file system that has them: reflink.py."""
