@@ -4,7 +4,8 @@
  *
  * What somebody does to the shared directory on the host reaches inotify and
  * fanotify watchers in this guest: the device puts one element for each event
- * into the buffers of the notification queue. Here it is checked, the caches
+ * into the buffers of the notification queue or, where the VMM has none, into
+ * the answers of requests that are parked at the device. Here it is checked, the caches
  * are brought up to date, and then the event is raised. In the other direction
  * the device is told which inodes are watched.
  *
@@ -20,7 +21,9 @@
  *   i_rwsem, s_inode_list_lock, connector lock
  *   share->lock     directories that are held
  *   watch_lock      the table of watches; also taken by the probes
- *   vq_lock         queue 1 (on its own)
+ *   vq_lock         queue 1, and which requests are parked (on its own)
+ *   fsvq->lock      of virtio_fs.c: the request queue
+ *   answered_lock   parked requests that were answered
  *
  * The worker that acts on elements may wait for replies of the device, for it
  * takes inode locks that tasks hold meanwhile. The device answers requests
@@ -58,12 +61,14 @@
 #define FUSE_NOTIFY_FSNOTIFY	0x5800
 #define FUSE_FSNOTIFY_INIT	0x5800
 #define FUSE_FSNOTIFY_WATCH	0x5801
+#define FUSE_FSNOTIFY_PARK	0x5802
 
 #define FUSE_FSNOTIFY_MAJOR	1
 #define FUSE_FSNOTIFY_MINOR	0
 
 /* Flags of FUSE_FSNOTIFY_INIT */
 #define FUSE_FSNOTIFY_VIRTQUEUE	BIT_ULL(0)
+#define FUSE_FSNOTIFY_PARKED	BIT_ULL(1)
 #define FUSE_FSNOTIFY_RENAME	BIT_ULL(3)
 #define FUSE_FSNOTIFY_CHILD	BIT_ULL(4)
 #define FUSE_FSNOTIFY_WATCH_FILESYSTEM BIT_ULL(6)
@@ -142,6 +147,10 @@ struct vhostfs_wire_element {
 /* ---- state ------------------------------------------------------------------ */
 
 #define VHOSTFS_MAX_BUFFERS	256
+#define VHOSTFS_MAX_PARKED	64
+#define VHOSTFS_PARKED_SHARE	8	/* of the ring: one in so many */
+#define VHOSTFS_PARK_WAIT	(HZ / 4)	/* after the device sent some back */
+#define VHOSTFS_PARK_UNIQUE	BIT_ULL(62)	/* the FUSE core does not get there */
 #define VHOSTFS_BATCH		16	/* elements copied before acting */
 #define VHOSTFS_BATCHES		8	/* of them in one run of the worker */
 #define VHOSTFS_MAX_HALVES	64
@@ -168,6 +177,19 @@ struct vhostfs_event {
 	u32 flags;
 	u32 namelen;
 	char name[NAME_MAX + 1];	/* NUL at the end: inotify copies strings */
+};
+
+/*
+ * A request that waits at the device to be answered with an element. It is none
+ * of the FUSE core's: nothing waits for it and nothing times it out.
+ */
+struct vhostfs_parked {
+	struct list_head list;		/* on ->unposted or ->answered, or posted */
+	u64 unique;
+	unsigned int len;		/* of the answer */
+	struct fuse_in_header in;
+	/* The device's while it is posted */
+	u8 out[VHOSTFS_ELEMENT_SIZE] ____cacheline_aligned;
 };
 
 /* Half of a rename, waiting for the other */
@@ -248,6 +270,20 @@ struct vhostfs_notify {
 	unsigned int buf_size;
 	unsigned int nbufs;
 	void **bufs;
+	bool has_queue;
+
+	/* Parked requests, where there is no queue 1; under vq_lock */
+	struct vhostfs_parked *parked;
+	struct virtqueue *parked_vq;
+	unsigned int nparked;
+	unsigned int max_parked;	/* what the server allows, 0: nothing */
+	unsigned int nposted;
+	u64 next_unique;
+	struct list_head unposted;
+	struct delayed_work park_work;
+	spinlock_t answered_lock;	/* the list */
+	struct list_head answered;	/* in order */
+
 	struct work_struct receive_work;
 	struct delayed_work half_work;
 
@@ -1584,14 +1620,14 @@ static void vhostfs_give_buffer(struct vhostfs_notify *n, void *buf)
  * done about it: acting takes time, and few buffers may be all there are.
  * Nothing is read from a buffer that the device may write to.
  */
-static unsigned int vhostfs_take_batch(struct vhostfs_notify *n)
+static unsigned int vhostfs_take_buffers(struct vhostfs_notify *n)
 {
 	unsigned int count = 0, len;
 	bool kick = false;
 	void *buf;
 
 	spin_lock(&n->vq_lock);
-	if (!n->running)
+	if (!n->running || !n->has_queue)
 		goto out;
 	virtqueue_disable_cb(n->vq);
 	do {
@@ -1615,6 +1651,160 @@ static unsigned int vhostfs_take_batch(struct vhostfs_notify *n)
 out:
 	spin_unlock(&n->vq_lock);
 	return count;
+}
+
+/* ---- parked requests ------------------------------------------------------------- */
+
+/* Under vq_lock: parks what may be; what finds no place in the ring tries again */
+static void vhostfs_post(struct vhostfs_notify *n)
+{
+	struct scatterlist out, in, *sgs[] = { &out, &in };
+	struct vhostfs_parked *parked;
+	bool posted = false;
+
+	while (n->nposted < n->max_parked && !list_empty(&n->unposted)) {
+		parked = list_first_entry(&n->unposted, struct vhostfs_parked,
+					  list);
+		parked->unique = VHOSTFS_PARK_UNIQUE | n->next_unique;
+		n->next_unique += 2;	/* an odd one is an interrupt's */
+		memset(&parked->in, 0, sizeof(parked->in));
+		parked->in.len = sizeof(parked->in);
+		parked->in.opcode = FUSE_FSNOTIFY_PARK;
+		parked->in.unique = parked->unique;
+		parked->in.nodeid = FUSE_ROOT_ID;
+		sg_init_one(&out, &parked->in, sizeof(parked->in));
+		sg_init_one(&in, parked->out, sizeof(parked->out));
+		/* Its answer may be there before this returns */
+		list_del_init(&parked->list);
+		if (vhostfs_notify_post(n->vdev, sgs, parked)) {
+			list_add(&parked->list, &n->unposted);
+			queue_delayed_work(vhostfs_wq, &n->park_work,
+					   VHOSTFS_PARK_WAIT);
+			break;
+		}
+		n->nposted++;
+		posted = true;
+	}
+	if (posted)
+		vhostfs_notify_kick(n->vdev);
+}
+
+static void vhostfs_park_work(struct work_struct *work)
+{
+	struct vhostfs_notify *n = container_of(to_delayed_work(work),
+						struct vhostfs_notify,
+						park_work);
+
+	spin_lock(&n->vq_lock);
+	if (n->running && READ_ONCE(n->session) == VHOSTFS_GRANTED)
+		vhostfs_post(n);
+	spin_unlock(&n->vq_lock);
+}
+
+/*
+ * Makes of an answer what the notification queue would have brought. False: the
+ * device has sent the request back, or answers what was not asked.
+ */
+static bool vhostfs_to_element(struct vhostfs_notify *n, void *data,
+			       unsigned int len, u64 unique)
+{
+	struct vhostfs_wire_element *wire = data;
+
+	if (len < sizeof(struct fuse_out_header) ||
+	    le64_to_cpu(wire->unique) != unique) {
+		vhostfs_count(n, VHOSTFS_RECEIVED);
+		vhostfs_count(n, VHOSTFS_MALFORMED);
+		return false;
+	}
+	if (wire->error)
+		return false;
+	wire->error = cpu_to_le32(FUSE_NOTIFY_FSNOTIFY);
+	wire->unique = 0;
+	return true;
+}
+
+/* Adds answers to the batch, and parks their requests again */
+static unsigned int vhostfs_take_parked(struct vhostfs_notify *n,
+					unsigned int count)
+{
+	struct vhostfs_parked *parked;
+	bool granted, sent_back = false;
+
+	spin_lock(&n->vq_lock);
+	granted = READ_ONCE(n->session) == VHOSTFS_GRANTED;
+	while (n->running && count < VHOSTFS_BATCH) {
+		spin_lock(&n->answered_lock);
+		parked = list_first_entry_or_null(&n->answered,
+						  struct vhostfs_parked, list);
+		if (parked)
+			list_del(&parked->list);
+		spin_unlock(&n->answered_lock);
+		if (!parked)
+			break;
+		n->batch_len[count] = min_t(unsigned int, parked->len,
+					    VHOSTFS_ELEMENT_SIZE);
+		memcpy(n->batch[count], parked->out, n->batch_len[count]);
+		if (vhostfs_to_element(n, n->batch[count], n->batch_len[count],
+				       parked->unique))
+			count++;
+		else
+			sent_back = true;
+		list_add_tail(&parked->list, &n->unposted);
+		n->nposted--;
+	}
+	if (n->running && granted && sent_back)
+		queue_delayed_work(vhostfs_wq, &n->park_work,
+				   VHOSTFS_PARK_WAIT);
+	else if (n->running && granted)
+		vhostfs_post(n);
+	spin_unlock(&n->vq_lock);
+	return count;
+}
+
+/* Is this one of ours, among what comes out of a request queue? */
+bool vhostfs_notify_is_parked(const struct vhostfs_notify *n, const void *token)
+{
+	const struct vhostfs_parked *parked = token;
+
+	return n && n->parked && parked >= n->parked &&
+	       parked < n->parked + n->nparked;
+}
+
+/* Called with the request queue's lock: true when it was one of ours */
+bool vhostfs_notify_answered(struct vhostfs_notify *n, void *token,
+			     unsigned int len)
+{
+	struct vhostfs_parked *parked = token;
+
+	if (!vhostfs_notify_is_parked(n, token))
+		return false;
+	parked->len = len;
+	spin_lock(&n->answered_lock);
+	list_add_tail(&parked->list, &n->answered);
+	spin_unlock(&n->answered_lock);
+	queue_work(vhostfs_wq, &n->receive_work);
+	return true;
+}
+
+static void vhostfs_alloc_parked(struct vhostfs_notify *n, struct virtqueue *vq)
+{
+	unsigned int i, count;
+
+	count = clamp_t(unsigned int, queue_buffers, 1, VHOSTFS_MAX_PARKED);
+	count = min(count, virtqueue_get_vring_size(vq) / VHOSTFS_PARKED_SHARE);
+	count = max(count, 1U);
+	n->parked_vq = vq;
+	n->parked = kcalloc(count, sizeof(*n->parked), GFP_KERNEL);
+	n->nparked = n->parked ? count : 0;
+	for (i = 0; i < n->nparked; i++)
+		list_add_tail(&n->parked[i].list, &n->unposted);
+}
+
+/* ---- the receiving worker --------------------------------------------------------- */
+
+static unsigned int vhostfs_take_batch(struct vhostfs_notify *n)
+{
+	return vhostfs_take_parked(n, vhostfs_take_buffers(n));
 }
 
 static void vhostfs_receive_work(struct work_struct *work)
@@ -2759,6 +2949,14 @@ static void vhostfs_set_session(struct vhostfs_notify *n,
 	wake_up_all(&n->settled);
 }
 
+/* The way for elements to travel that there is */
+static u64 vhostfs_deliveries(const struct vhostfs_notify *n)
+{
+	if (n->has_queue)
+		return FUSE_FSNOTIFY_VIRTQUEUE;
+	return n->nparked ? FUSE_FSNOTIFY_PARKED : 0;
+}
+
 static const char *vhostfs_why_refused(struct vhostfs_notify *n,
 				       const struct vhostfs_request *req,
 				       int error)
@@ -2772,8 +2970,10 @@ static const char *vhostfs_why_refused(struct vhostfs_notify *n,
 		return "its answer is too short";
 	if (le32_to_cpu(out->major) != FUSE_FSNOTIFY_MAJOR)
 		return "its version is not known";
-	if (!(le64_to_cpu(out->flags) & FUSE_FSNOTIFY_VIRTQUEUE))
-		return "the server does not use the queue";
+	if (!(le64_to_cpu(out->flags) & vhostfs_deliveries(n)))
+		return n->has_queue ?
+		       "the server does not use the queue" :
+		       "there is no queue for them, and the server parks no requests";
 	if (le32_to_cpu(out->notify_buf_size) > n->buf_size)
 		return "its notifications are too long";
 	return NULL;
@@ -2822,8 +3022,12 @@ static void vhostfs_init_end(struct vhostfs_request *req, int error)
 			 error);
 		vhostfs_set_session(n, VHOSTFS_REFUSED);
 	} else {
-		dev_info(&n->vdev->dev,
-			 "notifications from the host by the notification queue\n");
+		dev_info(&n->vdev->dev, "notifications from the host by %s\n",
+			 n->has_queue ? "the notification queue" :
+			 "parked requests: the device has no queue for them");
+		if (!n->has_queue)
+			n->max_parked = min(le32_to_cpu(req->init_out.max_parked),
+					    n->nparked);
 		n->granted = le64_to_cpu(req->init_out.flags);
 		vhostfs_set_session(n, VHOSTFS_ANSWERED);
 		mod_delayed_work(vhostfs_wq, &n->session_work, 0);
@@ -2846,7 +3050,7 @@ static void vhostfs_send_init(struct vhostfs_notify *n, struct fuse_mount *fm)
 	in = &req->init_in;
 	in->major = cpu_to_le32(FUSE_FSNOTIFY_MAJOR);
 	in->minor = cpu_to_le32(FUSE_FSNOTIFY_MINOR);
-	in->flags = cpu_to_le64(FUSE_FSNOTIFY_VIRTQUEUE |
+	in->flags = cpu_to_le64(vhostfs_deliveries(n) |
 				FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD |
 				FUSE_FSNOTIFY_WATCH_FILESYSTEM);
 	in->mask = cpu_to_le64(VHOSTFS_EVENTS | FS_ISDIR | FS_Q_OVERFLOW);
@@ -2867,11 +3071,12 @@ static void vhostfs_begin(struct vhostfs_notify *n)
 {
 	unsigned int left;
 
-	for (left = 0; left <= n->nbufs; left += VHOSTFS_BATCH) {
+	for (left = 0; left <= n->nbufs + n->nparked; left += VHOSTFS_BATCH) {
 		queue_work(vhostfs_wq, &n->receive_work);
 		flush_work(&n->receive_work);
 	}
 	vhostfs_set_session(n, VHOSTFS_GRANTED);
+	mod_delayed_work(vhostfs_wq, &n->park_work, 0);
 }
 
 static void vhostfs_session_work(struct work_struct *work)
@@ -3176,6 +3381,8 @@ static ssize_t state_show(struct device *dev, struct device_attribute *attr,
 
 	if (!n)
 		return -ENODEV;
+	if (READ_ONCE(n->session) == VHOSTFS_GRANTED && !n->has_queue)
+		return sysfs_emit(buf, "parked\n");
 	return sysfs_emit(buf, "%s\n", names[READ_ONCE(n->session)]);
 }
 static DEVICE_ATTR_RO(state);
@@ -3287,18 +3494,21 @@ int vhostfs_notify_probe(struct virtio_device *vdev,
 	u32 size;
 
 	*notify = NULL;
-	if (!virtio_has_feature(vdev, VIRTIO_FS_F_NOTIFICATION))
-		return 0;
 	n = kzalloc(sizeof(*n), GFP_KERNEL);
 	if (!n)
 		return -ENOMEM;
 	kref_init(&n->kref);
 	INIT_LIST_HEAD(&n->list);
 	n->vdev = vdev;
+	n->has_queue = virtio_has_feature(vdev, VIRTIO_FS_F_NOTIFICATION);
 	/* Read again, so not trusted again */
-	size = vhostfs_config_buf_size(vdev);
+	size = n->has_queue ? vhostfs_config_buf_size(vdev) : 0;
 	n->buf_size = clamp_t(u32, size, VHOSTFS_ELEMENT_SIZE,
 			      VHOSTFS_MAX_BUF_SIZE);
+	INIT_LIST_HEAD(&n->unposted);
+	INIT_LIST_HEAD(&n->answered);
+	spin_lock_init(&n->answered_lock);
+	INIT_DELAYED_WORK(&n->park_work, vhostfs_park_work);
 	spin_lock_init(&n->vq_lock);
 	INIT_WORK(&n->receive_work, vhostfs_receive_work);
 	INIT_DELAYED_WORK(&n->half_work, vhostfs_half_timeout);
@@ -3318,16 +3528,15 @@ int vhostfs_notify_probe(struct virtio_device *vdev,
 
 bool vhostfs_notify_has_queue(const struct vhostfs_notify *n)
 {
-	return n;
+	return n && n->has_queue;
 }
 
-/* The device is running: fills queue 1. Without memory it has fewer buffers */
-void vhostfs_notify_start(struct vhostfs_notify *n, struct virtqueue *vq)
+/* Buffers for queue 1. Without memory it has fewer */
+static void vhostfs_alloc_buffers(struct vhostfs_notify *n,
+				  struct virtqueue *vq)
 {
 	unsigned int count;
 
-	if (!n)
-		return;
 	count = clamp_t(unsigned int, queue_buffers, 1, VHOSTFS_MAX_BUFFERS);
 	count = min(count, virtqueue_get_vring_size(vq));
 	n->bufs = kcalloc(count, sizeof(*n->bufs), GFP_KERNEL);
@@ -3337,22 +3546,41 @@ void vhostfs_notify_start(struct vhostfs_notify *n, struct virtqueue *vq)
 			break;
 		n->nbufs++;
 	}
+}
+
+/*
+ * The device is running: fills queue 1, @vq, where there is one; @requests is
+ * the queue for parked requests otherwise.
+ */
+void vhostfs_notify_start(struct vhostfs_notify *n, struct virtqueue *vq,
+			  struct virtqueue *requests)
+{
+	unsigned int i;
+
+	if (!n)
+		return;
+	if (n->has_queue)
+		vhostfs_alloc_buffers(n, vq);
+	else
+		vhostfs_alloc_parked(n, requests);
 
 	mutex_lock(&vhostfs_devices_mutex);
 	list_add_tail(&n->list, &vhostfs_devices);
 	mutex_unlock(&vhostfs_devices_mutex);
 	n->has_attrs = !sysfs_create_group(&n->vdev->dev.kobj,
 					   &vhostfs_attr_group);
-	if (!n->nbufs || !n->has_attrs)
+	if (!(n->nbufs + n->nparked) || !n->has_attrs)
 		dev_warn(&n->vdev->dev, "no memory for %s\n",
-			 n->nbufs ? "counters" : "notifications");
+			 n->has_attrs ? "notifications" : "counters");
 
 	spin_lock(&n->vq_lock);
-	n->vq = vq;
 	n->running = true;
-	for (count = 0; count < n->nbufs; count++)
-		vhostfs_give_buffer(n, n->bufs[count]);
-	virtqueue_kick(vq);
+	if (n->has_queue) {
+		n->vq = vq;
+		for (i = 0; i < n->nbufs; i++)
+			vhostfs_give_buffer(n, n->bufs[i]);
+		virtqueue_kick(vq);
+	}
 	spin_unlock(&n->vq_lock);
 }
 
@@ -3379,16 +3607,23 @@ void vhostfs_notify_stop(struct vhostfs_notify *n)
 	spin_lock(&n->vq_lock);
 	n->running = false;
 	spin_unlock(&n->vq_lock);
+	cancel_delayed_work_sync(&n->park_work);
 	cancel_work_sync(&n->receive_work);
 }
 
 /* The device was reset and gives no buffer back any more */
 void vhostfs_notify_release_buffers(struct vhostfs_notify *n)
 {
-	if (!n || !n->vq)
+	if (!n)
 		return;
-	while (virtqueue_detach_unused_buf(n->vq))
+	/* Nothing but parked requests is left in a request queue */
+	while (n->vq && virtqueue_detach_unused_buf(n->vq))
 		;
+	while (n->parked_vq && virtqueue_detach_unused_buf(n->parked_vq))
+		;
+	kfree(n->parked);
+	n->parked = NULL;
+	n->nparked = 0;
 	while (n->nbufs)
 		kfree(n->bufs[--n->nbufs]);
 	kfree(n->bufs);
@@ -3403,6 +3638,7 @@ void vhostfs_notify_free(struct vhostfs_notify *n)
 	cancel_work_sync(&n->receive_work);
 	cancel_delayed_work_sync(&n->half_work);
 	cancel_delayed_work_sync(&n->session_work);
+	cancel_delayed_work_sync(&n->park_work);
 	/* A late interrupt or timeout; it found nothing to do */
 	cancel_work_sync(&n->receive_work);
 	/* A probe may be at its end, on an inode that went meanwhile */

@@ -2,8 +2,7 @@
 /*
  * vhostfs: what virtio_fs.c (with our patch) calls
  *
- * Every function accepts a NULL state, which is what a device without
- * notifications has, and then does nothing.
+ * Every function accepts a NULL state and then does nothing.
  */
 #ifndef _VHOSTFS_NOTIFY_H
 #define _VHOSTFS_NOTIFY_H
@@ -17,6 +16,7 @@
 struct file_system_type;
 struct fs_context;
 struct fuse_conn;
+struct scatterlist;
 struct super_block;
 struct vhostfs_notify;
 struct virtio_device;
@@ -24,6 +24,15 @@ struct virtqueue;
 
 /* Provided by the patched virtio_fs.c; safe while @fc has a superblock */
 struct vhostfs_notify *vhostfs_notify_of(struct fuse_conn *fc);
+
+/*
+ * Likewise: puts a request (one readable part, one writable) into the first
+ * request queue, from which it comes back by vhostfs_notify_answered(); and
+ * tells the device of those that were put there.
+ */
+int vhostfs_notify_post(struct virtio_device *vdev, struct scatterlist *sgs[2],
+			void *token);
+void vhostfs_notify_kick(struct virtio_device *vdev);
 
 /*
  * Module. Registers the file system as "virtiofs", or as "vhostfs" where that
@@ -35,13 +44,19 @@ void vhostfs_notify_unregister(struct file_system_type *type);
 /*
  * Device, in the order of its life: features, state, queue 1 filled; then
  * stopped (device still running), buffers taken back (device reset), freed.
+ * Tokens come out of request queues: those of parked requests are not virtio_fs.c's.
  */
 int vhostfs_notify_validate(struct virtio_device *vdev);
 int vhostfs_notify_probe(struct virtio_device *vdev,
 			 struct vhostfs_notify **notify);
 bool vhostfs_notify_has_queue(const struct vhostfs_notify *notify);
 void vhostfs_notify_received(struct vhostfs_notify *notify);
-void vhostfs_notify_start(struct vhostfs_notify *notify, struct virtqueue *vq);
+bool vhostfs_notify_is_parked(const struct vhostfs_notify *notify,
+			      const void *token);
+bool vhostfs_notify_answered(struct vhostfs_notify *notify, void *token,
+			     unsigned int len);
+void vhostfs_notify_start(struct vhostfs_notify *notify, struct virtqueue *vq,
+			  struct virtqueue *requests);
 void vhostfs_notify_stop(struct vhostfs_notify *notify);
 void vhostfs_notify_release_buffers(struct vhostfs_notify *notify);
 void vhostfs_notify_free(struct vhostfs_notify *notify);
