@@ -159,6 +159,12 @@ struct vf_events_config {
 	 */
 	int order_fd;
 	/*
+	 * fanotify: another group like source_fd without any marks, taken over likewise, to which
+	 * the source moves when the mark on the file system costs more than marks on what the guest
+	 * watches would; -1: none, and it never does.
+	 */
+	int next_fd;
+	/*
 	 * fanotify: events that a mark on the root's whole file system reports already, whose
 	 * setting took rights that are gone by now; 0: no such mark.  What a guest watches beyond
 	 * that is marked inode by inode.
@@ -233,6 +239,8 @@ void vf_share_trace_events(vf_share *share, bool on);
 int vf_share_next_event_trace(vf_share *share, struct vf_event_trace *trace);
 /* A line for the log, at least 200 bytes; 1: one was taken; 0: none waits. */
 int vf_share_next_event_notice(vf_share *share, char *text, uint32_t size);
+/* 1: the source has moved to next_fd, and this (at least 200 bytes) says why; 0: it has not. */
+int vf_share_events_moved(vf_share *share, char *text, uint32_t size);
 /* Readable when a trace or a notice waits; the share's own; -1 when no events were started. */
 int vf_share_events_fd(vf_share *share);
 

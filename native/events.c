@@ -13,6 +13,7 @@
 #include <time.h>
 
 #include "events.h"
+#include "fanotify_move.h"
 #include "order.h"
 #include "own_changes.h"
 
@@ -75,7 +76,7 @@ static void *events_main(void *arg)
 	if (unshare(CLONE_FS) || fchdir(events->share->config.proc_fd_dir))
 		vf_events_source_failed(events, "the thread for events cannot start", errno);
 	for (;;) {
-		int n = epoll_wait(events->epoll_fd, &ready, 1, wait_ms);
+		int n = epoll_wait(events->epoll_fd, &ready, 1, events->again ? 0 : wait_ms);
 
 		if (n < 0)
 			continue; /* EINTR */
@@ -149,6 +150,13 @@ static void close_groups(const struct vf_events_config *config)
 		close(config->order_fd);
 }
 
+static void close_all_groups(const struct vf_events_config *config)
+{
+	close_groups(config);
+	if (config->next_fd >= 0)
+		close(config->next_fd);
+}
+
 static struct vf_events *events_new(vf_share *share, const struct vf_events_config *config,
 				    int *error)
 {
@@ -156,18 +164,24 @@ static struct vf_events *events_new(vf_share *share, const struct vf_events_conf
 
 	*error = -ENOMEM;
 	if (!events) {
-		close_groups(config);
+		close_all_groups(config);
 		return NULL;
 	}
 	events->share = share;
 	events->config = *config;
+	atomic_store(&events->filesystem_mask, config->filesystem_mask);
 	events->ops =
 	    config->source == VF_EVENTS_INOTIFY ? &vf_inotify_source : &vf_fanotify_source;
 	events->pid = getpid();
 	events->stop_fd = events->epoll_fd = -1;
 	pthread_mutex_init(&events->busy, NULL);
+	*error = 0;
+	if (config->next_fd >= 0)
+		events->move = vf_fanotify_move_new(config->next_fd, error);
 	events->buffer = aligned_alloc(64, VF_SOURCE_BUFFER);
-	if (events->buffer)
+	if (!events->buffer)
+		*error = -ENOMEM;
+	if (!*error)
 		*error = open_fds(events);
 	if (!*error)
 		events->trace = vf_trace_new(error);
@@ -194,7 +208,7 @@ int vf_share_start_events(vf_share *share, const struct vf_events_config *config
 	int error;
 
 	if (share->events) {
-		close_groups(config);
+		close_all_groups(config);
 		return -EBUSY;
 	}
 	share->events = events_new(share, config, &error);
@@ -219,6 +233,7 @@ void vf_events_free(struct vf_events *events)
 	vf_own_changes_free(events->own_changes);
 	vf_trace_free(events->trace);
 	close_groups(&events->config);
+	vf_fanotify_move_free(events->move);
 	if (events->epoll_fd >= 0)
 		close(events->epoll_fd);
 	if (events->stop_fd >= 0)
@@ -321,6 +336,11 @@ int vf_share_next_event_trace(vf_share *share, struct vf_event_trace *trace)
 int vf_share_next_event_notice(vf_share *share, char *text, uint32_t size)
 {
 	return share->events ? vf_trace_next_notice(share->events->trace, text, size) : 0;
+}
+
+int vf_share_events_moved(vf_share *share, char *text, uint32_t size)
+{
+	return share->events && vf_fanotify_move_reason(share->events, text, size);
 }
 
 int vf_share_events_fd(vf_share *share)

@@ -4,6 +4,7 @@
  * notification buffers.
  *
  *   fanotify_source.c, inotify_source.c   read the host's records, find the guest's inodes
+ *   fanotify_move.c                       from one mark to many, when the file system is busy
  *   order.c                               what fanotify cannot say: in which order
  *   route.c       vf_events_report()      does anybody in the guest watch it? an element is made
  *   outbox.c      vf_outbox_push()        bounded, ordered; identical neighbours merge
@@ -123,6 +124,7 @@ struct vf_own_changes;
 struct vf_watches;
 struct vf_order;
 struct vf_parked;
+struct vf_fanotify_move;
 
 struct vf_events {
 	struct vf_share *share;
@@ -131,7 +133,11 @@ struct vf_events {
 	struct vf_watches *watches;
 	struct vf_outbox *outbox;
 	struct vf_parked *parked;
-	struct vf_order *order; /* beside fanotify; NULL: fanotify's own order */
+	struct vf_order *order;		      /* beside fanotify; NULL: fanotify's own order */
+	atomic_uint_fast64_t filesystem_mask; /* as config has it, until the source moves */
+	struct vf_fanotify_move *move;	      /* NULL: it stays with its group */
+	bool again;	    /* read() is to be called again at once; its thread's */
+	uint64_t elsewhere; /* received, on objects that nobody watches; the source's thread's */
 	/* Granted to the session; 0: none, and nothing is reported. */
 	atomic_uint_fast64_t flags;
 	atomic_uint_fast64_t mask;
@@ -229,6 +235,14 @@ uint64_t vf_watch_mask(struct vf_watches *watches, const struct vf_inode *inode)
 uint64_t vf_watches_union(const struct vf_watches *watches);
 /* The same wish again: where the inode lies has changed. */
 void vf_watch_renew(struct vf_watches *watches, struct vf_inode *inode);
+/*
+ * The same for the next n of all watches.  *at: 0 at first, where to go on then; watches that are
+ * new meanwhile may be left out.  False: that was all.
+ */
+bool vf_watches_renew(struct vf_watches *watches, uint32_t *at, uint32_t n);
+/* Holds all changes of watches up. */
+void vf_watches_hold(struct vf_watches *watches);
+void vf_watches_go_on(struct vf_watches *watches);
 /* The inode is being freed: its watch ends.  For those that are watched or marked. */
 void vf_watch_inode_gone(struct vf_watches *watches, struct vf_inode *inode);
 /*
@@ -273,6 +287,8 @@ struct vf_inode *vf_watch_share_announce(struct vf_events *events, struct vf_ino
  * was marked.  The source's thread.
  */
 void vf_watch_share_tell_unseen(struct vf_events *events, const struct vf_change *made);
+/* The source no longer covers what it covered: marks are needed now. */
+void vf_watch_share_renew(struct vf_events *events);
 void vf_watch_share_end(struct vf_events *events);
 void vf_watch_share_free(struct vf_events *events);
 
@@ -300,8 +316,9 @@ bool vf_name_has_handle(struct vf_share *share, struct vf_inode *dir, const char
 			int32_t type, const uint8_t *bytes, uint32_t size);
 /* What the guest watches on other inodes that are the same object of the host. */
 uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode);
-/* Is one of these vf_inode_is_marked()? */
+/* Is one of these vf_inode_is_marked(), or vf_inode_is_moved()? */
 bool vf_inode_twin_is_marked(struct vf_share *share, struct vf_inode *inode);
+bool vf_inode_twin_is_moved(struct vf_share *share, struct vf_inode *inode);
 /* Does it lie on the file system of the share's root? */
 bool vf_inode_on_root_fs(struct vf_share *share, const struct vf_inode *inode);
 

@@ -13,11 +13,30 @@
 #include <sys/fanotify.h>
 
 #include "fanotify_marks.h"
+#include "fanotify_move.h"
 #include "proc_name.h"
 
-static bool is_covered(struct vf_events *events, const struct vf_inode *inode)
+/* A group that is asked for marks; two while the source moves from one to the other. */
+struct group {
+	int fd;
+	uint64_t filesystem_mask;
+	bool is_next; /* the one that it moves to */
+};
+
+static uint32_t groups_of(struct vf_events *events, struct group groups[2])
 {
-	return events->config.filesystem_mask && vf_inode_on_root_fs(events->share, inode);
+	int next = vf_fanotify_move_fd(events);
+
+	groups[0] = (struct group){.fd = events->config.source_fd,
+				   .filesystem_mask = atomic_load(&events->filesystem_mask)};
+	groups[1] = (struct group){.fd = next, .is_next = true};
+	return next < 0 ? 1 : 2;
+}
+
+static bool is_covered(struct vf_events *events, const struct group *group,
+		       const struct vf_inode *inode)
+{
+	return group->filesystem_mask && vf_inode_on_root_fs(events->share, inode);
 }
 
 static uint64_t with_host_moves(struct vf_events *events, uint64_t bits)
@@ -29,8 +48,15 @@ static uint64_t with_host_moves(struct vf_events *events, uint64_t bits)
 	return bits & VF_FS_RENAME ? (bits & ~VF_FS_RENAME) | halves : bits;
 }
 
-/* What the host is to report on this inode alone, so that the guest gets what it watches. */
-static uint64_t bits_of(struct vf_events *events, const struct vf_inode *inode, uint64_t mask)
+/* What is wanted of the host about one object. */
+struct wish {
+	uint64_t itself, twins; /* what the guest watches on the inode, and on others that are it */
+	bool below;		/* it has watched directories in it */
+};
+#define BELOW (VF_FS_DELETE | VF_FS_ISDIR)
+
+static uint64_t bits_of(struct vf_events *events, const struct group *group,
+			const struct vf_inode *inode, uint64_t mask)
 {
 	bool dir = vf_inode_type(inode) == S_IFDIR;
 	uint64_t bits = with_host_moves(events, mask & VF_FANOTIFY_EVENTS);
@@ -41,17 +67,28 @@ static uint64_t bits_of(struct vf_events *events, const struct vf_inode *inode, 
 	if (bits & VF_FS_DELETE_SELF)
 		bits |= dir ? VF_FS_ATTRIB | VF_FS_MOVE_SELF : VF_FS_ATTRIB;
 	bits &= events->config.host_mask;
-	if (is_covered(events, inode))
-		bits &= ~events->config.filesystem_mask;
+	if (is_covered(events, group, inode))
+		bits &= ~group->filesystem_mask;
 	if (bits && dir)
 		bits |= VF_FS_ISDIR | (mask & VF_FS_EVENT_ON_CHILD);
 	return bits;
 }
 
+/* What the host is to report on this inode alone, so that the guest gets what it watches. */
+static uint64_t bits_for(struct vf_events *events, const struct group *group,
+			 const struct vf_inode *inode, const struct wish *wish)
+{
+	uint64_t bits = bits_of(events, group, inode, wish->itself) |
+			bits_of(events, group, inode, wish->twins);
+
+	return wish->below && !is_covered(events, group, inode) ? bits | BELOW : bits;
+}
+
 uint64_t vf_fanotify_covered(struct vf_events *events, const struct vf_inode *inode)
 {
 	const uint64_t halves = VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
-	uint64_t mask = is_covered(events, inode) ? events->config.filesystem_mask : 0;
+	const struct group group = {.filesystem_mask = atomic_load(&events->filesystem_mask)};
+	uint64_t mask = is_covered(events, &group, inode) ? group.filesystem_mask : 0;
 
 	if (mask & (VF_FS_RENAME | halves))
 		mask |= VF_FS_RENAME | halves;
@@ -59,67 +96,101 @@ uint64_t vf_fanotify_covered(struct vf_events *events, const struct vf_inode *in
 	return mask | VF_FS_OPEN_EXEC;
 }
 
-static int change_mark(struct vf_events *events, struct vf_inode *inode, uint32_t how,
-		       uint64_t bits)
+static int change_mark(struct vf_events *events, const struct group *group, struct vf_inode *inode,
+		       uint32_t how, uint64_t bits)
 {
 	int fd = vf_inode_path_fd(events->share, inode);
 	char name[PROC_NAME_SIZE];
 
 	if (fd < 0)
 		return fd;
-	if (fanotify_mark(events->config.source_fd, how, bits, events->share->config.proc_fd_dir,
+	if (fanotify_mark(group->fd, how, bits, events->share->config.proc_fd_dir,
 			  proc_name(name, fd)))
 		return -errno;
 	return 0;
 }
 
-static int replace_bits(struct vf_events *events, struct vf_inode *inode, uint64_t before,
-			uint64_t after)
+static void tell_refusal(struct vf_events *events, int error)
 {
-	int error = 0;
-
-	if (after & ~before)
-		error = change_mark(events, inode, FAN_MARK_ADD, after);
-	if (error && error != events->mark_error) {
+	if (error != events->mark_error)
 		vf_events_notice(events,
 				 "fanotify_mark: %s; the guest misses events that it "
 				 "watches for%s",
 				 strerror(-error),
 				 error == -ENOSPC ? " (fs.fanotify.max_user_marks)" : "");
-		events->mark_error = error;
-	}
+	events->mark_error = error;
+}
+
+static int replace_bits(struct vf_events *events, const struct group *group, struct vf_inode *inode,
+			uint64_t before, uint64_t after)
+{
+	atomic_uint_fast64_t *count =
+	    group->is_next ? vf_fanotify_move_marks(events) : &events->host_marks;
+	int error = 0;
+
+	if (after & ~before)
+		error = change_mark(events, group, inode, FAN_MARK_ADD, after);
+	if (error && group->is_next)
+		return error;
+	if (error)
+		tell_refusal(events, error);
 	/* What it watches comes by the file system's mark, but for some events. */
-	if (error && !(is_covered(events, inode) && error != -ENOSPC))
+	if (error && !(is_covered(events, group, inode) && error != -ENOSPC))
 		return error;
 	/* Fails when the object is gone, and its mark with it. */
 	if (before & ~after)
-		change_mark(events, inode, FAN_MARK_REMOVE, before & ~after);
+		change_mark(events, group, inode, FAN_MARK_REMOVE, before & ~after);
 	if (!before && after)
-		vf_count(&events->host_marks);
+		vf_count(count);
 	else if (before && !after)
-		vf_count_n(&events->host_marks, UINT64_MAX);
+		vf_count_n(count, UINT64_MAX);
 	return 0;
 }
 
-/* ---- parents of watched directories ---------------------------------------------- */
-
-/* What its mark has for watched directories in it, other than `but`, on whatever mount. */
-static uint64_t bits_below(struct vf_events *events, struct vf_inode *inode,
-			   const struct vf_inode *but)
+/* Whatever was wished before its first mark there, the next group has nothing of it. */
+static void replace_next(struct vf_events *events, const struct group *group,
+			 struct vf_inode *inode, uint64_t before, uint64_t after)
 {
-	return vf_watches_have_wd(events->watches, VF_WD_SOURCE, vf_inode_slot(inode), but) ||
-		       vf_inode_twin_is_marked(events->share, inode)
-		   ? VF_FS_DELETE | VF_FS_ISDIR
-		   : 0;
+	bool moved = vf_inode_is_moved(inode) || vf_inode_twin_is_moved(events->share, inode);
+	int error = replace_bits(events, group, inode, moved ? before : 0, after);
+
+	if (!error)
+		vf_inode_set_moved(inode, after);
+	else if (error != -ESTALE && error != -ENOENT && vf_inode_on_root_fs(events->share, inode))
+		vf_fanotify_move_failed(events, error);
 }
 
-/* All but what is wanted for watched directories in it. */
-static uint64_t bits_for_itself(struct vf_events *events, struct vf_inode *inode)
+static int replace_wish(struct vf_events *events, struct vf_inode *inode, const struct wish *before,
+			const struct wish *after)
 {
-	uint64_t mask = vf_watch_mask(events->watches, inode);
+	struct group groups[2];
+	uint32_t n = groups_of(events, groups);
+	int error =
+	    replace_bits(events, &groups[0], inode, bits_for(events, &groups[0], inode, before),
+			 bits_for(events, &groups[0], inode, after));
 
-	return bits_of(events, inode, mask) |
-	       bits_of(events, inode, vf_inode_twins_watch_mask(events->share, inode));
+	if (n > 1 && !error)
+		replace_next(events, &groups[1], inode, bits_for(events, &groups[1], inode, before),
+			     bits_for(events, &groups[1], inode, after));
+	return error;
+}
+
+/* Are there watched directories in it, other than `but`, on whatever mount? */
+static bool has_below(struct vf_events *events, struct vf_inode *inode, const struct vf_inode *but)
+{
+	return vf_watches_have_wd(events->watches, VF_WD_SOURCE, vf_inode_slot(inode), but) ||
+	       vf_inode_twin_is_marked(events->share, inode);
+}
+
+/* What is wanted now, but for the watched directory `but` in it. */
+static struct wish wish_without(struct vf_events *events, struct vf_inode *inode,
+				const struct vf_inode *but)
+{
+	return (struct wish){
+	    .itself = vf_watch_mask(events->watches, inode),
+	    .twins = vf_inode_twins_watch_mask(events->share, inode),
+	    .below = has_below(events, inode, but),
+	};
 }
 
 static struct vf_inode *parent_of(struct vf_events *events, struct vf_inode *inode)
@@ -140,32 +211,38 @@ static struct vf_inode *parent_of(struct vf_events *events, struct vf_inode *ino
 static void leave_parent(struct vf_events *events, const struct vf_inode *dir, int32_t slot)
 {
 	struct vf_inode *parent = vf_inode_in_slot(events->share, slot);
-	uint64_t itself;
+	struct wish before, after;
 
 	if (!parent)
 		return;
 	if (vf_inode_is_marked(parent) &&
 	    !vf_watches_have_wd(events->watches, VF_WD_SOURCE, slot, dir)) {
 		vf_inode_set_marked(parent, false);
-		itself = bits_for_itself(events, parent);
-		replace_bits(events, parent, itself | VF_FS_DELETE | VF_FS_ISDIR,
-			     itself | bits_below(events, parent, dir));
+		before = after = wish_without(events, parent, dir);
+		before.below = true;
+		replace_wish(events, parent, &before, &after);
 	}
 	vf_inode_put(events->share, parent);
+}
+
+static bool has_parents_mark(struct vf_events *events, const struct vf_inode *parent)
+{
+	return vf_inode_is_marked(parent) &&
+	       (vf_fanotify_move_fd(events) < 0 || vf_inode_is_moved(parent));
 }
 
 static int32_t join_parent(struct vf_events *events, struct vf_inode *dir)
 {
 	struct vf_inode *parent = parent_of(events, dir);
+	struct wish before, after;
 	int32_t slot = -1;
-	uint64_t itself;
 
 	/* The share's root has none that the guest could know. */
 	if (!parent)
 		return -1;
-	itself = bits_for_itself(events, parent) | bits_below(events, parent, dir);
-	if (vf_inode_is_marked(parent) ||
-	    !replace_bits(events, parent, itself, itself | VF_FS_DELETE | VF_FS_ISDIR)) {
+	before = after = wish_without(events, parent, dir);
+	after.below = true;
+	if (has_parents_mark(events, parent) || !replace_wish(events, parent, &before, &after)) {
 		vf_inode_set_marked(parent, true);
 		slot = vf_inode_slot(parent);
 	}
@@ -177,9 +254,11 @@ static int32_t join_parent(struct vf_events *events, struct vf_inode *dir)
 static void change_parent(struct vf_events *events, struct vf_inode *inode, uint64_t mask,
 			  int32_t *wd)
 {
+	struct group groups[2];
 	int32_t before = *wd;
 
-	if (vf_inode_type(inode) != S_IFDIR || is_covered(events, inode))
+	if (vf_inode_type(inode) != S_IFDIR ||
+	    (groups_of(events, groups) == 1 && is_covered(events, &groups[0], inode)))
 		return;
 	*wd = mask & events->config.host_mask & VF_FS_DELETE_SELF ? join_parent(events, inode) : -1;
 	if (before >= 0 && before != *wd)
@@ -191,11 +270,12 @@ static void change_parent(struct vf_events *events, struct vf_inode *inode, uint
 int vf_fanotify_mark_inode(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
 			   uint64_t new_mask, int32_t *wd)
 {
-	uint64_t others = bits_of(events, inode, vf_inode_twins_watch_mask(events->share, inode)) |
-			  bits_below(events, inode, inode);
-	int error = replace_bits(events, inode, bits_of(events, inode, old_mask) | others,
-				 bits_of(events, inode, new_mask) | others);
+	struct wish before = wish_without(events, inode, inode), after = before;
+	int error;
 
+	before.itself = old_mask;
+	after.itself = new_mask;
+	error = replace_wish(events, inode, &before, &after);
 	if (!error)
 		change_parent(events, inode, new_mask, wd);
 	return error;
@@ -203,13 +283,13 @@ int vf_fanotify_mark_inode(struct vf_events *events, struct vf_inode *inode, uin
 
 void vf_fanotify_inode_gone(struct vf_events *events, struct vf_inode *inode)
 {
-	uint64_t others;
+	struct wish before, after;
 
 	if (!vf_inode_is_marked(inode))
 		return;
 	vf_inode_set_marked(inode, false);
 	vf_watches_forget_wd(events->watches, VF_WD_SOURCE, vf_inode_slot(inode));
-	others = bits_of(events, inode, vf_inode_twins_watch_mask(events->share, inode)) |
-		 bits_below(events, inode, inode);
-	replace_bits(events, inode, others | VF_FS_DELETE | VF_FS_ISDIR, others);
+	before = after = wish_without(events, inode, inode);
+	before.below = true;
+	replace_wish(events, inode, &before, &after);
 }

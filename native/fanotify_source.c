@@ -11,7 +11,8 @@
 #include <time.h>
 
 #include "fanotify_marks.h"
-#include "fanotify_record.h"
+#include "fanotify_move.h"
+#include "fanotify_source.h"
 #include "order.h"
 
 #define CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
@@ -296,12 +297,44 @@ static void take_known(struct reader *reader, const struct vf_fanotify_record *r
 	}
 }
 
+static bool has_watched(const struct places *places)
+{
+	for (uint32_t i = 0; i < places->n; i++)
+		if (vf_inode_is_watched(places->inodes[i]))
+			return true;
+	return false;
+}
+
+/* The inodes that it is about: the directory (of a rename: both), the object. */
+struct found {
+	struct places dirs, to, objects;
+};
+
+static void find_all(struct vf_events *events, const struct vf_fanotify_record *record,
+		     struct found *found)
+{
+	find(events, record->mask & VF_FS_RENAME ? &record->old : &record->dir, &found->dirs);
+	find(events, &record->new, &found->to);
+	find(events, &record->object, &found->objects);
+}
+
+static bool is_any_watched(const struct found *found)
+{
+	return has_watched(&found->dirs) || has_watched(&found->to) || has_watched(&found->objects);
+}
+
+static void put_all(struct vf_events *events, struct found *found)
+{
+	put(events, &found->dirs);
+	put(events, &found->to);
+	put(events, &found->objects);
+}
+
 static void take(struct reader *reader, const struct vf_fanotify_record *record)
 {
 	struct vf_events *events = reader->events;
-	bool rename = record->mask & VF_FS_RENAME;
 	uint32_t n = count_events(record->mask);
-	struct places dirs, to, objects;
+	struct found found;
 
 	if (record->mask & VF_FS_Q_OVERFLOW) {
 		vf_events_report_overflow(events);
@@ -316,17 +349,41 @@ static void take(struct reader *reader, const struct vf_fanotify_record *record)
 		if (!events->order && !vf_trace_is_on(events->trace))
 			return;
 	}
-	find(events, rename ? &record->old : &record->dir, &dirs);
-	find(events, &record->new, &to);
-	find(events, &record->object, &objects);
-	announce(reader, record, &dirs, &to, &objects);
-	if (dirs.n + to.n + objects.n)
-		take_known(reader, record, &dirs, &to, &objects);
+	find_all(events, record, &found);
+	announce(reader, record, &found.dirs, &found.to, &found.objects);
+	if (!is_any_watched(&found))
+		events->elsewhere += n;
+	if (found.dirs.n + found.to.n + found.objects.n)
+		take_known(reader, record, &found.dirs, &found.to, &found.objects);
 	else if (!reader->own)
 		vf_count_n(&events->unknown, n);
-	put(events, &dirs);
-	put(events, &to);
-	put(events, &objects);
+	put_all(events, &found);
+}
+
+void vf_fanotify_take(struct vf_events *events, const struct vf_fanotify_record *record,
+		      uint64_t now_ns)
+{
+	take(&(struct reader){.events = events, .now_ns = now_ns}, record);
+}
+
+bool vf_fanotify_is_wanted(struct vf_events *events, const struct vf_fanotify_record *record)
+{
+	struct found found;
+	bool wanted;
+
+	find_all(events, record, &found);
+	wanted = is_any_watched(&found) || atomic_load(&events->everywhere);
+	put_all(events, &found);
+	return wanted;
+}
+
+void vf_fanotify_report_garbage(struct vf_events *events, uint32_t size)
+{
+	vf_events_notice(events,
+			 "fanotify: a record of %u bytes that is not understood; what came with "
+			 "it is lost",
+			 size);
+	vf_events_report_overflow(events);
 }
 
 /* ---- reading ----------------------------------------------------------------------- */
@@ -340,6 +397,8 @@ static bool read_records(struct vf_events *events)
 	uint32_t at = 0, size;
 	ssize_t n;
 
+	if (vf_fanotify_move_report(events))
+		return true;
 	n = read(events->config.source_fd, events->buffer, VF_SOURCE_BUFFER);
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return false;
@@ -354,11 +413,7 @@ static bool read_records(struct vf_events *events)
 		int32_t length = vf_fanotify_parse(events->buffer + at, size - at, &record);
 
 		if (length < 0) {
-			vf_events_notice(events,
-					 "fanotify: a record of %u bytes that is not "
-					 "understood; what came with it is lost",
-					 size - at);
-			vf_events_report_overflow(events);
+			vf_fanotify_report_garbage(events, size - at);
 			return true;
 		}
 		take(&reader, &record);
@@ -369,6 +424,7 @@ static bool read_records(struct vf_events *events)
 
 static void fanotify_read(struct vf_events *events)
 {
+	vf_fanotify_move_turn(events);
 	if (events->order)
 		vf_order_read(events->order, read_records);
 	else

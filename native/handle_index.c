@@ -393,6 +393,20 @@ bool vf_inode_twin_is_marked(struct vf_share *share, struct vf_inode *inode)
 	return marked;
 }
 
+static uint64_t is_moved(struct vf_share *share, const struct vf_inode *inode)
+{
+	(void)share;
+	return vf_inode_is_moved(inode);
+}
+
+bool vf_inode_twin_is_moved(struct vf_share *share, struct vf_inode *inode)
+{
+	uint64_t moved = 0;
+
+	sum_over_twins(share, inode, &moved, is_moved);
+	return moved;
+}
+
 bool vf_inode_on_root_fs(struct vf_share *share, const struct vf_inode *inode)
 {
 	struct vf_inode_table *table = share->inodes;

@@ -125,6 +125,16 @@ bool vf_inode_take_unseen(struct vf_inode *inode)
 	       (atomic_fetch_and(&inode->flags, (unsigned char)~INODE_UNSEEN) & INODE_UNSEEN);
 }
 
+bool vf_inode_is_moved(const struct vf_inode *inode)
+{
+	return flags_of(inode) & INODE_MOVED;
+}
+
+void vf_inode_set_moved(struct vf_inode *inode, bool moved)
+{
+	set_flag(inode, INODE_MOVED, moved);
+}
+
 int32_t vf_inode_slot(const struct vf_inode *inode)
 {
 	return (int32_t)inode->slot; /* MAX_CHUNKS << CHUNK_BITS of them */

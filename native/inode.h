@@ -42,6 +42,9 @@ void vf_inode_set_marked(struct vf_inode *inode, bool marked);
 void vf_inode_set_unseen(struct vf_inode *inode);
 /* It no longer is; was it? */
 bool vf_inode_take_unseen(struct vf_inode *inode);
+/* fanotify_marks.c: it has a mark in the group that the source moves to. */
+bool vf_inode_is_moved(const struct vf_inode *inode);
+void vf_inode_set_moved(struct vf_inode *inode, bool moved);
 /* A number that no other inode has at the same time. */
 int32_t vf_inode_slot(const struct vf_inode *inode);
 /* All numbers in use are below this. */

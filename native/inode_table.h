@@ -44,6 +44,7 @@ enum inode_flags {
 	INODE_DELETE_TOLD = 16, /* see vf_inode_tell_deleted() */
 	INODE_MARKED = 32,	/* see vf_inode_set_marked() */
 	INODE_UNSEEN = 64,	/* see vf_inode_set_unseen() */
+	INODE_MOVED = 128,	/* see vf_inode_set_moved() */
 };
 
 /* One cache line; 64 bytes for each inode that the guest holds, beside 4 to 8 of hash. */

@@ -356,27 +356,61 @@ void vf_watch_renew(struct vf_watches *w, struct vf_inode *inode)
 	pthread_mutex_unlock(&w->change_lock);
 }
 
+/* The inode of the watch there, referenced; NULL: there is none, or it is being freed. */
+static struct vf_inode *inode_at(struct vf_watches *w, uint32_t i)
+{
+	uint64_t nodeid;
+
+	pthread_mutex_lock(&w->lock);
+	nodeid = i < w->used ? w->all[i].nodeid : 0;
+	pthread_mutex_unlock(&w->lock);
+	return nodeid ? vf_inode_get(w->events->share, nodeid) : NULL;
+}
+
+static bool is_at_end(struct vf_watches *w, uint32_t i)
+{
+	bool end;
+
+	pthread_mutex_lock(&w->lock);
+	end = i >= w->used;
+	pthread_mutex_unlock(&w->lock);
+	return end;
+}
+
+bool vf_watches_renew(struct vf_watches *w, uint32_t *at, uint32_t n)
+{
+	for (; n-- && !is_at_end(w, *at); ++*at) {
+		struct vf_inode *inode = inode_at(w, *at);
+
+		if (!inode)
+			continue;
+		vf_watch_renew(w, inode);
+		vf_inode_put(w->events->share, inode);
+	}
+	return !is_at_end(w, *at);
+}
+
 void vf_watches_clear(struct vf_watches *w)
 {
-	for (uint32_t i = 1;; i++) {
-		struct vf_inode *inode;
-		uint64_t nodeid = 0;
-		bool end;
+	for (uint32_t i = 1; !is_at_end(w, i); i++) {
+		struct vf_inode *inode = inode_at(w, i);
 
-		pthread_mutex_lock(&w->lock);
-		end = i >= w->used;
-		if (!end)
-			nodeid = w->all[i].nodeid;
-		pthread_mutex_unlock(&w->lock);
-		if (end)
-			return;
 		/* One that is being freed ends its watch itself. */
-		inode = nodeid ? vf_inode_get(w->events->share, nodeid) : NULL;
 		if (!inode)
 			continue;
 		vf_watch_set(w, inode, 0);
 		vf_inode_put(w->events->share, inode);
 	}
+}
+
+void vf_watches_hold(struct vf_watches *w)
+{
+	pthread_mutex_lock(&w->change_lock);
+}
+
+void vf_watches_go_on(struct vf_watches *w)
+{
+	pthread_mutex_unlock(&w->change_lock);
 }
 
 /* ---- looking -------------------------------------------------------------------- */

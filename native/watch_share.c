@@ -245,6 +245,11 @@ int vf_watch_share(struct vf_events *events, uint64_t mask)
 	return error;
 }
 
+void vf_watch_share_renew(struct vf_events *events)
+{
+	update_all(events);
+}
+
 void vf_watch_share_end(struct vf_events *events)
 {
 	atomic_store(&events->everywhere, 0);

@@ -34,6 +34,7 @@ from .fuse.init import SessionOptions
 from .fuse.operations import Operations
 from .fuse.upcalls import Upcalls
 from .share.native_share import Share
+from .share.options import EventsMode
 from .vhost_user.device import DeviceOptions
 from .vhost_user.transport import Listener
 from .virtio.config import FsConfig
@@ -66,6 +67,7 @@ class EventOptions:
     """Those of VIRTQUEUE and PARKED that are offered."""
     max_watches: int
     source: str
+    """At the start, as reason is; the share says when it moves."""
     reason: str
     proc_fd_dir: int
     root: str
@@ -195,13 +197,17 @@ def _state_of(
 
     def state() -> Mapping[str, Any]:
         connection = listener.connection
+        source, reason = ("off", "off") if events is None else (events.source, events.reason)
+        moved = share.events_moved()
+        if moved is not None:
+            source, reason = EventsMode.FANOTIFY_INODES.value, moved
         return stats_message(
             ServerState(
                 uptime_s=time.monotonic() - started_s,
                 tag=options.tag,
                 share=share.stats(),
-                source="off" if events is None else events.source,
-                reason="off" if events is None else events.reason,
+                source=source,
+                reason=reason,
                 events=share.events_stats(),
                 front_end=None if connection is None else connection.device.negotiated,
                 agreed=operations.event_answer,

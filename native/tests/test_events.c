@@ -34,6 +34,7 @@ static struct vf_events *start_events(struct guest *g, enum marks marks, uint64_
 	struct vf_events_config config = {
 	    .source = VF_EVENTS_FANOTIFY,
 	    .order_fd = -1,
+	    .next_fd = -1,
 	    .host_mask = HOST_MASK,
 	    .max_queued = 1000,
 	    .max_watches = 2000,
@@ -575,6 +576,7 @@ static void mutated_streams_do_no_harm(struct guest *g)
 	struct vf_events_config config = {
 	    .source = VF_EVENTS_FANOTIFY,
 	    .order_fd = -1,
+	    .next_fd = -1,
 	    .host_mask = HOST_MASK,
 	    .max_queued = 100,
 	    .max_watches = 10,

@@ -207,6 +207,7 @@ def _events_config(options: ServeOptions, source: EventSource) -> EventsConfig:
         source=NativeSource.INOTIFY if is_inotify else NativeSource.FANOTIFY,
         source_fd=source.fd,
         order_fd=source.order_fd,
+        next_fd=source.next_fd,
         filesystem_mask=source.filesystem_mask,
         host_mask=source.host_mask,
         max_queued=options.event_queue,

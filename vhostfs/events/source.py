@@ -73,6 +73,8 @@ class EventSource:
     knows_child: bool  # records name the child itself, not only its directory and name
     reason: str
     order_fd: int = -1  # fanotify: an inotify instance that keeps the order of events; -1: none
+    # A group without marks, for marks on inodes when the file system turns out busy; -1: none
+    next_fd: int = -1
 
     @property
     def joins_renames(self) -> bool:
@@ -146,7 +148,10 @@ def _fanotify(wanted: EventsMode, root_fd: int, kernel: Kernel, use_rename: bool
             mask, refusal = _mark_file_system(mark, use_rename)
             if not refusal:
                 reason = "fanotify, one mark on the file system of the share"
-                return _fanotify_source(EventsMode.FANOTIFY_FILESYSTEM, fd, mask, mask, knows_child, reason)
+                source = _fanotify_source(EventsMode.FANOTIFY_FILESYSTEM, fd, mask, mask, knows_child, reason)
+                if wanted is EventsMode.FANOTIFY_FILESYSTEM:
+                    return source
+                return replace(source, next_fd=_next_group(source, root_fd, kernel, use_rename))
             if wanted is EventsMode.FANOTIFY_FILESYSTEM:
                 hint = "; it needs CAP_SYS_ADMIN" if refusal == -errno.EPERM else ""
                 raise _NotPossibleError(f"marking the file system: {_text(refusal)}{hint}")
@@ -165,6 +170,23 @@ def _fanotify(wanted: EventsMode, root_fd: int, kernel: Kernel, use_rename: bool
         why = f"the file system cannot be marked as a whole: {_text(refusal)}"
     reason = f"fanotify, marks on watched inodes ({why})"
     return _fanotify_source(EventsMode.FANOTIFY_INODES, fd, 0, mask, knows_child, reason)
+
+
+def _next_group(source: EventSource, root_fd: int, kernel: Kernel, use_rename: bool) -> int:
+    """A group that can take over from the source by marks on inodes; -1: there is none."""
+    try:
+        fd, knows_child = _open_group(kernel)
+    except _NotPossibleError:
+        return -1
+
+    def mark(flags: int, mask: int) -> int:
+        return kernel.fanotify_mark(fd, flags | FAN_MARK_ONLYDIR, mask, root_fd)
+
+    mask, refusal = _try_inode_marks(mark, use_rename)
+    if refusal or mask != source.filesystem_mask or knows_child != source.knows_child:
+        kernel.close(fd)
+        return -1
+    return fd
 
 
 _MARKS = "fanotify/max_user_marks"

@@ -153,12 +153,13 @@ class Share:
     def start_events(self, config: EventsConfig) -> None:
         """Begins to read the host's events, until close(). Once, before the first session.
 
-        source_fd and order_fd are handed over, also when this fails.
+        source_fd, order_fd and next_fd are handed over, also when this fails.
         """
         native = ffi.new("struct vf_events_config *")
         native.source = int(config.source)
         native.source_fd = config.source_fd
         native.order_fd = config.order_fd
+        native.next_fd = config.next_fd
         native.filesystem_mask = config.filesystem_mask
         native.host_mask = config.host_mask
         native.max_queued = config.max_queued
@@ -177,6 +178,13 @@ class Share:
         lib.vf_share_get_events_stats(self.native, native)
         counters = {name: getattr(native, name) for name in COUNTERS}
         return EventsStats(**counters, latency=tuple(native.latency))
+
+    def events_moved(self) -> str | None:
+        """Why the source went over from one mark to marks on inodes; None: it has not."""
+        text = ffi.new("char[]", _NOTICE_BYTES)
+        if not lib.vf_share_events_moved(self.native, text, _NOTICE_BYTES):
+            return None
+        return ffi.string(text).decode()
 
     def trace_events(self, *, is_on: bool) -> None:
         """Whether what becomes of each event is recorded, for next_event_trace()."""

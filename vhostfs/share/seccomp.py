@@ -16,8 +16,9 @@ _FILES = (
     "readlink readlinkat readv removexattr renameat renameat2 sendfile setxattr splice stat statfs statx "
     "symlinkat sync_file_range syncfs truncate umask unlink unlinkat utimensat write writev"
 )
-# Host events. The group itself is made while the server still has its rights.
-_EVENTS = "fanotify_mark inotify_add_watch inotify_rm_watch"
+# Host events. The groups themselves are made while the server still has its rights; an inotify instance of
+# its own is what native/fanotify_move.c waits by.
+_EVENTS = "fanotify_mark inotify_add_watch inotify_init1 inotify_rm_watch"
 # Acting as the guest's callers: per-thread credentials.
 _CREDENTIALS = (
     "capget capset getegid geteuid getgid getgroups getresgid getresuid getuid prctl setfsgid setfsuid "
