@@ -256,6 +256,19 @@ static uint32_t sort_out(struct vf_events *events, struct records *records, uint
 	return n;
 }
 
+static uint32_t count(const uint8_t *bytes, uint32_t size)
+{
+	struct fanotify_event_metadata head;
+	uint32_t n = 0;
+
+	for (uint32_t at = 0; size - at >= sizeof(head); at += head.event_len, n++) {
+		memcpy(&head, bytes + at, sizeof(head));
+		if (head.event_len < sizeof(head) || head.event_len > size - at)
+			break;
+	}
+	return n;
+}
+
 /*
  * Reads all that is in the queue now, and perhaps more.  records: where to; NULL: it is thrown
  * away.  0 or a negative errno.
@@ -277,14 +290,8 @@ static int empty_queue(struct vf_events *events, int fd, struct records *records
 			continue;
 		if (size <= 0)
 			return size && errno != EAGAIN ? -errno : 0;
-		if (records) {
-			n = sort_out(events, records, (uint32_t)size);
-		} else {
-			struct fanotify_event_metadata *head = (void *)events->buffer;
-
-			for (n = 0; FAN_EVENT_OK(head, size); head = FAN_EVENT_NEXT(head, size))
-				n++;
-		}
+		n = records ? sort_out(events, records, (uint32_t)size)
+			    : count(events->buffer, (uint32_t)size);
 		left = n < left ? left - n : 0;
 	}
 	return 0;

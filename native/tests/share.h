@@ -34,7 +34,7 @@ static struct vf_share *open_share(enum vf_handle_mode mode, uint32_t budget)
 	return share;
 }
 
-static void host_write(const char *name, const char *text)
+static inline void host_write(const char *name, const char *text)
 {
 	int fd = openat(host_fd, name, O_WRONLY | O_CREAT | O_TRUNC, 0644);
 

@@ -162,7 +162,7 @@ static void host_touch(const char *name)
 	CHECK_EQ(mknodat(host_fd, name, S_IFREG | 0644, 0), 0);
 }
 
-static void host_append(const char *name)
+static inline void host_append(const char *name)
 {
 	int fd = openat(host_fd, name, O_WRONLY | O_APPEND);
 

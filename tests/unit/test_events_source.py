@@ -87,14 +87,29 @@ def test_with_all_rights_one_mark_covers_the_file_system() -> None:
     kernel = FakeKernel()
     source = choose_source(EventsMode.AUTO, ROOT_FD, kernel)
     assert source.mode is EventsMode.FANOTIFY_FILESYSTEM
-    assert kernel.open_fds == {source.fd, source.order_fd}
+    assert kernel.open_fds == {source.fd, source.order_fd, source.next_fd}
     assert kernel.group_flags[source.fd] & FAN_UNLIMITED_QUEUE
+    assert kernel.group_flags[source.next_fd] == kernel.group_flags[source.fd]
     assert kernel.marks == {("filesystem", source.fd): source.filesystem_mask}
     assert source.filesystem_mask & FsEvent.RENAME
     assert not source.filesystem_mask & (FsEvent.MOVED_FROM | FsEvent.OPEN | FsEvent.ACCESS)
     assert source.host_mask == DELIVERABLE | FsEvent.RENAME
     assert source.joins_renames
     assert str(source) == "events: fanotify, one mark on the file system of the share"
+
+
+def test_what_was_asked_for_by_name_has_no_group_to_move_to() -> None:
+    for mode in (EventsMode.FANOTIFY_FILESYSTEM, EventsMode.FANOTIFY_INODES, EventsMode.INOTIFY):
+        assert choose_source(mode, ROOT_FD, FakeKernel()).next_fd == -1
+    assert choose_source(EventsMode.FANOTIFY, ROOT_FD, FakeKernel()).next_fd >= 0
+
+
+def test_where_inodes_cannot_be_marked_the_mark_on_the_file_system_is_final() -> None:
+    kernel = FakeKernel(inode_mark=errno.ENOSPC)
+    source = choose_source(EventsMode.AUTO, ROOT_FD, kernel)
+    assert source.mode is EventsMode.FANOTIFY_FILESYSTEM
+    assert source.next_fd == -1
+    assert kernel.open_fds == {source.fd, source.order_fd}
 
 
 def test_without_rights_inodes_are_marked_one_by_one_and_the_probe_leaves_no_mark() -> None:
