@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import lacking
 from tests.guest.conftest import Launchpad, image_or_lacking, lines_matching
-from tests.guest.events.watching import CHANGES, PROGRAM, Control, In, Watch
+from tests.guest.events.watching import CHANGES, FANOTIFY_PROGRAM, PROGRAM, Control, In, Watch
 from tests.guest.place import Place
 from tests.writers import following
 from tests.writers.following import compile_static
@@ -62,10 +62,12 @@ class Parts:
     """The watcher, for host and guest."""
     follower: Path
     """The recursive watcher, for both."""
+    marker: Path
+    """The watcher with a mark of fanotify's, for both."""
 
     def image_spec(self, kernel: str, packages: tuple[str, ...] = ()) -> ImageSpec:
         """An image with the driver and the watchers."""
-        files = {PROGRAM: self.program, following.PROGRAM: self.follower}
+        files = {PROGRAM: self.program, following.PROGRAM: self.follower, FANOTIFY_PROGRAM: self.marker}
         return ImageSpec(kernel, packages, files=files, driver=True)
 
 
@@ -78,7 +80,8 @@ def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Par
     folder = tmp_path_factory.mktemp("watchers")
     program = compile_static(Path(__file__).with_name("watch-events.c"), folder / "watch-events")
     follower = compile_static(Path(following.__file__).with_name("follow-events.c"), folder / "follow-events")
-    return Parts(launchpad, qemu, program, follower)
+    marker = compile_static(Path(__file__).with_name("watch-fanotify.c"), folder / "watch-fanotify")
+    return Parts(launchpad, qemu, program, follower, marker)
 
 
 def watchdog_files() -> dict[str, Path]:

@@ -14,7 +14,8 @@
  *   --mark=inode|mount|filesystem
  *   --ignore=MASK:PATH          and a mark on PATH that ignores these events
  *
- * Lines on stdin: "remove" takes the mark away, answered "removed"; the end ends the program.
+ * Lines on stdin: "remove" takes the mark away, answered "removed"; "leave" makes it hold nothing of
+ * the file system but the mark, answered "left"; the end ends the program.
  *
  * usage: watch-fanotify --report=... --mark=... [--ignore=...] MASK PATH
  */
@@ -167,6 +168,12 @@ static bool read_command(void)
 
 	if (!fgets(line, sizeof(line), stdin))
 		return false;
+	if (!strcmp(line, "leave\n")) {
+		close(mount_fd);
+		puts("left");
+		fflush(stdout);
+		return true;
+	}
 	if (strcmp(line, "remove\n")) {
 		errno = EINVAL;
 		fail(line);

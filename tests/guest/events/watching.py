@@ -21,6 +21,7 @@ from vhostfs.vm.agent import RunningCommand
 
 PROGRAM = "/usr/local/bin/watch-events"
 """Of the guest; the host's is compiled from the same source."""
+FANOTIFY_PROGRAM = "/usr/local/bin/watch-fanotify"
 STEP_TIMEOUT_S = 15.0
 READY_TIMEOUT_S = 30.0
 
