@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vhostfs.share.options import DeliveryMode
 from vhostfs.vm import equipment
 from vhostfs.vm.equipment import Events, equip
 from vhostfs.vm.errors import VmError
@@ -46,6 +47,7 @@ def test_with_events_come_a_qemu_that_passes_them_the_driver_and_the_device() ->
     found = equip(SPEC, None, Events.WHERE_POSSIBLE, NOWHERE)
     assert (found.qemu, found.image, found.device) == (NEW, DRIVER_IMAGE, ShareDevice.PASS_THROUGH)
     assert found.events_missing is None
+    assert found.delivery is DeliveryMode.VIRTQUEUE
 
 
 def test_without_events_nothing_unusual_is_taken() -> None:
@@ -54,17 +56,26 @@ def test_without_events_nothing_unusual_is_taken() -> None:
     assert found.events_missing == "switched off"
 
 
-def test_a_chosen_qemu_that_passes_no_events_is_taken_and_the_reason_said() -> None:
+def test_a_chosen_qemu_that_passes_no_queue_is_taken_with_parked_requests_and_the_reason_said() -> None:
     found = equip(SPEC, "system", Events.WHERE_POSSIBLE, NOWHERE)
-    assert (found.qemu, found.image, found.device) == (OLD, STOCK_IMAGE, ShareDevice.STOCK)
-    assert found.events_missing is not None
-    assert "QEMU 7.2.0" in found.events_missing
-    assert "--qemu kit" in found.events_missing
+    assert (found.qemu, found.image, found.device) == (OLD, DRIVER_IMAGE, ShareDevice.STOCK)
+    assert found.events_missing is None
+    assert found.delivery is DeliveryMode.PARKED
+    assert found.queue_missing is not None
+    assert "QEMU 7.2.0" in found.queue_missing
+    assert "--qemu kit" in found.queue_missing
 
 
-def test_events_that_were_asked_for_by_name_are_not_left_out_silently() -> None:
+def test_parked_requests_that_were_asked_for_take_any_qemu_and_its_usual_device() -> None:
+    for choice, qemu in ((None, OLD), ("kit", NEW)):
+        found = equip(SPEC, choice, Events.REQUIRED, NOWHERE, delivery=DeliveryMode.PARKED)
+        assert (found.qemu, found.image, found.device) == (qemu, DRIVER_IMAGE, ShareDevice.STOCK)
+        assert found.delivery is DeliveryMode.PARKED
+
+
+def test_what_was_asked_for_by_name_is_not_left_out_silently() -> None:
     with pytest.raises(VmError, match=r"cannot reach this guest: QEMU 7\.2\.0"):
-        equip(SPEC, "system", Events.REQUIRED, NOWHERE)
+        equip(SPEC, "system", Events.REQUIRED, NOWHERE, delivery=DeliveryMode.VIRTQUEUE)
     with pytest.raises(VmError, match="another server"):
         equip(SPEC, None, Events.REQUIRED, NOWHERE, obstacle="another server")
 

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from vhostfs.control.client import ControlClient
 from vhostfs.errors import UserError
-from vhostfs.share.options import CONTROL_SUFFIX
+from vhostfs.share.options import CONTROL_SUFFIX, DeliveryMode
 from vhostfs.vm.accel import choose_accelerator
 from vhostfs.vm.agent import GuestError, RunningCommand
 from vhostfs.vm.cache import cache_root
@@ -188,6 +188,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="where changes made on the host are learnt from, to wake watchers in the guest; "
         "auto (default): the best that this machine has, and none where the guest could not be told",
+    )
+    shares.add_argument(
+        "--delivery",
+        choices=[mode.value for mode in DeliveryMode],
+        default=DeliveryMode.AUTO.value,
+        help="how they reach the guest: virtqueue, the notification queue, which takes QEMU 10.1 or the kit; "
+        "parked, requests that wait at the server, with any QEMU; auto (default): the first that can be had",
     )
     shares.add_argument(
         "--server-option",
@@ -379,14 +386,17 @@ def _equipment(args: argparse.Namespace, cache: Path, steps: Steps) -> Equipment
     wish = {"off": Events.OFF, "auto": Events.WHERE_POSSIBLE}.get(args.events, Events.REQUIRED)
     obstacle = f"${TEMPLATE_VARIABLE} is another server" if template_from_environment() else None
     spec = ImageSpec(args.kernel, tuple(args.package), tuple(args.module))
-    return equip(spec, args.qemu, wish, cache, steps, obstacle=obstacle)
+    delivery = DeliveryMode(args.delivery)
+    return equip(spec, args.qemu, wish, cache, steps, delivery=delivery, obstacle=obstacle)
 
 
 def _event_options(args: argparse.Namespace, equipment: Equipment) -> list[str]:
     """Of the server."""
     if template_from_environment():
         return []
-    return [f"--events={'off' if equipment.events_missing else args.events}"]
+    if equipment.events_missing:
+        return ["--events=off"]
+    return [f"--events={args.events}", f"--delivery={equipment.delivery.value}"]
 
 
 def _events_line(args: argparse.Namespace, equipment: Equipment, socket_path: Path) -> str:
@@ -400,9 +410,15 @@ def _events_line(args: argparse.Namespace, equipment: Equipment, socket_path: Pa
         except UserError as error:
             return f"events: the server does not say which ({error})"
         if _has_agreed(stats):
-            return f"events: {stats['events']['reason']}; delivered by the notification queue"
+            return f"events: {stats['events']['reason']}; delivered by {_way_of(equipment)}"
         missing = "the guest's driver has not asked for them"
     return f"events: none, watchers in the guest see only its own changes ({missing})"
+
+
+def _way_of(equipment: Equipment) -> str:
+    if equipment.delivery is DeliveryMode.VIRTQUEUE:
+        return "the notification queue"
+    return f"parked requests (not by the notification queue: {equipment.queue_missing})"
 
 
 def _has_agreed(stats: Mapping[str, Any]) -> bool:

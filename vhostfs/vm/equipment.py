@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from vhostfs.share.options import DeliveryMode
 from vhostfs.vm.cache import Progress, quiet
 from vhostfs.vm.driver import build_driver
 from vhostfs.vm.errors import VmError
@@ -37,6 +38,10 @@ class Equipment:
     device: ShareDevice
     events_missing: str | None
     """Why the host's events cannot reach the guest, for people; None: they can, if the server has any."""
+    delivery: DeliveryMode = DeliveryMode.VIRTQUEUE
+    """How they travel then; never AUTO."""
+    queue_missing: str | None = None
+    """PARKED: why it is not the notification queue."""
 
 
 def equip(
@@ -46,6 +51,7 @@ def equip(
     cache: Path,
     progress: Progress = quiet,
     *,
+    delivery: DeliveryMode = DeliveryMode.AUTO,
     obstacle: str | None = None,
 ) -> Equipment:
     """Finds or makes QEMU and image for `spec` (its `driver` is decided here) and `--qemu qemu_choice`.
@@ -58,7 +64,7 @@ def equip(
     missing = obstacle
     if missing is None:
         try:
-            return _with_events(spec, qemu_choice, cache, progress)
+            return _with_events(spec, qemu_choice, delivery, cache, progress)
         except VmError as error:
             missing = str(error)
     if events is Events.REQUIRED:
@@ -66,19 +72,27 @@ def equip(
     return _without_events(spec, qemu_choice, missing.splitlines()[0], cache, progress)
 
 
-def _with_events(spec: ImageSpec, qemu_choice: str | None, cache: Path, progress: Progress) -> Equipment:
+def _with_events(
+    spec: ImageSpec, qemu_choice: str | None, delivery: DeliveryMode, cache: Path, progress: Progress
+) -> Equipment:
     """Raises VmError when a part is missing."""
     # First what is quickly known.
     kernel = find_kernel(spec.kernel, cache, progress)
-    qemu = find_qemu(qemu_choice, cache, progress, notifications=True)
-    if not qemu.has_test_device:
-        raise VmError(
+    wants_queue = delivery is not DeliveryMode.PARKED
+    qemu = find_qemu(qemu_choice, cache, progress, notifications=wants_queue)
+    queue_missing = None if wants_queue else "asked for"
+    if wants_queue and not qemu.has_test_device:
+        queue_missing = (
             f"QEMU {qemu.version_text} has no device that passes the notification queue "
             f"({ShareDevice.PASS_THROUGH.value}, since 10.1; --qemu {KIT} has it)"
         )
+        if delivery is DeliveryMode.VIRTQUEUE:
+            raise VmError(queue_missing)
     build_driver(kernel, cache, progress)
     image = build_image(replace(spec, driver=True), cache, progress)
-    return Equipment(qemu, image, ShareDevice.PASS_THROUGH, None)
+    if queue_missing is None:
+        return Equipment(qemu, image, ShareDevice.PASS_THROUGH, None)
+    return Equipment(qemu, image, ShareDevice.STOCK, None, DeliveryMode.PARKED, queue_missing)
 
 
 def _without_events(

@@ -34,6 +34,8 @@ from vhostfs.vm.qemu import Qemu, find_qemu
 from vhostfs.vm.server import ServerSpec, ShareServer
 
 CACHE_MODES = {"auto": (), "never": ("--cache=never",), "always": ("--cache=always", "--writeback")}
+PARKED = "--delivery=parked"
+"""Of a server: its share has the device of every QEMU."""
 SOURCES = {"inodes": ("--events=fanotify:inodes",), "inotify": ("--events=inotify",)}
 WRITTEN = {
     "written-auto": (),
@@ -41,7 +43,7 @@ WRITTEN = {
     "written-always": ("--cache=always", "--writeback", "--events=fanotify:inodes"),
 }
 """All three share one directory: one writer on the host is seen in every cache mode and by every source."""
-SHARES = {**CACHE_MODES, **SOURCES, **WRITTEN}
+SHARES = {**CACHE_MODES, **SOURCES, **WRITTEN, "parked": (PARKED,)}
 """Options of the server by tag; each is mounted at /TAG. Those of CACHE_MODES have the best source."""
 _BAD_LOG = re.compile(
     r"Traceback \(most recent call last\)|AddressSanitizer|runtime error:|Fatal Python error"
@@ -120,7 +122,9 @@ def start_share(
 def as_share(share: EventShare, mount_point: str | None = None) -> Share:
     """The guest's side of it."""
     point = f"/{share.tag}" if mount_point is None else mount_point
-    return Share(share.tag, share.server.spec.socket_path, point, device=ShareDevice.PASS_THROUGH)
+    spec = share.server.spec
+    device = ShareDevice.STOCK if PARKED in spec.options else ShareDevice.PASS_THROUGH
+    return Share(share.tag, spec.socket_path, point, device=device)
 
 
 def complaints_of(guest: Guest, shares: Sequence[EventShare]) -> list[str]:

@@ -18,7 +18,7 @@ from tests.guest.events.watching import ALL, CHANGES, In
 from tests.guest.place import awaited
 
 
-@pytest.mark.parametrize("tag", ["auto", *SOURCES])
+@pytest.mark.parametrize("tag", ["auto", *SOURCES, "parked"])
 def test_a_day_s_work_on_the_host_is_seen_in_the_guest_as_on_the_host(
     watched_on: MakeWatchedPlace, tag: str
 ) -> None:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parked requests in guests of every kernel, under the machine's own QEMU and its usual device.
+
+Must not test what each event looks like. Specification: docs/protocol.md, 4.4; docs/guest.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.guest.conftest import image_or_lacking
+from tests.guest.events.conftest import PARKED, EventShare, Parts, as_share, complaints_of, start_share
+from tests.guest.events.qmp import Monitor
+from tests.guest.events.scenario import a_day
+from tests.guest.events.watching import Watch
+from tests.guest.place import Place, awaited
+from vhostfs.vm.guest import Guest
+from vhostfs.vm.kernel import SERIES
+from vhostfs.vm.lifeline import Lifeline
+
+TIMEOUT_S = 30.0
+AT_ONCE_S = 5.0
+STATE = "cat /sys/bus/virtio/devices/*/notifications/state"
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """A guest whose share has no notification queue."""
+
+    guest: Guest
+    share: EventShare
+    monitor: Monitor
+    parts: Parts
+
+    def sh(self, command: str) -> str:
+        return self.guest.run(command, TIMEOUT_S).check().text.strip()
+
+    def place(self, name: str) -> Place:
+        return Place(self.guest, self.share.directory, "/share").child(name)
+
+    def watch(self, place: Place, *names: str) -> Watch:
+        return Watch(place, self.share.control, self.parts.program, names=names or (".",))
+
+    @property
+    def parked(self) -> int:
+        return self.share.control.counters()["buffers"]
+
+
+@pytest.fixture(scope="module", params=sorted(SERIES))
+def stock(request: pytest.FixtureRequest, parts: Parts, real_directory: Path) -> Iterator[Stock]:
+    directory = real_directory / f"parked-{request.param}"
+    directory.mkdir()
+    image = image_or_lacking(parts.launchpad, parts.image_spec(request.param))
+    with Lifeline() as lifeline:
+        share = start_share(lifeline, directory, "share", (PARKED,))
+        monitor_path = lifeline.directory / "qmp.sock"
+        machine = parts.launchpad.machine(image, (as_share(share),))
+        machine = replace(machine, qemu_arguments=("-qmp", f"unix:{monitor_path},server=on,wait=off"))
+        guest = Guest(machine, lifeline=lifeline)
+        with guest:
+            monitor = Monitor(monitor_path)
+            yield Stock(guest, share, monitor, parts)
+            monitor.close()
+        complaints = complaints_of(guest, [share])
+    if complaints:
+        pytest.fail("\n".join(complaints), pytrace=False)
+
+
+def test_a_day_s_work_is_seen_without_a_notification_queue(stock: Stock) -> None:
+    assert stock.sh(STATE) == "parked"
+    place = stock.place("day")
+    (place.host / "sub").mkdir()
+    (place.host / "outside").mkdir()
+    watch = stock.watch(place, ".", "sub")
+    a_day(watch)
+    watch.close()
+
+
+def test_a_burst_goes_through_few_requests_in_order(stock: Stock) -> None:
+    place = stock.place("burst")
+    watch = stock.watch(place)
+    names = [f"{number:04}" for number in range(1500)]
+
+    def burst() -> None:
+        for name in names:
+            (place.host / name).mkdir()
+
+    watch.step(burst, *(f"CREATE|ISDIR {name}" for name in names))
+    watch.close()
+
+
+def test_unmounting_and_syncing_do_not_wait_for_parked_requests(stock: Stock) -> None:
+    awaited(lambda: stock.parked > 0)
+    assert 0 < stock.parked <= 64
+    started_s = time.monotonic()
+    stock.sh("sync -f /share && umount /share && mount -t virtiofs share /share")
+    assert time.monotonic() - started_s < AT_ONCE_S
+    place = stock.place("again")
+    watch = stock.watch(place)
+    watch.step((place.host / "new").mkdir, "CREATE|ISDIR new")
+    watch.close()
+
+
+def test_a_paused_machine_has_its_events_when_it_goes_on(stock: Stock) -> None:
+    place = stock.place("pause")
+    watch = stock.watch(place)
+    stock.monitor.execute("stop")
+    awaited(lambda: stock.parked == 0)
+    (place.host / "meanwhile").mkdir()
+    stock.monitor.execute("cont")
+    watch.step((place.host / "new").mkdir, "CREATE|ISDIR meanwhile", "CREATE|ISDIR new")
+    watch.close()
+
+
+def test_the_driver_is_unbound_and_bound_again(stock: Stock) -> None:
+    driver = "/sys/bus/virtio/drivers/vhostfs_virtiofs"
+    stock.sh("umount /share")
+    name = stock.sh(f"cd {driver} && ls -d virtio*")
+    stock.sh(f"echo {name} >{driver}/unbind && echo {name} >{driver}/bind && mount -t virtiofs share /share")
+    place = stock.place("bound")
+    watch = stock.watch(place)
+    watch.step((place.host / "new").mkdir, "CREATE|ISDIR new")
+    watch.close()
