@@ -23,6 +23,7 @@ from tests.oracle.runner import SOURCES, Outcome, Source
 from tests.oracle.scenarios import SCENARIOS
 from tests.oracle.script import Script, ScriptError, parse, step_by_step, written
 from tests.oracle.shrink import shrunk
+from tests.oracle.table import Table, write_document
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 
@@ -43,7 +44,8 @@ def _opened(options: argparse.Namespace, sources: Sequence[Source]) -> Iterator[
     with contextlib.ExitStack() as stack:
         if options.level == "guest":
             session = GuestSession(sources, options.kernel, (f"--cache={options.cache}",))
-            yield stack.enter_context(session).on
+            started = stack.enter_context(session)
+            yield lambda source: started.on(source, by_fanotify=options.watcher == "fanotify")
         else:
             yield lambda source: stack.enter_context(RingLevel(source))
 
@@ -51,6 +53,8 @@ def _opened(options: argparse.Namespace, sources: Sequence[Source]) -> Iterator[
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 when all was equal, 1 when something differed, 2 when it could not be run."""
     options = _parser().parse_args(arguments)
+    if options.what == "table":
+        return _table(options)
     names = list(SOURCES) if options.source == "all" else [options.source]
     try:
         scripts = _scripts(options)
@@ -70,17 +74,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if differed else 0
 
 
+def _table(options: argparse.Namespace) -> int:
+    try:
+        lines = Table(options.kernel).lines()
+    except (AssertionError, VmError) as error:
+        print(f"oracle: {error}", file=sys.stderr)
+        return 2
+    print(*lines, sep="\n")
+    if options.write:
+        write_document(lines)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="oracle",
         description="Does the same to a share and to a directory beside it, and compares what they tell.",
     )
     parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("compare", "table"),
+        default="compare",
+        help="the table of docs/events.md",
+    )
+    parser.add_argument("--write", action="store_true", help="puts the table into docs/events.md")
+    parser.add_argument(
         "--level",
         choices=("ring", "guest"),
         default="ring",
         help="our own front end, or QEMU (default: ring)",
     )
+    parser.add_argument("--watcher", choices=("inotify", "fanotify"), default="inotify", help="with QEMU")
     parser.add_argument("--kernel", choices=SERIES, default=DEFAULT_SERIES, help="of the guest in QEMU")
     parser.add_argument("--cache", choices=("auto", "never", "always"), default="never", help="with QEMU")
     parser.add_argument("--source", choices=(*SOURCES, "all"), default="all", help="of events (default: all)")
@@ -132,7 +157,7 @@ class _Campaign:
             for _ in range(self._options.repeat):
                 outcome = self._level.run(script)
                 counted["runs"] += 1
-                counted["operations"] += sum(not op.is_control for op in script)
+                counted["operations"] += outcome.operations
                 counted["events"] += outcome.compared
                 if not outcome.is_equal:
                     differed.append(name)

@@ -18,11 +18,12 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.frontend.server import BAD_LOG
-from tests.oracle.native import without_number
+from tests.oracle.native import NativeWatcher
+from tests.oracle.program import HostCommand, HostProgram, RealGuest
 from tests.oracle.runner import Outcome, Source, run
 from tests.oracle.script import Script
-from tests.oracle.streams import In, Seen
-from vhostfs.vm.agent import GuestError, RunningCommand
+from tests.oracle.streams import In, differences, different_sets
+from vhostfs.vm.agent import GuestError
 from vhostfs.vm.cache import cache_root
 from vhostfs.vm.equipment import Events, equip
 from vhostfs.vm.guest import Guest
@@ -33,9 +34,7 @@ from vhostfs.vm.machine import Accelerator, Machine, Share, smallest_memory_byte
 from vhostfs.vm.server import ServerSpec, ShareServer
 
 _PROGRAM = "/usr/local/bin/oracle-watcher"
-_TIMEOUT_S = 20.0
 _FREE_MEMORY_BYTES = 256 << 20
-_FENCE = ".fence"
 _BAD_CONSOLE = re.compile(r"BUG:|WARNING:|Oops|blocked for more than|Call Trace|refcount|Busy inodes")
 
 
@@ -68,9 +67,9 @@ class GuestSession:
         self._end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def on(self, source: Source) -> GuestLevel:
-        """The share with that source."""
-        return GuestLevel(self, source)
+    def on(self, source: Source, *, by_fanotify: bool = False) -> GuestLevel:
+        """The share with that source, and inotify's or fanotify's watchers."""
+        return GuestLevel(self, source, by_fanotify=by_fanotify)
 
     # ---- life ------------------------------------------------------------------------------------------
 
@@ -113,8 +112,8 @@ class GuestSession:
 
     # ---- runs ------------------------------------------------------------------------------------------
 
-    def run(self, script: Script, source: Source) -> Outcome:
-        """From an empty directory."""
+    def run(self, script: Script, source: Source, *, by_fanotify: bool = False) -> Outcome:
+        """From an empty directory. `by_fanotify`: with fanotify's watchers, on the host as in the guest."""
         guest = self._started()
         number = next(self._numbers)
         at = self._sources.index(source)
@@ -125,8 +124,17 @@ class GuestSession:
         console_mark, log_mark = _size(guest.console_path), _size(server.log_path)
         watcher: RealGuest | None = None
         try:
-            watcher = RealGuest(guest, shared, f"/share{at}/{number}")
-            outcome = run(script, shared, twin, watcher, with_ignored=True)
+            option = " --fanotify" if by_fanotify else ""
+            more = In.OPEN_EXEC | In.RENAME if by_fanotify else In(0)
+            command = guest.start(f"exec {_PROGRAM}{option}", stdin=True)
+            watcher = RealGuest(command, shared, f"/share{at}/{number}", more)
+            if by_fanotify:
+                host = HostCommand([str(self._folder / "watcher"), "--fanotify"])
+                native = HostProgram(host, twin, more)
+                outcome = run(script, shared, twin, watcher, native, different_sets, with_ignored=True)
+            else:
+                own = NativeWatcher(twin)
+                outcome = run(script, shared, twin, watcher, own, differences, with_ignored=True)
             watcher.close()
         except GuestError as error:
             outcome = Outcome([f"the guest could not go on: {error}"])
@@ -153,91 +161,11 @@ def _size(path: Path) -> int:
 class GuestLevel:
     """A session's share with one source."""
 
-    def __init__(self, session: GuestSession, source: Source) -> None:
+    def __init__(self, session: GuestSession, source: Source, *, by_fanotify: bool = False) -> None:
         self._session = session
         self._source = source
+        self._by_fanotify = by_fanotify
 
     def run(self, script: Script) -> Outcome:
         """From an empty directory."""
-        return self._session.run(script, self._source)
-
-
-class RealGuest:
-    """The watcher in the guest, on one directory of a share."""
-
-    def __init__(self, guest: Guest, host: Path, inside: str) -> None:
-        self._host = host
-        self._inside = inside
-        self._fences = itertools.count()
-        self._used_bytes = 0
-        self._asked_bytes = 0
-        (host / _FENCE).mkdir()
-        self._command: RunningCommand = guest.start(f"exec {_PROGRAM}", stdin=True)
-        self._command.wait_for_output(b"ready\n", _TIMEOUT_S)
-        self._asked(f"watch fence {int(In.CREATE):x} {inside}/{_FENCE}", "watched fence 0")
-        self._lines: list[str] = []
-
-    def close(self) -> None:
-        """Ends the watcher."""
-        self._command.close_stdin()
-        self._command.wait(_TIMEOUT_S).check()
-
-    def _asked(self, line: str, answer: str) -> str:
-        """Sends a line; the answer that begins so."""
-        begin = self._asked_bytes
-        self._command.write_stdin(f"{line}\n".encode())
-        wanted = re.compile(rb"^" + re.escape(answer.encode()) + rb".*\n", re.MULTILINE)
-        output = self._command.wait_for_output(lambda seen: bool(wanted.search(seen, begin)), _TIMEOUT_S)
-        found = wanted.search(output, begin)
-        assert found is not None
-        self._asked_bytes = found.end()
-        return found.group().decode().strip()
-
-    def _at(self, path: str) -> str:
-        return self._inside if path == "." else f"{self._inside}/{path}"
-
-    def watch(self, name: str, path: str, mask: In) -> int:
-        """The errno of inotify_add_watch(2)."""
-        answer = self._asked(f"watch {name} {int(mask):x} {self._at(path)}", f"watched {name} ")
-        return int(answer.split()[2])
-
-    def unwatch(self, name: str) -> None:
-        self._asked(f"unwatch {name}", f"unwatched {name}")
-
-    def look(self, path: str) -> object:
-        return self._asked(f"look {self._at(path)}", "looked ")
-
-    def forget(self) -> None:
-        self._asked("forget", "forgotten")
-
-    def stall(self) -> None:
-        """A guest's watcher that does not read stalls nothing: the queue is its kernel's."""
-
-    def resume(self) -> None:
-        """See `stall`."""
-
-    def read(self) -> list[Seen]:
-        """What the watcher got for all that happened on the host before now. TimeoutError: it is cut off."""
-        name = str(next(self._fences))
-        (self._host / _FENCE / name).mkdir()
-        end = f"e fence {int(In.CREATE | In.ISDIR):x} 0 {name}\n".encode()
-        begin = self._used_bytes
-        try:
-            output = self._command.wait_for_output(lambda seen: seen.find(end, begin) >= 0, _TIMEOUT_S)
-        except GuestError as error:
-            raise TimeoutError(
-                f"the watcher in the guest was not told of the end: {str(error)[-500:]}"
-            ) from error
-        at = output.find(end, begin)
-        self._used_bytes = at + len(end)
-        self._lines = output[begin:at].decode("utf-8", "surrogateescape").splitlines()
-        events = [line.split(" ", 4)[1:] for line in self._lines if line.startswith("e ")]
-        return [
-            Seen("" if watch == "-" else watch, In(int(mask, 16)), without_number(entry), int(cookie))
-            for watch, mask, cookie, entry in events
-            if watch != "fence"
-        ]
-
-    def explained(self) -> list[str]:
-        """What the watcher printed since the last `read`."""
-        return ["the watcher in the guest:", *(f"  {line}" for line in self._lines)]
+        return self._session.run(script, self._source, by_fanotify=self._by_fanotify)

@@ -12,6 +12,7 @@ import mmap
 import os
 import socket
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,6 +212,17 @@ class Hands:
             os.listdir(fd)
         finally:
             os.close(fd)
+
+    def _program(self, path: str) -> None:
+        fd = os.open(self._at(path), os.O_CREAT | os.O_EXCL | os.O_WRONLY | _FLAGS, 0o755)
+        try:
+            os.write(fd, b"#!/bin/true\n")
+        finally:
+            os.close(fd)
+
+    def _execute(self, path: str) -> None:
+        self._regular(path)
+        subprocess.run([self._at(path)], check=False)
 
     # ---- attributes ------------------------------------------------------------------------------------
 

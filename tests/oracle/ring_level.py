@@ -15,9 +15,11 @@ from types import TracebackType
 
 from tests.frontend import ServerProcess
 from tests.frontend.server import BAD_LOG
+from tests.oracle.native import NativeWatcher
 from tests.oracle.ring_guest import RingGuest
 from tests.oracle.runner import Guest, Outcome, Source, run
 from tests.oracle.script import Script
+from tests.oracle.streams import differences
 from tests.ring.share import Share
 
 
@@ -68,7 +70,7 @@ class RingLevel:
         share = Share(server, shared)
         log_mark = server.log_size()
         try:
-            outcome = run(script, shared, twin, guest(share, self._buffers))
+            outcome = run(script, shared, twin, guest(share, self._buffers), NativeWatcher(twin), differences)
         except (OSError, EOFError) as error:
             outcome = Outcome([f"the guest could not go on: {type(error).__name__}: {error}"])
         finally:

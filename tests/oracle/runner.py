@@ -7,14 +7,14 @@ Must not know how the guest is reached. Specification: docs/oracle.md, "What is 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from tests.oracle.hands import Hands
-from tests.oracle.native import NativeWatcher
 from tests.oracle.script import COMPARED_BEFORE, Op, Script, mask_of
-from tests.oracle.streams import In, Seen, differences
+from tests.oracle.streams import In, Seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,24 @@ SOURCES = {
 """By what the command line calls them."""
 
 
+class Native(Protocol):
+    """A watcher on the host, beside the share."""
+
+    def watch(self, name: str, path: str, mask: In) -> int: ...
+    def unwatch(self, name: str) -> None: ...
+    def end_of(self, identity: tuple[int, int]) -> list[Seen]: ...
+    def read(self) -> list[Seen]: ...
+    def close(self) -> None: ...
+
+
+class Compare(Protocol):
+    """What differs between two streams, in words."""
+
+    def __call__(
+        self, native: Sequence[Seen], guest: Sequence[Seen], *, one_operation: bool
+    ) -> list[str]: ...
+
+
 class Guest(Protocol):
     """A guest with one inotify group, at whatever level."""
 
@@ -58,26 +76,44 @@ class Outcome:
     lines: list[str] = field(default_factory=list)
     compared: int = 0
     """Events of the native watcher that were compared."""
+    operations: int = 0
+    """Operations that were done."""
+    native: list[Seen] = field(default_factory=list)
+    guest: list[Seen] = field(default_factory=list)
+    """What was told of the last operations that made any events."""
 
     @property
     def is_equal(self) -> bool:
         return not self.lines
 
 
-def run(script: Script, shared: Path, twin: Path, guest: Guest, *, with_ignored: bool = False) -> Outcome:
+def run(
+    script: Script,
+    shared: Path,
+    twin: Path,
+    guest: Guest,
+    native: Native,
+    compare: Compare,
+    *,
+    with_ignored: bool = False,
+) -> Outcome:
     """Runs until the script ends or something differs. Both directories are empty.
 
     `with_ignored`: the guest is a real one, whose kernel itself says when a watch has ended.
     """
-    return _Run(shared, twin, guest, with_ignored).run(script)
+    dropped = In(0) if with_ignored else In.IGNORED
+    return _Run(Hands(shared), Hands(twin), guest, native, compare, dropped).run(script)
 
 
 class _Run:
-    def __init__(self, shared: Path, twin: Path, guest: Guest, with_ignored: bool) -> None:
-        self._shared, self._twin = Hands(shared), Hands(twin)
-        self._native = NativeWatcher(twin)
+    def __init__(
+        self, shared: Hands, twin: Hands, guest: Guest, native: Native, compare: Compare, dropped: In
+    ) -> None:
+        self._shared, self._twin = shared, twin
         self._guest = guest
-        self._dropped = In(0) if with_ignored else In.IGNORED
+        self._native = native
+        self._differences = compare
+        self._dropped = dropped
         self._batch: list[tuple[Op, int]] = []
         """Done to the share since the last comparison, with the results."""
         self._stalled = False
@@ -140,7 +176,10 @@ class _Run:
         native = [event for event in native if not event.mask & self._dropped]
         guest = [event for event in guest if not event.mask & self._dropped]
         self._outcome.compared += len(native)
-        found = differences(native, guest, one_operation=len(batch) == 1)
+        self._outcome.operations += len(batch)
+        if native or guest:
+            self._outcome.native, self._outcome.guest = native, guest
+        found = self._differences(native, guest, one_operation=len(batch) == 1)
         if found:
             self._outcome.lines += [f"before line {number}:", *found, "natively:", *explained]
             self._outcome.lines += self._guest.explained()

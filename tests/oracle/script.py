@@ -33,6 +33,8 @@ OPERATIONS: dict[str, str] = {
     "mapwrite": "path",
     "read": "path",
     "list": "path",
+    "program": "path",
+    "execute": "path",
     "chmod": "path",
     "chown": "path",
     "utime": "path",

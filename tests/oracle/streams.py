@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 class In(enum.IntFlag):
-    """Bits of inotify: events, and how to watch."""
+    """Bits of inotify, events and how to watch; OPEN_EXEC and RENAME are fanotify's alone."""
 
     ACCESS = 0x1
     MODIFY = 0x2
@@ -27,12 +27,14 @@ class In(enum.IntFlag):
     DELETE = 0x200
     DELETE_SELF = 0x400
     MOVE_SELF = 0x800
+    OPEN_EXEC = 0x1000
     UNMOUNT = 0x2000
     Q_OVERFLOW = 0x4000
     IGNORED = 0x8000
     ONLYDIR = 0x0100_0000
     DONT_FOLLOW = 0x0200_0000
     EXCL_UNLINK = 0x0400_0000
+    RENAME = 0x1000_0000
     MASK_ADD = 0x2000_0000
     ISDIR = 0x4000_0000
     ONESHOT = 0x8000_0000
@@ -145,6 +147,14 @@ def differences(native: Sequence[Seen], guest: Sequence[Seen], *, one_operation:
                     f"guest, in order:  {'; '.join(map(str, got))}",
                 ]
     return lines
+
+
+def different_sets(native: Sequence[Seen], guest: Sequence[Seen], *, one_operation: bool) -> list[str]:
+    """The same for fanotify, which sums up: what happened counts, neither how often nor in which order."""
+    expected, got = sorted(set(map(str, native))), sorted(set(map(str, guest)))
+    if expected == got:
+        return []
+    return [f"native: {'; '.join(expected)}", f"guest:  {'; '.join(got)}"]
 
 
 def _by_watch(events: Sequence[Seen]) -> dict[str, list[Told]]:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The oracle's watcher in the guest: one inotify group, its watches called by name.
+ * The oracle's watcher: one inotify group, or with --fanotify one fanotify group
+ * with marks on inodes, their watches called by name.
  *
  * Lines on stdin, each answered when it is done:
  *
@@ -9,10 +10,15 @@
  *   unwatch NAME            "unwatched NAME"; nothing of it is printed any more
  *   look PATH               "looked ERRNO"
  *   forget                  "forgotten": what nobody uses is dropped from the caches
+ *   sync                    "synced": what is there already has been printed
  *
  * and every event, as it is read:
  *
  *   e NAME MASK COOKIE ENTRY
+ *
+ * For fanotify ENTRY is "entry" of the directory NAME, "=NAME" for the object if it
+ * is watched itself, and "old>NAME/new" of FAN_RENAME; NAME is "?" for what nobody
+ * watches.
  *
  * The end of stdin ends the program.
  */
@@ -20,19 +26,35 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/fanotify.h>
 #include <sys/inotify.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #define MAX_WATCHES 1024
 
+#ifndef FAN_REPORT_TARGET_FID
+#define FAN_REPORT_TARGET_FID 0x1000
+#define FAN_RENAME 0x10000000
+#define FAN_EVENT_INFO_TYPE_OLD_DFID_NAME 10
+#define FAN_EVENT_INFO_TYPE_NEW_DFID_NAME 12
+#endif
+
+#define MAX_NAME 300
+
 static int group;
+static bool by_fanotify;
 static struct {
 	char name[32];
-	int wd;
+	int wd; /* of inotify; -1: it has ended */
+	struct {
+		struct file_handle head;
+		unsigned char bytes[MAX_HANDLE_SZ];
+	} handle; /* for fanotify */
 } watches[MAX_WATCHES];
 static int n_watches;
 
@@ -60,6 +82,29 @@ static void forget_watch(int wd)
 	}
 }
 
+static int mark(const char *name, uint64_t bits, const char *path)
+{
+	struct file_handle *handle = &watches[n_watches].handle.head;
+	struct stat state;
+	int mount;
+
+	handle->handle_bytes = MAX_HANDLE_SZ;
+	if (lstat(path, &state))
+		return errno;
+	if (S_ISDIR(state.st_mode))
+		bits |= FAN_ONDIR | FAN_EVENT_ON_CHILD;
+	else
+		bits &= ~(FAN_CREATE | FAN_DELETE | FAN_MOVE | FAN_RENAME);
+	if (fanotify_mark(group, FAN_MARK_ADD | FAN_MARK_DONT_FOLLOW, bits, AT_FDCWD, path))
+		return errno;
+	/* Once it is marked, so that it is not forgotten and found again as another. */
+	if (name_to_handle_at(AT_FDCWD, path, handle, &mount, 0))
+		return errno;
+	snprintf(watches[n_watches].name, sizeof(watches[0].name), "%s", name);
+	watches[n_watches++].wd = 0;
+	return 0;
+}
+
 static void watch(char *arguments)
 {
 	char *name = strsep(&arguments, " ");
@@ -69,6 +114,10 @@ static void watch(char *arguments)
 	if (!bits || !arguments || n_watches == MAX_WATCHES) {
 		errno = EINVAL;
 		fail("watch");
+	}
+	if (by_fanotify) {
+		printf("watched %s %d\n", name, mark(name, strtoull(bits, NULL, 16), arguments));
+		return;
 	}
 	wd = inotify_add_watch(group, arguments, strtoul(bits, NULL, 16) | IN_DONT_FOLLOW);
 	if (wd >= 0) {
@@ -109,12 +158,100 @@ static void forget(void)
 	printf("forgotten\n");
 }
 
-static void read_events(void)
+static const char *name_of_handle(const struct file_handle *handle)
+{
+	for (int i = 0; i < n_watches; i++) {
+		const struct file_handle *known = &watches[i].handle.head;
+
+		if (known->handle_type == handle->handle_type &&
+		    known->handle_bytes == handle->handle_bytes &&
+		    !memcmp(known->f_handle, handle->f_handle, handle->handle_bytes))
+			return watches[i].name;
+	}
+	return "?";
+}
+
+struct told {
+	char directory[32];
+	char entry[MAX_NAME];
+	char new_directory[32];
+	char new_entry[MAX_NAME];
+	char object[32];
+};
+
+static void take_record(const struct fanotify_event_info_header *record, struct told *told)
+{
+	const struct fanotify_event_info_fid *fid = (const void *)record;
+	const struct file_handle *handle = (const void *)fid->handle;
+	const char *name = name_of_handle(handle);
+	const char *entry = (const char *)handle->f_handle + handle->handle_bytes;
+
+	switch (record->info_type) {
+	case FAN_EVENT_INFO_TYPE_DFID_NAME:
+	case FAN_EVENT_INFO_TYPE_OLD_DFID_NAME:
+		snprintf(told->directory, sizeof(told->directory), "%s", name);
+		snprintf(told->entry, sizeof(told->entry), "%s", entry);
+		break;
+	case FAN_EVENT_INFO_TYPE_NEW_DFID_NAME:
+		snprintf(told->new_directory, sizeof(told->new_directory), "%s", name);
+		snprintf(told->new_entry, sizeof(told->new_entry), "%s", entry);
+		break;
+	case FAN_EVENT_INFO_TYPE_FID:
+		snprintf(told->object, sizeof(told->object), "%s", name);
+		break;
+	}
+}
+
+/* One line for each kind of event that the record sums up. */
+static void print_record(const struct fanotify_event_metadata *event)
+{
+	const char *at = (const char *)event + event->metadata_len;
+	const char *end = (const char *)event + event->event_len;
+	uint64_t dir = event->mask & FAN_ONDIR;
+	struct told told = {0};
+
+	while (at < end) {
+		const struct fanotify_event_info_header *record = (const void *)at;
+
+		take_record(record, &told);
+		at += record->len;
+	}
+	for (int bit = 0; bit < 63; bit++) {
+		uint64_t mask = 1ULL << bit;
+
+		if (!(event->mask & mask) || mask == FAN_ONDIR)
+			continue;
+		printf("e %s %llx 0 %s", told.directory[0] ? told.directory : "-",
+		       (unsigned long long)(mask | dir), told.entry);
+		if (mask == FAN_RENAME)
+			printf(">%s/%s", told.new_directory, told.new_entry);
+		if (told.object[0])
+			printf("=%s", told.object);
+		printf("\n");
+	}
+}
+
+static void read_fanotify(void)
+{
+	static char buffer[65536] __attribute__((aligned(8)));
+	ssize_t n;
+
+	while ((n = read(group, buffer, sizeof(buffer))) > 0) {
+		const struct fanotify_event_metadata *event = (void *)buffer;
+
+		for (; FAN_EVENT_OK(event, n); event = FAN_EVENT_NEXT(event, n))
+			print_record(event);
+	}
+	if (n < 0 && errno != EAGAIN)
+		fail("read");
+}
+
+static void read_inotify(void)
 {
 	static char buffer[65536] __attribute__((aligned(__alignof__(struct inotify_event))));
 	ssize_t n = read(group, buffer, sizeof(buffer));
 
-	if (n < 0)
+	if (n < 0 && errno != EAGAIN)
 		fail("read");
 	for (char *at = buffer; at < buffer + n;) {
 		const struct inotify_event *event = (const struct inotify_event *)at;
@@ -127,6 +264,14 @@ static void read_events(void)
 			forget_watch(event->wd);
 		at += sizeof(*event) + event->len;
 	}
+}
+
+static void read_events(void)
+{
+	if (by_fanotify)
+		read_fanotify();
+	else
+		read_inotify();
 }
 
 /* Zero at the end of stdin. */
@@ -148,6 +293,9 @@ static int obey(void)
 		look(arguments);
 	} else if (!strcmp(command, "forget")) {
 		forget();
+	} else if (!strcmp(command, "sync")) {
+		read_events();
+		printf("synced\n");
 	} else {
 		errno = EINVAL;
 		fail(command);
@@ -155,14 +303,24 @@ static int obey(void)
 	return 1;
 }
 
-int main(void)
+static int open_group(void)
+{
+	unsigned int flags = FAN_CLASS_NOTIF | FAN_CLOEXEC | FAN_NONBLOCK | FAN_REPORT_FID |
+			     FAN_REPORT_DFID_NAME | FAN_REPORT_TARGET_FID;
+
+	return by_fanotify ? fanotify_init(flags, O_RDONLY)
+			   : inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+}
+
+int main(int argc, char **argv)
 {
 	struct pollfd polls[2] = {{.events = POLLIN}, {.fd = 0, .events = POLLIN}};
 
 	setvbuf(stdin, NULL, _IONBF, 0);
-	group = polls[0].fd = inotify_init1(IN_CLOEXEC);
+	by_fanotify = argc > 1 && !strcmp(argv[1], "--fanotify");
+	group = polls[0].fd = open_group();
 	if (group < 0)
-		fail("inotify_init1");
+		fail(by_fanotify ? "fanotify_init" : "inotify_init1");
 	printf("ready\n");
 	for (;;) {
 		fflush(stdout);
