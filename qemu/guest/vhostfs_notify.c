@@ -641,6 +641,27 @@ static void vhostfs_set_times(struct inode *inode, const struct fuse_attr *attr)
 #endif
 }
 
+/* Asks the device for attributes, by a request that the caller frees; or NULL */
+static struct vhostfs_request *vhostfs_getattr(struct vhostfs_notify *n,
+					       struct inode *inode)
+{
+	DECLARE_COMPLETION_ONSTACK(done);
+	struct vhostfs_request *req;
+
+	req = vhostfs_new_request(FUSE_GETATTR, get_node_id(inode),
+				  sizeof(req->getattr_in),
+				  sizeof(req->getattr_out));
+	if (!req)
+		return NULL;
+	req->end = vhostfs_wake;
+	req->done = &done;
+	vhostfs_send(n, get_fuse_mount(inode), req);
+	wait_for_completion(&done);
+	if (!req->error && inode_wrong_type(inode, req->getattr_out.attr.mode))
+		req->error = -EIO;
+	return req;
+}
+
 /*
  * With write-back caching the FUSE core never believes the device's size and
  * times of a file that it knows. So ask for them here, when nothing that this
@@ -650,20 +671,10 @@ static void vhostfs_set_times(struct inode *inode, const struct fuse_attr *attr)
 static void vhostfs_refetch(struct vhostfs_notify *n, struct inode *inode)
 {
 	struct fuse_inode *fi = get_fuse_inode(inode);
-	struct fuse_mount *fm = get_fuse_mount(inode);
-	DECLARE_COMPLETION_ONSTACK(done);
-	struct vhostfs_request *req;
+	struct fuse_conn *fc = get_fuse_conn(inode);
+	struct vhostfs_request *req = NULL;
 	const struct fuse_attr *attr;
 	bool shrunk;
-
-	req = vhostfs_new_request(FUSE_GETATTR, get_node_id(inode),
-				  sizeof(req->getattr_in),
-				  sizeof(req->getattr_out));
-	if (!req)
-		return;
-	req->end = vhostfs_wake;
-	req->done = &done;
-	attr = &req->getattr_out.attr;
 
 	inode_lock(inode);
 	if (filemap_write_and_wait(inode->i_mapping))
@@ -671,15 +682,16 @@ static void vhostfs_refetch(struct vhostfs_notify *n, struct inode *inode)
 	/* Older kernels end a page's writeback before the WRITE is answered */
 	wait_event(fi->page_waitq, !READ_ONCE(fi->writectr));
 
-	vhostfs_send(n, fm, req);
-	wait_for_completion(&done);
+	req = vhostfs_getattr(n, inode);
+	if (!req)
+		goto out;
+	attr = &req->getattr_out.attr;
 	if (req->error || attr->size > LLONG_MAX ||
-	    !S_ISREG(attr->mode) || mapping_tagged(inode->i_mapping,
-						   PAGECACHE_TAG_DIRTY))
+	    mapping_tagged(inode->i_mapping, PAGECACHE_TAG_DIRTY))
 		goto out;
 
 	spin_lock(&fi->lock);
-	fi->attr_version = atomic64_inc_return(&fm->fc->attr_version);
+	fi->attr_version = atomic64_inc_return(&fc->attr_version);
 	shrunk = attr->size < inode->i_size;
 	i_size_write(inode, attr->size);
 	vhostfs_set_times(inode, attr);
@@ -777,13 +789,16 @@ static bool vhostfs_is_newer(const struct dentry *entry,
  * within, has found it after the event.
  *
  * A cached listing is dropped by its readers, for its iversion differs.
+ *
+ * Returns the directory that had the name and is watched, with a reference, if
+ * this may be its end; or NULL.
  */
-static void vhostfs_stale_entry(struct inode *dir,
-				const struct vhostfs_event *event)
+static struct inode *vhostfs_stale_entry(struct inode *dir,
+					 const struct vhostfs_event *event)
 {
 	bool gone = event->mask & (FS_DELETE | FS_MOVED_FROM);
+	struct inode *inode, *former = NULL;
 	struct dentry *entry;
-	struct inode *inode;
 	bool same;
 
 	inode_lock_nested(dir, I_MUTEX_PARENT);
@@ -795,6 +810,11 @@ static void vhostfs_stale_entry(struct inode *dir,
 		same = inode && vhostfs_is_object(inode, event);
 		if (inode)
 			vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+		/* Of a file's end its link count tells */
+		if (inode && S_ISDIR(inode->i_mode) && (gone || !same) &&
+		    !(event->mask & FS_MOVED_FROM) &&
+		    READ_ONCE(inode->i_fsnotify_mask))
+			former = igrab(inode);
 		if (vhostfs_is_newer(entry, event))
 			vhostfs_expire_dentry(entry);
 		else if (gone ? !!inode : !same)
@@ -802,6 +822,7 @@ static void vhostfs_stale_entry(struct inode *dir,
 		dput(entry);
 	}
 	inode_unlock(dir);
+	return former;
 }
 
 /*
@@ -1045,6 +1066,51 @@ static void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 }
 
 /*
+ * A watched object has lost or got a link: how many are there? The FUSE core
+ * does not ask before it removes one for this guest, and when that is the last
+ * but counts as one of several, nobody says that the object has ended. Nor does
+ * a host source that knows removed names but not whose they were. And a dentry
+ * of a name that only the host removed keeps the object from ending with its
+ * last name; which one is not known, so all that nobody uses go.
+ *
+ * The inode lock keeps the guest's own unlink() and link() away.
+ */
+static void vhostfs_check_links(struct vhostfs_notify *n, struct inode *inode)
+{
+	struct fuse_inode *fi = get_fuse_inode(inode);
+	struct fuse_conn *fc = get_fuse_conn(inode);
+	struct vhostfs_request *req;
+	bool gone = false;
+
+	inode_lock(inode);
+	req = vhostfs_getattr(n, inode);
+	if (req && !req->error) {
+		gone = !req->getattr_out.attr.nlink;
+		spin_lock(&fi->lock);
+		fi->attr_version = atomic64_inc_return(&fc->attr_version);
+		if (!gone && !S_ISDIR(inode->i_mode))
+			set_nlink(inode, req->getattr_out.attr.nlink);
+		spin_unlock(&fi->lock);
+	} else if (req) {
+		gone = req->error == -ESTALE || req->error == -ENOENT;
+	}
+	inode_unlock(inode);
+	kfree(req);
+	if (gone)
+		vhostfs_raise_delete_self(n, inode);
+	else if (!S_ISDIR(inode->i_mode))
+		d_prune_aliases(inode);
+}
+
+/* The same for who had a name, if anybody */
+static void vhostfs_check_former(struct vhostfs_notify *n, struct inode *former)
+{
+	if (former)
+		vhostfs_check_links(n, former);
+	iput(former);
+}
+
+/*
  * Both names at once, for fanotify; both directories are in one superblock.
  * One of them may be NULL: what happens there is not known. Each mark on a
  * directory gets the name in that one only. One on the superblock gets both, so
@@ -1130,7 +1196,7 @@ static void vhostfs_entry_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 		return;
 	}
 
-	vhostfs_stale_entry(dir, event);
+	vhostfs_check_former(n, vhostfs_stale_entry(dir, event));
 	child = vhostfs_find_child(fc, NULL, event);
 	if (child)
 		vhostfs_stale_attr(child, STATX_BASIC_STATS);
@@ -1154,7 +1220,7 @@ static void vhostfs_rename_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 				 const struct vhostfs_event *from,
 				 const struct vhostfs_event *to)
 {
-	struct inode *old_dir, *new_dir, *child = NULL;
+	struct inode *old_dir, *new_dir, *former, *child = NULL;
 	u32 cookie;
 
 	old_dir = vhostfs_find(fc, from->nodeid, from->generation);
@@ -1166,8 +1232,8 @@ static void vhostfs_rename_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 		goto out;
 	}
 
-	vhostfs_stale_entry(old_dir, from);
-	vhostfs_stale_entry(new_dir, to);
+	iput(vhostfs_stale_entry(old_dir, from));
+	former = vhostfs_stale_entry(new_dir, to);
 	child = vhostfs_find_child(fc, NULL, to);
 	if (child)
 		vhostfs_stale_attr(child, STATX_BASIC_STATS);
@@ -1178,6 +1244,7 @@ static void vhostfs_rename_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	vhostfs_raise_rename(n, old_dir, new_dir, child, from, to);
 	vhostfs_raise_entry(n, old_dir, child, from, cookie);
 	vhostfs_raise_entry(n, new_dir, child, to, cookie);
+	vhostfs_check_former(n, former);
 out:
 	iput(child);
 	iput(new_dir);
@@ -1188,10 +1255,15 @@ static void vhostfs_self_event(struct vhostfs_notify *n, struct inode *inode,
 			       u32 bit)
 {
 	vhostfs_stale_object(n, inode, bit);
-	if (bit == FS_DELETE_SELF)
+	if (bit == FS_DELETE_SELF) {
 		vhostfs_raise_delete_self(n, inode);
-	else
-		vhostfs_raise_self(n, inode, bit);
+		return;
+	}
+	vhostfs_raise_self(n, inode, bit);
+	/* Of a file and without a name: it may be the link count */
+	if (bit == FS_ATTRIB && !S_ISDIR(inode->i_mode) &&
+	    READ_ONCE(inode->i_fsnotify_mask))
+		vhostfs_check_links(n, inode);
 }
 
 static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
@@ -1960,6 +2032,9 @@ static void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
 	lockdep_assert_held(&n->watch_lock);
 	if (inode)
 		mask = vhostfs_wish(READ_ONCE(inode->i_fsnotify_mask));
+	/* It tells of links, for vhostfs_check_links() */
+	if (mask && !S_ISDIR(inode->i_mode))
+		mask |= FS_ATTRIB;
 	watch = vhostfs_find_watch(n, nodeid);
 	if (!watch && !mask)
 		return;
