@@ -40,6 +40,7 @@
 #include <linux/iversion.h>
 #include <linux/kprobes.h>
 #include <linux/module.h>
+#include <linux/mount.h>
 #include <linux/namei.h>
 #include <linux/pagemap.h>
 #include <linux/posix_acl.h>
@@ -165,6 +166,7 @@ struct vhostfs_wire_element {
 #define VHOSTFS_WALK_WAIT	(10 * HZ)
 #define VHOSTFS_READDIR_SIZE	8192
 #define VHOSTFS_MAX_RECENT	1024
+#define VHOSTFS_MAX_MOUNT_MARKS	64
 
 /* An element that was checked, in the CPU's byte order */
 struct vhostfs_event {
@@ -232,6 +234,13 @@ struct vhostfs_held {
 	struct rb_node node;
 	struct list_head unread;
 	struct inode *inode;		/* referenced */
+};
+
+/* A mark on a mount, which cannot be found when an event comes */
+struct vhostfs_mount_mark {
+	struct list_head list;
+	struct fsnotify_mark *mark;	/* referenced */
+	struct super_block *sb;
 };
 
 enum vhostfs_session {
@@ -329,6 +338,8 @@ struct vhostfs_notify {
 	unsigned int shares_changed;	/* counted by the probes */
 	unsigned int shares_done;	/* how far the worker has come */
 	bool walk_again;
+	struct list_head mount_marks;
+	unsigned int nmount_marks;
 	wait_queue_head_t settled;
 
 	/* Whole superblocks, under session_mutex */
@@ -939,6 +950,104 @@ static struct dentry *vhostfs_stand_in(struct vhostfs_notify *n,
 	return dentry;
 }
 
+/* Whether the mark is one of a watcher that is still there */
+static bool vhostfs_is_attached(const struct fsnotify_mark *mark)
+{
+	return READ_ONCE(mark->flags) & FSNOTIFY_MARK_FLAG_ATTACHED;
+}
+
+/* Can its group be told of what happened by no mount of this guest? */
+static bool vhostfs_reports_fids(const struct fsnotify_group *group)
+{
+	return group->fanotify_data.flags &
+	       (FAN_REPORT_FID | FAN_REPORT_DIR_FID);
+}
+
+#if VHOSTFS_KERNEL >= 610
+/* The group's mark on another object of an event, for what it ignores; true: it wants the event */
+static bool vhostfs_other_mark(struct fsnotify_iter_info *iter,
+			       enum fsnotify_iter_type type, void *obj,
+			       enum fsnotify_obj_type obj_type, u32 mask)
+{
+	struct fsnotify_mark *mark;
+
+	if (!obj)
+		return false;
+	mark = fsnotify_find_mark(obj, obj_type, iter->current_group);
+	if (!mark)
+		return false;
+	iter->marks[type] = mark;
+	if (type == FSNOTIFY_ITER_TYPE_PARENT &&
+	    !((mark->mask | mark->ignore_mask) & FS_EVENT_ON_CHILD))
+		return false;
+	fsnotify_iter_set_report_type(iter, type);
+	return (mask & mark->mask & ALL_FSNOTIFY_EVENTS) &&
+	       fsnotify_mask_applicable(mark->mask, mask & FS_ISDIR, type);
+}
+
+static void vhostfs_raise_on_mount(struct fsnotify_mark *mark, u32 mask,
+				   const void *data, int data_type,
+				   struct inode *dir, const struct qstr *name,
+				   struct inode *inode, struct super_block *sb)
+{
+	struct fsnotify_group *group = mark->group;
+	struct fsnotify_iter_info iter = { .current_group = group };
+	bool told;
+	int type;
+
+	iter.marks[FSNOTIFY_ITER_TYPE_VFSMOUNT] = mark;
+	fsnotify_iter_set_report_type(&iter, FSNOTIFY_ITER_TYPE_VFSMOUNT);
+	told = vhostfs_other_mark(&iter, FSNOTIFY_ITER_TYPE_SB, sb,
+				  FSNOTIFY_OBJ_TYPE_SB, mask);
+	told |= vhostfs_other_mark(&iter, FSNOTIFY_ITER_TYPE_INODE, inode,
+				   FSNOTIFY_OBJ_TYPE_INODE, mask);
+	told |= vhostfs_other_mark(&iter, FSNOTIFY_ITER_TYPE_PARENT, dir,
+				   FSNOTIFY_OBJ_TYPE_INODE, mask);
+	/* By its other marks it was told already */
+	if (!told)
+		group->ops->handle_event(group, mask, data, data_type, dir,
+					 name, 0, &iter);
+	for (type = 0; type < FSNOTIFY_ITER_TYPE_COUNT; type++)
+		if (iter.marks[type] && iter.marks[type] != mark)
+			fsnotify_put_mark(iter.marks[type]);
+}
+#endif
+
+/*
+ * fsnotify() finds marks on a mount by the path that was used, and the host
+ * uses none of this guest's. All mounts of the superblock show what happened,
+ * so who has marked any is told, where he can be: by file handle.
+ */
+static void vhostfs_raise_on_mounts(struct vhostfs_notify *n, u32 mask,
+				    const void *data, int data_type,
+				    struct inode *dir, const struct qstr *name,
+				    struct inode *inode, struct super_block *sb)
+{
+#if VHOSTFS_KERNEL >= 610
+	struct fsnotify_mark *marks[VHOSTFS_MAX_MOUNT_MARKS];
+	struct vhostfs_mount_mark *each;
+	unsigned int count = 0, i;
+
+	if (!READ_ONCE(n->nmount_marks))
+		return;
+	spin_lock(&n->watch_lock);
+	list_for_each_entry(each, &n->mount_marks, list) {
+		if (each->sb != sb || !vhostfs_is_attached(each->mark) ||
+		    !(each->mark->mask & mask & ALL_FSNOTIFY_EVENTS) ||
+		    !vhostfs_reports_fids(each->mark->group))
+			continue;
+		refcount_inc(&each->mark->refcnt);
+		marks[count++] = each->mark;
+	}
+	spin_unlock(&n->watch_lock);
+	for (i = 0; i < count; i++) {
+		vhostfs_raise_on_mount(marks[i], mask & ~FS_EVENT_ON_CHILD,
+				       data, data_type, dir, name, inode, sb);
+		fsnotify_put_mark(marks[i]);
+	}
+#endif
+}
+
 /* An event in a directory's listing; child: NULL if this guest does not know it */
 static void vhostfs_raise_entry(struct vhostfs_notify *n, struct inode *dir,
 				struct inode *child,
@@ -981,11 +1090,17 @@ static void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 	if (child && child->i_sb == dir->i_sb) {
 		fsnotify(mask, child, FSNOTIFY_EVENT_INODE, dir, &name, child,
 			 0);
+		vhostfs_raise_on_mounts(n, mask, child, FSNOTIFY_EVENT_INODE,
+					dir, &name, child, dir->i_sb);
 	} else {
+		struct dentry *entry = vhostfs_stand_in(n, dir, NULL, NULL,
+							&name);
+
 		n->unknown_inode.i_sb = dir->i_sb;
-		fsnotify(mask, vhostfs_stand_in(n, dir, NULL, NULL, &name),
-			 FSNOTIFY_EVENT_DENTRY, dir, &name, &n->unknown_inode,
-			 0);
+		fsnotify(mask, entry, FSNOTIFY_EVENT_DENTRY, dir, &name,
+			 &n->unknown_inode, 0);
+		vhostfs_raise_on_mounts(n, mask, entry, FSNOTIFY_EVENT_DENTRY,
+					dir, &name, NULL, dir->i_sb);
 	}
 }
 
@@ -1009,6 +1124,9 @@ static void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
 	} else {
 		fsnotify_inode(inode, bit);
 	}
+	vhostfs_raise_on_mounts(n, bit | vhostfs_isdir(inode), inode,
+				FSNOTIFY_EVENT_INODE, NULL, NULL, inode,
+				inode->i_sb);
 }
 
 /*
@@ -1543,6 +1661,7 @@ static void vhostfs_lose_inode(struct inode *inode, void *arg)
 static void vhostfs_overflow_event(struct vhostfs_notify *n,
 				   struct fuse_conn *fc)
 {
+	struct vhostfs_mount_mark *mount_mark;
 	struct vhostfs_lost *lost;
 	struct fuse_mount *fm;
 	unsigned int i;
@@ -1564,6 +1683,11 @@ static void vhostfs_overflow_event(struct vhostfs_notify *n,
 		if (READ_ONCE(fm->sb->s_fsnotify_mask))
 			vhostfs_lost_groups(lost, NULL, fm->sb);
 	}
+	spin_lock(&n->watch_lock);
+	list_for_each_entry(mount_mark, &n->mount_marks, list)
+		if (vhostfs_is_attached(mount_mark->mark))
+			vhostfs_lost_group(lost, mount_mark->mark->group);
+	spin_unlock(&n->watch_lock);
 	for (i = 0; i < lost->ngroups; i++) {
 		vhostfs_queue_overflow(lost->groups[i]);
 		fsnotify_put_group(lost->groups[i]);
@@ -2206,6 +2330,61 @@ static int vhostfs_probe_sb(struct vhostfs_probe *probe,
 	return 0;
 }
 
+#if VHOSTFS_KERNEL >= 610
+/*
+ * The marks of a mount, found through its own connector. Those that are
+ * referenced here stay in that list when their watcher leaves, so nobody is
+ * told by a probe then: vhostfs_check_probes() looks for it.
+ */
+static void vhostfs_note_mount_marks(struct vhostfs_notify *n,
+				     struct super_block *sb,
+				     struct fsnotify_mark_connector *conn)
+{
+	struct vhostfs_mount_mark *each;
+	struct fsnotify_mark *mark;
+	bool known;
+
+	spin_lock(&n->watch_lock);
+	hlist_for_each_entry(mark, &conn->list, obj_list) {
+		if (!mark->group->ops->handle_event ||
+		    n->nmount_marks == VHOSTFS_MAX_MOUNT_MARKS)
+			continue;
+		known = false;
+		list_for_each_entry(each, &n->mount_marks, list)
+			known |= each->mark == mark;
+		each = known ? NULL : kmalloc(sizeof(*each),
+					      GFP_ATOMIC | __GFP_NOWARN);
+		if (!each)
+			continue;
+		refcount_inc(&mark->refcnt);
+		each->mark = mark;
+		each->sb = sb;
+		list_add_tail(&each->list, &n->mount_marks);
+		n->nmount_marks++;
+	}
+	spin_unlock(&n->watch_lock);
+}
+
+static int vhostfs_probe_mount(struct vhostfs_probe *probe,
+			       struct fsnotify_mark_connector *conn)
+{
+	struct super_block *sb = ((struct vfsmount *)conn->obj)->mnt_sb;
+	struct vhostfs_notify *n;
+
+	if (sb->s_type != vhostfs_type)
+		return 1;
+	n = vhostfs_notify_of(get_fuse_conn_super(sb));
+	if (!n || READ_ONCE(ignore_probes))
+		return 1;
+	if (vhostfs_wants_fid(conn))
+		WRITE_ONCE(n->fid_wanted, true);
+	vhostfs_note_mount_marks(n, sb, conn);
+	probe->notify = n;
+	probe->nodeid = 0;
+	return 0;
+}
+#endif
+
 static int vhostfs_probe_entry(struct kretprobe_instance *ri,
 			       struct pt_regs *regs)
 {
@@ -2218,6 +2397,10 @@ static int vhostfs_probe_entry(struct kretprobe_instance *ri,
 		regs_get_kernel_argument(regs, 0);
 	if (conn->obj && READ_ONCE(conn->type) == FSNOTIFY_OBJ_TYPE_SB)
 		return vhostfs_probe_sb(probe, conn);
+#if VHOSTFS_KERNEL >= 610
+	if (conn->obj && READ_ONCE(conn->type) == FSNOTIFY_OBJ_TYPE_VFSMOUNT)
+		return vhostfs_probe_mount(probe, conn);
+#endif
 	if (READ_ONCE(conn->type) != FSNOTIFY_OBJ_TYPE_INODE || !conn->obj)
 		return 1;
 #if VHOSTFS_KERNEL < 610
@@ -2911,16 +3094,53 @@ static u32 vhostfs_others_mask(struct vhostfs_share *share)
 	return mask;
 }
 
+/* Of one superblock, or those whose watchers have left */
+static void vhostfs_drop_mount_marks(struct vhostfs_notify *n,
+				     const struct super_block *sb)
+{
+	struct vhostfs_mount_mark *each, *next;
+	LIST_HEAD(dropped);
+
+	spin_lock(&n->watch_lock);
+	list_for_each_entry_safe(each, next, &n->mount_marks, list) {
+		if (sb ? each->sb != sb : vhostfs_is_attached(each->mark))
+			continue;
+		list_move(&each->list, &dropped);
+		n->nmount_marks--;
+	}
+	spin_unlock(&n->watch_lock);
+	list_for_each_entry_safe(each, next, &dropped, list) {
+		fsnotify_put_mark(each->mark);
+		kfree(each);
+	}
+}
+
+/* What marks on mounts of this superblock want together */
+static u32 vhostfs_mounts_mask(struct vhostfs_notify *n,
+			       const struct super_block *sb)
+{
+	struct vhostfs_mount_mark *each;
+	u32 mask = 0;
+
+	spin_lock(&n->watch_lock);
+	list_for_each_entry(each, &n->mount_marks, list)
+		if (each->sb == sb && vhostfs_is_attached(each->mark) &&
+		    vhostfs_reports_fids(each->mark->group))
+			mask |= each->mark->mask;
+	spin_unlock(&n->watch_lock);
+	return mask & VHOSTFS_CHILD_EVENTS;
+}
+
 static u32 vhostfs_look_at_sb(struct vhostfs_notify *n, struct super_block *sb)
 {
 	struct vhostfs_share *share = vhostfs_find_share(n, sb);
-	u32 wish;
+	u32 wish = vhostfs_mounts_mask(n, sb);
 
-	if (!share && READ_ONCE(sb->s_fsnotify_mask))
+	if (!share && (wish || READ_ONCE(sb->s_fsnotify_mask)))
 		share = vhostfs_new_share(n, sb);
 	if (!share)
 		return 0;
-	wish = vhostfs_wish(vhostfs_others_mask(share));
+	wish = vhostfs_wish(wish | vhostfs_others_mask(share));
 	if (!wish)
 		vhostfs_end_share(share);
 	return wish;
@@ -2970,6 +3190,7 @@ static void vhostfs_watch_shares(struct vhostfs_notify *n,
 	again = n->walk_again;
 	n->walk_again = false;
 	spin_unlock(&n->watch_lock);
+	vhostfs_drop_mount_marks(n, NULL);
 
 	down_read(&n->fc->killsb);
 	list_for_each_entry(each, &n->fc->mounts, fc_entry)
@@ -3207,19 +3428,26 @@ static void vhostfs_check_probes(struct work_struct *work)
 {
 	static unsigned long seen;
 	unsigned long missed = vhostfs_probes_missed();
+	struct vhostfs_mount_mark *each;
 	struct vhostfs_notify *n;
+	bool left = false;
 
-	if (missed != seen || vhostfs_no_probes) {
-		seen = missed;
-		mutex_lock(&vhostfs_devices_mutex);
-		list_for_each_entry(n, &vhostfs_devices, list) {
-			spin_lock(&n->watch_lock);
+	mutex_lock(&vhostfs_devices_mutex);
+	list_for_each_entry(n, &vhostfs_devices, list) {
+		spin_lock(&n->watch_lock);
+		if (missed != seen || vhostfs_no_probes)
 			n->resync = true;
+		list_for_each_entry(each, &n->mount_marks, list)
+			if (!vhostfs_is_attached(each->mark))
+				left = true;
+		n->shares_changed += left;
+		if (n->resync || left)
 			vhostfs_wake_session(n);
-			spin_unlock(&n->watch_lock);
-		}
-		mutex_unlock(&vhostfs_devices_mutex);
+		spin_unlock(&n->watch_lock);
+		left = false;
 	}
+	mutex_unlock(&vhostfs_devices_mutex);
+	seen = missed;
 	queue_delayed_work(vhostfs_wq, &vhostfs_probe_work, 2 * HZ);
 }
 
@@ -3365,6 +3593,7 @@ void vhostfs_notify_kill_sb(struct vhostfs_notify *n, struct super_block *sb)
 	mutex_lock(&n->session_mutex);
 	n->paused++;
 	vhostfs_end_share(vhostfs_find_share(n, sb));
+	vhostfs_drop_mount_marks(n, sb);
 	mutex_lock(&n->event_mutex);
 	vhostfs_forget_recent(n, sb, NULL);
 	mutex_unlock(&n->event_mutex);
@@ -3597,6 +3826,7 @@ int vhostfs_notify_probe(struct virtio_device *vdev,
 	INIT_LIST_HEAD(&n->changed);
 	init_waitqueue_head(&n->settled);
 	INIT_LIST_HEAD(&n->shares);
+	INIT_LIST_HEAD(&n->mount_marks);
 	*notify = n;
 	return 0;
 }

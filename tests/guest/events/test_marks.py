@@ -7,6 +7,7 @@ docs/protocol.md, "Watching the whole share".
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import shutil
@@ -28,7 +29,7 @@ from tests.guest.events.conftest import (
     complaints_of,
     start_share,
 )
-from tests.guest.events.watching import FANOTIFY_PROGRAM, Control
+from tests.guest.events.watching import FANOTIFY_PROGRAM, Control, In
 from tests.guest.place import Place, awaited
 from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
@@ -130,6 +131,14 @@ class Marked:
         assert self._new() == expected, "in the guest"
         self._used = len(self.command.stdout)
 
+    def so_far(self) -> Seen:
+        """What the guest's has seen since the last step."""
+        return self._new()
+
+    def forget(self) -> None:
+        """The next step begins here."""
+        self._used = len(self.command.stdout)
+
     def remove(self) -> None:
         """Takes the mark away."""
         self.command.write_stdin(b"remove\n")
@@ -186,6 +195,24 @@ def held_directories(guest: Guest) -> int:
 def number(path: Path) -> str:
     """As the watcher names what is no directory."""
     return f"#{path.lstat().st_ino}"
+
+
+@contextlib.contextmanager
+def held_up(pid: int) -> Iterator[None]:
+    """Stops a process and those that it has started."""
+
+    def family(of: int) -> list[int]:
+        words = [path.read_text() for path in Path(f"/proc/{of}/task").glob("*/children")]
+        return [of, *(each for word in " ".join(words).split() for each in family(int(word)))]
+
+    pids = family(pid)
+    for each in pids:
+        os.kill(each, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for each in pids:
+            os.kill(each, signal.SIGCONT)
 
 
 NAMES = "--report=dfid_name --mark=filesystem"
@@ -416,6 +443,78 @@ def test_fsnotifywait_prints_what_happens_anywhere(watched: WatchedPlace) -> Non
     # It looks for the name itself, and finds what is true.
     waits("delete", (watched.host / "four/new").unlink, "four/|DELETE|new (deleted)")
     assert share_watches(watched.control, 0) == 0
+
+
+def test_a_mark_on_a_mount_sees_what_happens_to_files_below_it(
+    watched: WatchedPlace, marked: MakeMarked
+) -> None:
+    """On the host nothing happens by a mount of the guest's; all of its mounts show it."""
+    host = watched.host
+    make_tree(host)
+    old = host / "one/two/three/old"
+    events = Fan.MODIFY | Fan.CLOSE_WRITE | Fan.OPEN
+    names = marked(watched, "--report=dfid_name --mark=mount", events, with_twin=False)
+    objects = marked(watched, "--report=dfid_name_fid --mark=mount", events)
+    own = number(old)
+
+    def write() -> None:
+        with old.open("a") as stream:
+            stream.write("more")
+
+    names.step(write, {"dir one/two/three old": events})
+    objects.step(lambda: None, {f"dir one/two/three old fid {own}": events})
+    # What the guest does itself comes once, as ever.
+    names.step(lambda: watched.place.sh("echo own >>four/mine"), {"dir four mine": events})
+
+
+def test_a_group_s_marks_on_mount_and_inodes_are_one(watched: WatchedPlace, marked: MakeMarked) -> None:
+    """What an inode's mark ignores, the mount's does not tell."""
+    host = watched.host
+    make_tree(host)
+    for name in ("one/old", "four/old"):
+        (host / name).write_text("before")
+    options = f"--report=dfid_name --mark=mount --ignore={int(Fan.MODIFY):x}:@/one/old"
+    watcher = marked(watched, options, Fan.MODIFY, with_twin=False)
+    os.truncate(host / "one/old", 1)
+    watcher.step(lambda: os.truncate(host / "four/old", 1), {"dir four old": Fan.MODIFY})
+
+
+def test_a_loss_is_told_to_every_group_whatever_it_marked(
+    session: EventSession, watched_on: MakeWatchedPlace, marked: MakeMarked
+) -> None:
+    """The host's inotify queue overflows while the server is held up."""
+    watched = watched_on("inotify")
+    make_tree(watched.host)
+    (watched.host / "four/file").write_text("before")
+    on_file_system = marked(watched, NAMES, Fan.MOVED_TO | Fan.ONDIR, with_twin=False)
+    on_mount = marked(watched, "--report=dfid_name --mark=mount", Fan.MODIFY, with_twin=False)
+    by_inotify = watched.watch("four", mask=In.CREATE, with_twin=False)
+    on_inode = marked(watched, "--report=dfid_name --mark=inode", Fan.CREATE, with_twin=False)
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    server = session.shares["inotify"].server
+    assert watched.place.sh("ls four") == "file\n"
+    with held_up(server.process.pid):
+        for index in range(limit + 1000):
+            (watched.host / "four" / str(index)).touch()
+        (watched.host / "four/file").unlink()
+    groups = (on_file_system, on_mount, on_inode)
+
+    def told() -> list[bool]:
+        return [Fan.Q_OVERFLOW in each.so_far().get("", Fan(0)) for each in groups]
+
+    assert awaited(lambda: all(told()), 60), (told(), watched.control.counters())
+    assert awaited(lambda: any(event.mask == In.Q_OVERFLOW for event in by_inotify.events()), 60)
+    # What the guest knew is forgotten, and what comes then is right.
+    assert "file" not in watched.place.sh("ls four").split()
+    for each in groups:
+        each.forget()
+    on_file_system.step(
+        lambda: os.rename(watched.host / "four", watched.host / "one/two/three/new"),
+        {"dir one/two/three new": Fan.MOVED_TO | Fan.ONDIR},
+    )
+    on_mount.step(
+        lambda: os.truncate(watched.host / "one/two/three/old", 1), {"dir one/two/three old": Fan.MODIFY}
+    )
 
 
 @pytest.mark.parametrize("kernel", [name for name in SERIES if name != DEFAULT_SERIES])
