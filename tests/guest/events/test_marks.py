@@ -479,6 +479,7 @@ def test_a_group_s_marks_on_mount_and_inodes_are_one(watched: WatchedPlace, mark
     watcher.step(lambda: os.truncate(host / "four/old", 1), {"dir four old": Fan.MODIFY})
 
 
+@pytest.mark.timeout(180, func_only=True)
 def test_a_loss_is_told_to_every_group_whatever_it_marked(
     session: EventSession, watched_on: MakeWatchedPlace, marked: MakeMarked
 ) -> None:
@@ -517,6 +518,7 @@ def test_a_loss_is_told_to_every_group_whatever_it_marked(
     )
 
 
+@pytest.mark.timeout(240, func_only=True)
 @pytest.mark.parametrize("kernel", [name for name in SERIES if name != DEFAULT_SERIES])
 def test_guests_of_the_other_kernels_see_it_too(parts: Parts, real_directory: Path, kernel: str) -> None:
     image = image_or_lacking(parts.launchpad, parts.image_spec(kernel))
