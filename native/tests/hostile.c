@@ -26,13 +26,16 @@ struct message {
 	uint32_t used;	 /* what the used ring says was written */
 };
 
-/* Between the outbox and its sink; all of it under the outbox's lock. */
-static struct {
+/* Between the outbox and a sink of it. */
+struct liar {
 	struct vf_sink sink;
 	struct vf_sink *honest;
-	struct message known[N_KNOWN]; /* what was sent before, unspoilt */
-	uint32_t n_known;
-} hostile;
+};
+static struct liar queue_liar, parked_liar;
+
+/* What was sent before, unspoilt; under the outbox's lock. */
+static struct message known[N_KNOWN];
+static uint32_t n_known;
 
 /* What this thread puts into the ring instead of what it believes to put there. */
 static _Thread_local const struct message *in_its_place;
@@ -75,7 +78,7 @@ static uint64_t one_event(void)
 
 static const struct message *some_known(void)
 {
-	return &hostile.known[below(hostile.n_known < N_KNOWN ? hostile.n_known : N_KNOWN)];
+	return &known[below(n_known < N_KNOWN ? n_known : N_KNOWN)];
 }
 
 static void name_no_child(struct vf_fsnotify_out *e)
@@ -171,7 +174,7 @@ static void spoil(struct message *m)
 	m->header.len = (uint32_t)(sizeof(m->header) + sizeof(*e)) + m->n_name;
 }
 
-static bool send(struct message m)
+static bool send(struct vf_sink *honest_sink, struct message m)
 {
 	struct vf_fsnotify_out honest = m.element;
 	uint32_t i;
@@ -184,7 +187,7 @@ static bool send(struct message m)
 	if (one_in(30))
 		m.used = one_in(2) ? below(m.used) : (uint32_t)choice();
 	in_its_place = &m;
-	sent = hostile.honest->put(hostile.honest, &honest, m.name);
+	sent = honest_sink->put(honest_sink, &honest, m.name);
 	in_its_place = NULL;
 	return sent;
 }
@@ -192,32 +195,40 @@ static bool send(struct message m)
 /* Something happened: that or a lie is told, now and then with much that never was. */
 static bool put(struct vf_sink *sink, const struct vf_fsnotify_out *element, const char *name)
 {
+	struct vf_sink *honest = vf_container_of(sink, struct liar, sink)->honest;
 	struct message m = {.element = *element, .n_name = element->namelen};
 	uint32_t more = one_in(6) ? below(5) : one_in(300) ? 300 : 0;
 
-	(void)sink;
 	m.header.error = VF_FUSE_NOTIFY_FSNOTIFY;
 	m.header.len = (uint32_t)(sizeof(m.header) + sizeof(m.element)) + m.n_name;
 	memset(m.name, 'a', sizeof(m.name));
 	memcpy(m.name, name, m.n_name);
-	hostile.known[hostile.n_known++ % N_KNOWN] = m;
-	if (!send(m))
+	known[n_known++ % N_KNOWN] = m;
+	if (!send(honest, m))
 		return false;
-	while (more-- && send(*some_known()))
+	while (more-- && send(honest, *some_known()))
 		;
 	return true;
 }
 
 static void done(struct vf_sink *sink)
 {
-	(void)sink;
-	hostile.honest->done(hostile.honest);
+	struct vf_sink *honest = vf_container_of(sink, struct liar, sink)->honest;
+
+	honest->done(honest);
 }
 
 static uint32_t buffers(struct vf_sink *sink)
 {
-	(void)sink;
-	return hostile.honest->buffers(hostile.honest);
+	struct vf_sink *honest = vf_container_of(sink, struct liar, sink)->honest;
+
+	return honest->buffers(honest);
+}
+
+static struct vf_sink *replace(struct liar *liar, struct vf_sink *honest)
+{
+	*liar = (struct liar){{put, done, buffers}, honest};
+	return &liar->sink;
 }
 
 /* ---- between the core's files -------------------------------------------------------- */
@@ -227,23 +238,52 @@ int __wrap_vf_outbox_attach(struct vf_outbox *outbox, struct vf_sink *sink)
 {
 	int error;
 
-	if (hostile.honest)
+	if (queue_liar.honest)
 		return -EBUSY;
-	hostile.sink = (struct vf_sink){put, done, buffers};
-	hostile.honest = sink;
-	error = __real_vf_outbox_attach(outbox, &hostile.sink);
+	error = __real_vf_outbox_attach(outbox, replace(&queue_liar, sink));
 	if (error)
-		hostile.honest = NULL;
+		queue_liar.honest = NULL;
 	return error;
 }
 
 void __real_vf_outbox_detach(struct vf_outbox *outbox, struct vf_sink *sink);
 void __wrap_vf_outbox_detach(struct vf_outbox *outbox, struct vf_sink *sink)
 {
-	if (sink != hostile.honest)
+	if (sink != queue_liar.honest)
 		return;
-	__real_vf_outbox_detach(outbox, &hostile.sink);
-	hostile.honest = NULL;
+	__real_vf_outbox_detach(outbox, &queue_liar.sink);
+	queue_liar.honest = NULL;
+}
+
+/* There is one for the share's whole life. */
+void __real_vf_outbox_use(struct vf_outbox *outbox, struct vf_sink *sink);
+void __wrap_vf_outbox_use(struct vf_outbox *outbox, struct vf_sink *sink)
+{
+	if (sink && parked_liar.honest != sink)
+		replace(&parked_liar, sink);
+	__real_vf_outbox_use(outbox, sink ? &parked_liar.sink : NULL);
+}
+
+/* A parked request is answered. */
+void __real_vf_req_complete(struct vf_req *r, int error, const void *payload, uint32_t size);
+void __wrap_vf_req_complete(struct vf_req *r, int error, const void *payload, uint32_t size)
+{
+	const struct message *m = in_its_place;
+	uint8_t spoilt[sizeof(m->element) + VF_NAME_MAX];
+
+	if (!m) {
+		__real_vf_req_complete(r, error, payload, size);
+		return;
+	}
+	/* Else with that header, too. */
+	if (!one_in(40))
+		in_its_place = NULL;
+	memcpy(spoilt, &m->element, sizeof(m->element));
+	memcpy(spoilt + sizeof(m->element), m->name, m->n_name);
+	size = (uint32_t)sizeof(m->element) + m->n_name;
+	if (one_in(50))
+		size = below(size);
+	__real_vf_req_complete(r, one_in(50) ? -(int)below(512) : 0, spoilt, size);
 }
 
 void __real_vf_req_scatter(struct vf_req *r, uint32_t offset, const void *from, uint32_t n);
