@@ -180,11 +180,13 @@ def differing(native: Follower, follower: Follower, limits: Limits) -> list[str]
         lines += [f"not told at all: {event}" for event in sorted(wanted - found)]
         lines += [f"told, but did not happen: {event}" for event in sorted(found - wanted)]
     lines += differences(_compared(expected, limits), _compared(got, limits), one_operation=False)
+    if not limits.ends_of_directories:
+        return lines
     ends: dict[str, list[Seen]] = {}
     for event in got:
         if event.watch in ends or event.mask & _ENDS:
             ends.setdefault(event.watch, []).append(event)
-    gone = native.gone() if limits.ends_of_directories else set()
+    gone = native.gone()
     for watch in sorted(ends.keys() | gone):
         wanted_end = [Seen(watch, In.DELETE_SELF), Seen(watch, In.IGNORED)] if watch in gone else []
         if ends.get(watch, []) != wanted_end:

@@ -15,8 +15,9 @@
  * With --fanotify the events come from fanotify, by marks on the inodes, those of
  * their children included; there are no cookies then.
  *
- * Lines on stdin: "add PATH", answered "added INDEX"; "remove INDEX", answered
- * "removed INDEX"; its end ends the program.
+ * Lines on stdin: "add PATH", answered "added INDEX"; "watch MASK PATH", answered
+ * "watching INDEX" (of the watch that was there, if there was one) or "refused:
+ * WHY"; "remove INDEX", answered "removed INDEX"; its end ends the program.
  *
  * usage: watch-events [--read | --list | --fanotify] MASK PATH...
  */
@@ -81,6 +82,29 @@ static int index_of(int wd)
 			return i;
 	}
 	return -1;
+}
+
+static void watch(const char *words)
+{
+	char *path;
+	uint32_t bits = (uint32_t)strtoul(words, &path, 16);
+	int wd = inotify_add_watch(group_fd, ++path, bits);
+	int i = wd < 0 ? -1 : index_of(wd);
+
+	if (wd < 0) {
+		printf("refused: %s\n", strerror(errno));
+		return;
+	}
+	if (i < 0) {
+		i = n_watches++;
+		if (i == MAX_WATCHES) {
+			errno = ENOSPC;
+			fail("watches");
+		}
+		watches[i].wd = wd;
+		snprintf(watches[i].path, sizeof(watches[0].path), "%s", path);
+	}
+	printf("watching %d\n", i);
 }
 
 static void read_file(const char *path)
@@ -203,6 +227,8 @@ static int read_command(void)
 	line[strcspn(line, "\n")] = 0;
 	if (!strncmp(line, "add ", 4)) {
 		printf("added %d\n", add(line + 4));
+	} else if (!strncmp(line, "watch ", 6)) {
+		watch(line + 6);
 	} else if (!strncmp(line, "remove ", 7)) {
 		int i = atoi(line + 7);
 

@@ -154,6 +154,12 @@ class HostWatcher:
     def stdout(self) -> bytes:
         return bytes(self._output)
 
+    def write_stdin(self, data: bytes) -> None:
+        """A line that it understands."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
+
     def close(self) -> None:
         """Ends the program."""
         assert self._process.stdin is not None
