@@ -92,8 +92,7 @@ uint64_t vf_fanotify_covered(struct vf_events *events, const struct vf_inode *in
 
 	if (mask & (VF_FS_RENAME | halves))
 		mask |= VF_FS_RENAME | halves;
-	/* Of no use on an inode, either. */
-	return mask | VF_FS_OPEN_EXEC;
+	return mask;
 }
 
 static int change_mark(struct vf_events *events, const struct group *group, struct vf_inode *inode,

@@ -5,10 +5,9 @@
 
 #include "events.h"
 
-/* All that is told to guests; OPEN_EXEC always comes with OPEN, and nobody but fanotify has it. */
+/* All that is told to guests. */
 #define VF_FANOTIFY_EVENTS                                                                         \
-	(VF_FS_ENTRY_EVENTS | (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC) | VF_FS_SELF_EVENTS |        \
-	 VF_FS_RENAME)
+	(VF_FS_ENTRY_EVENTS | VF_FS_CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_RENAME)
 
 int vf_fanotify_mark_inode(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
 			   uint64_t new_mask, int32_t *wd);

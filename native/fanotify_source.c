@@ -15,7 +15,6 @@
 #include "fanotify_source.h"
 #include "order.h"
 
-#define CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
 /* In how many places of a share one object may be mounted; more are not told of. */
 #define MAX_PLACES 8u
 
@@ -24,9 +23,9 @@
  * This is the order in which programs mostly do these things.
  */
 static const uint64_t usual_order[] = {
-    VF_FS_CREATE,     VF_FS_MOVED_TO, VF_FS_OPEN,	 VF_FS_ACCESS,
-    VF_FS_MODIFY,     VF_FS_ATTRIB,   VF_FS_CLOSE_WRITE, VF_FS_CLOSE_NOWRITE,
-    VF_FS_MOVED_FROM, VF_FS_DELETE,   VF_FS_MOVE_SELF,	 VF_FS_DELETE_SELF,
+    VF_FS_CREATE, VF_FS_MOVED_TO,  VF_FS_OPEN,	      VF_FS_OPEN_EXEC,	   VF_FS_ACCESS,
+    VF_FS_MODIFY, VF_FS_ATTRIB,	   VF_FS_CLOSE_WRITE, VF_FS_CLOSE_NOWRITE, VF_FS_MOVED_FROM,
+    VF_FS_DELETE, VF_FS_MOVE_SELF, VF_FS_DELETE_SELF,
 };
 #define N_ORDERED (sizeof(usual_order) / sizeof(usual_order[0]))
 
@@ -146,7 +145,7 @@ static void report_each(struct reader *reader, struct vf_change *change, uint64_
 static void report_objects(struct reader *reader, const struct vf_fanotify_record *record,
 			   const struct places *objects, const struct places *dirs)
 {
-	uint64_t mask = record->mask & (CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_ISDIR);
+	uint64_t mask = record->mask & (VF_FS_CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_ISDIR);
 
 	/* A directory has one name, so this was its end: the root of a share, usually. */
 	if ((record->mask & VF_FS_DELETE) && (mask & VF_FS_ISDIR))

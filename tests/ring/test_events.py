@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,16 @@ def test_opening_reading_and_closing_are_told_when_asked_for(guest: EventGuest, 
     assert guest.told() == ["OPEN d[f]=d/f", "MODIFY d[f]=d/f", "CLOSE_WRITE d[f]=d/f"]
     os.listdir(share.path / "d")
     assert merged(guest.told()) == ["ISDIR|OPEN d", "ISDIR|ACCESS d", "ISDIR|CLOSE_NOWRITE d"]
+
+
+def test_running_a_program_is_told(guest: EventGuest, share: Share, source: Source) -> None:
+    """inotify does not know OPEN_EXEC, and calls it OPEN."""
+    shutil.copy2("/bin/true", share.path / "d/run")
+    guest.watch("d", (ALL_EVENTS & ~Event.ACCESS) | Event.EVENT_ON_CHILD)
+    subprocess.run([share.path / "d/run"], check=True)
+    told = merged(guest.told())
+    assert [line for line in told if "OPEN_EXEC" not in line] == ["OPEN d[run]", "CLOSE_NOWRITE d[run]"]
+    assert told.count("OPEN_EXEC d[run]") == (0 if source is INOTIFY else 1)
 
 
 def test_each_of_many_changes_is_told(guest: EventGuest, share: Share) -> None:
