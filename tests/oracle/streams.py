@@ -149,6 +149,34 @@ def differences(native: Sequence[Seen], guest: Sequence[Seen], *, one_operation:
     return lines
 
 
+def differences_beside_a_loss(native: Sequence[Seen], guest: Sequence[Seen]) -> list[str]:
+    """The same beside a loss: what comes before it is complete, and all that comes behind has happened."""
+    last = max((at for at, event in enumerate(guest) if event.mask & In.Q_OVERFLOW), default=None)
+    if last is None:
+        return differences(native, guest, one_operation=False)
+    lines: list[str] = []
+    native_by_watch = _by_watch(native)
+    before, behind = (
+        _by_watch([e for e in guest[:last] if not e.mask & In.Q_OVERFLOW]),
+        _by_watch(guest[last + 1 :]),
+    )
+    for watch in sorted(native_by_watch.keys() | before.keys() | behind.keys()):
+        expected = merged(native_by_watch[watch])
+        begun, gone_on = merged(before[watch]), merged(behind[watch])
+        if expected[: len(begun)] != begun:
+            lines += [
+                f"native: {'; '.join(map(str, expected))}",
+                f"guest before its loss: {'; '.join(map(str, begun))}",
+            ]
+        rest = iter(expected[max(0, len(begun) - 1) :])
+        if not all(event in rest for event in gone_on):
+            lines += [
+                f"native: {'; '.join(map(str, expected))}",
+                f"guest behind its loss: {'; '.join(map(str, gone_on))}",
+            ]
+    return lines
+
+
 def different_sets(native: Sequence[Seen], guest: Sequence[Seen], *, one_operation: bool) -> list[str]:
     """The same for fanotify, which sums up: what happened counts, neither how often nor in which order."""
     expected, got = sorted(set(map(str, native))), sorted(set(map(str, guest)))
