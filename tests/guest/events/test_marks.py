@@ -312,6 +312,22 @@ def test_a_rename_has_both_names(watched: WatchedPlace, marked: MakeMarked) -> N
     )
 
 
+@pytest.mark.parametrize("tag", ["auto", *SOURCES])
+def test_a_rename_of_which_one_side_is_marked_has_that_side(
+    watched_on: MakeWatchedPlace, marked: MakeMarked, tag: str
+) -> None:
+    watched = watched_on(tag)
+    host = watched.host
+    make_tree(host)
+    watched.place.sh("ls -R")
+    watcher = marked(watched, "--report=dfid_name --mark=inode", Fan.RENAME | Fan.ONDIR)
+    (host / "file").touch()
+    watcher.step(lambda: os.rename(host / "file", host / "four/file"), {"old . file": Fan.RENAME})
+    watcher.step(lambda: os.rename(host / "four/file", host / "back"), {"new . back": Fan.RENAME})
+    watcher.step(lambda: os.rename(host / "back", host / "again"), {"old . back new . again": Fan.RENAME})
+    watcher.step(lambda: os.rename(host / "one", host / "four/one"), {"old . one": Fan.RENAME | Fan.ONDIR})
+
+
 def test_an_ignore_mask_is_respected(watched: WatchedPlace, marked: MakeMarked) -> None:
     host = watched.host
     make_tree(host)
