@@ -72,6 +72,7 @@ struct vf_change {
 	int32_t pid;	  /* of who made the change; 0: not known */
 	uint32_t cookie;  /* of the two halves of a rename; else 0 */
 	uint32_t flags;	  /* VF_FSNOTIFY_SPLIT_RENAME */
+	bool not_its_end; /* whether the child has ended is told by another change */
 	uint64_t seen_ns; /* CLOCK_MONOTONIC, when the record was read */
 };
 
@@ -91,8 +92,14 @@ void vf_events_report_overflow(struct vf_events *events);
 
 /* ---- sources --------------------------------------------------------------- */
 
-/* Numbers that the host gave for what it watches, by who asked for them. */
-enum vf_wd { VF_WD_SOURCE, VF_WD_ORDER, VF_N_WDS };
+/* Numbers that are kept with a watch. */
+enum vf_wd {
+	VF_WD_SOURCE, /* inotify's for the inode; fanotify: the parent's slot */
+	VF_WD_ORDER,  /* fanotify: inotify's for the inode */
+	VF_WD_PARENT, /* inotify's for the parent, which tells of the directory's removal */
+	VF_WD_NAME,   /* made of that and the name in it */
+	VF_N_WDS
+};
 
 struct vf_source_ops {
 	/* Reads what waits and reports it; called when the descriptor is readable. */
@@ -157,11 +164,6 @@ struct vf_events {
 	atomic_uint waiting;  /* for busy, besides the source's thread */
 	int stop_fd, epoll_fd;
 	uint8_t *buffer; /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
-	/* inotify_source.c: records that will say again what was reported; the source's thread's */
-	struct vf_echo {
-		uint64_t nodeid, event, seen_ns;
-	} echoes[16];
-	uint32_t next_echo;
 	/* From the first watch by inotify on; NULL: own changes are told apart otherwise. */
 	struct vf_own_changes *_Atomic own_changes;
 	/* Counted by the source's thread; the outbox counts what follows. */
@@ -253,7 +255,7 @@ uint32_t vf_watches_by_wd(struct vf_watches *watches, enum vf_wd which, int32_t 
 			  struct vf_inode **found, uint32_t max);
 /* The number of this inode's watch; -1: there is none. */
 int32_t vf_watch_wd(struct vf_watches *watches, enum vf_wd which, const struct vf_inode *inode);
-/* What the guest watches on inodes of this number other than `but`. */
+/* What the guest watches on inodes of this number other than `but`, which may be NULL. */
 uint64_t vf_watches_wd_mask(struct vf_watches *watches, enum vf_wd which, int32_t wd,
 			    const struct vf_inode *but);
 /* Is there any such inode? */

@@ -82,6 +82,14 @@ static uint64_t note(struct reader *reader, const struct vf_change *change, uint
 	return order ? vf_order_note(order, change, mask, reader->own) : mask & ~VF_FS_ISDIR;
 }
 
+/* The same of what happened to the object itself. */
+static uint64_t note_own(struct reader *reader, const struct vf_change *change, uint64_t mask)
+{
+	struct vf_order *order = reader->events->order;
+
+	return order ? vf_order_note_own(order, change, mask, reader->own) : mask;
+}
+
 void vf_fanotify_report_ordered(struct vf_events *events, struct vf_change *change, uint64_t mask)
 {
 	for (uint32_t i = 0; i < N_ORDERED; i++) {
@@ -157,8 +165,9 @@ static void report_objects(struct reader *reader, const struct vf_fanotify_recor
 		    .seen_ns = reader->now_ns,
 		};
 
-		if (!dirs || !on_mount(dirs, vf_inode_mount(change.child)))
-			report_ordered(reader, &change, mask);
+		if (dirs && on_mount(dirs, vf_inode_mount(change.child)))
+			continue;
+		report_ordered(reader, &change, note_own(reader, &change, mask));
 	}
 }
 
@@ -178,6 +187,9 @@ static void report_entry(struct reader *reader, const struct vf_fanotify_record 
 		};
 
 		mask = note(reader, &change, record->mask & ~VF_FS_SELF_EVENTS);
+		if (reader->events->order && change.child)
+			mask = vf_order_note_child(reader->events->order, &change, record->mask,
+						   mask, reader->own);
 		if (mask)
 			report_each(reader, &change, mask | (record->mask & VF_FS_ISDIR),
 				    &record->object);
@@ -436,8 +448,8 @@ static int fanotify_mark_watch(struct vf_events *events, struct vf_inode *inode,
 	int error = vf_fanotify_mark_inode(events, inode, old_mask, new_mask, &wd[VF_WD_SOURCE]);
 
 	/* Last, so that there is a fact for each event. */
-	if (!error && events->order && (new_mask != old_mask || wd[VF_WD_ORDER] < 0))
-		vf_order_mark(events->order, inode, new_mask, &wd[VF_WD_ORDER]);
+	if (!error && events->order)
+		vf_order_mark(events->order, inode, new_mask, wd);
 	return error;
 }
 

@@ -4,18 +4,20 @@
 #include <time.h>
 
 #include "inotify_reader.h"
-#include "proc_name.h"
 
-/* All that inotify can be asked for. */
-#define EVENTS ((uint64_t)IN_ALL_EVENTS)
+#define EVENTS VF_INOTIFY_EVENTS
 /* In how many places of a share one object may be mounted; more are not told of. */
 #define MAX_PLACES 8u
-/* The kernel adds the second half of a rename right after the first, but not at the same moment. */
-#define SECOND_HALF_MS 1
-/* Left in the buffer for that second half and a few more. */
-#define READ_ROOM 4096u
+/* Whoever renames may be held up between the halves: so long the second one is waited for. */
+#define SECOND_HALF_NS 10000000u
+/* Of such waits, each for all that was read before it, between two reads. */
+#define MAX_WAITS 8u
 /* The halves of a rename are looked for this far apart. */
-#define MAX_BETWEEN 64u
+#define MAX_BETWEEN 512u
+/* An object's own record follows its directory's; a few of others may come between. */
+#define MAX_BEFORE_OWN 16u
+/* A record fits, and a few more. */
+#define READ_ROOM 4096u
 
 /* The inodes that one watch stands for: one object of the host, on different mounts. */
 struct places {
@@ -51,10 +53,13 @@ static void put(struct vf_events *events, struct places *places)
 }
 
 struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
-				   const struct inotify_event *record, struct vf_inode *inode)
+				   const struct inotify_event *record, struct vf_inode *inode,
+				   struct vf_inode *child)
 {
 	struct vf_change change = {
 	    .mask = record->mask & (EVENTS | VF_FS_ISDIR),
+	    .child = child,
+	    .not_its_end = reader->not_its_end,
 	    .seen_ns = reader->now_ns,
 	};
 
@@ -80,14 +85,264 @@ const char *vf_inotify_name(const struct vf_change *change, char buffer[VF_NAME_
 	return buffer;
 }
 
+static bool has(const struct places *places, const struct vf_inode *inode)
+{
+	for (uint32_t i = 0; i < places->n; i++)
+		if (places->inodes[i] == inode)
+			return true;
+	return false;
+}
+
+static struct vf_inode *on_mount(const struct places *places, uint16_t mount)
+{
+	for (uint32_t i = 0; i < places->n; i++)
+		if (vf_inode_mount(places->inodes[i]) == mount)
+			return places->inodes[i];
+	return NULL;
+}
+
+/* ---- reading ------------------------------------------------------------------------- */
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Reads behind what there is, if something comes in that time. */
+static bool read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
+{
+	struct timespec time = {.tv_nsec = (long)time_ns};
+	struct pollfd more = {.fd = reader->fd, .events = POLLIN};
+	uint64_t at;
+	ssize_t n;
+
+	if (VF_SOURCE_BUFFER - reader->size < READ_ROOM || ppoll(&more, 1, &time, NULL) != 1)
+		return false;
+	n = reader->read(reader, reader->buffer + reader->size, VF_SOURCE_BUFFER - reader->size,
+			 &at);
+	if (n <= 0)
+		return false;
+	reader->size += (uint32_t)n;
+	return true;
+}
+
+/* Forgets what is behind us, so that there is room; records move. */
+static void make_room(struct vf_inotify_reader *reader)
+{
+	if (VF_SOURCE_BUFFER - reader->size >= READ_ROOM)
+		return;
+	memmove(reader->buffer, reader->buffer + reader->next, reader->size - reader->next);
+	reader->at += reader->next;
+	reader->size -= reader->next;
+	reader->end -= reader->next;
+	reader->next = 0;
+}
+
+int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
+{
+	ssize_t n;
+
+	reader->now_ns = now_ns();
+	reader->size = reader->next = reader->end = 0;
+	reader->waits = 0;
+	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
+	reader->waited = reader->at;
+	if (n < 0)
+		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+	if (!n)
+		return -EIO;
+	reader->size = (uint32_t)n;
+	return (int32_t)n;
+}
+
+/* ---- child events ---------------------------------------------------------------- */
+
+static bool is_watched_for(struct vf_inotify_reader *reader, const struct vf_inode *inode,
+			   const struct inotify_event *record)
+{
+	return vf_watch_mask(reader->events->watches, inode) & record->mask & VF_FS_CHILD_EVENTS;
+}
+
+/* Can the record of these objects themselves be the other one of this event? */
+static bool suits(struct vf_inotify_reader *reader, const struct inotify_event *record,
+		  const struct places *objects, const struct vf_inode *known, bool certain,
+		  bool follows)
+{
+	if (known && has(objects, known))
+		return true;
+	/*
+	 * The name may have been given to another since.  A file's watchers can be told apart; a
+	 * directory's parent would be told twice.
+	 */
+	return follows && !certain && (record->mask & IN_ISDIR) && objects->n &&
+	       (!known || is_watched_for(reader, known, record)) &&
+	       vf_inode_type(objects->inodes[0]) == S_IFDIR;
+}
+
+/*
+ * When an object in a watched directory is watched too, its own record follows the directory's:
+ * that says which object it was.  Its inodes, referenced, are in objects.
+ */
+static struct inotify_event *own_record(struct vf_inotify_reader *reader,
+					const struct inotify_event *record,
+					const struct vf_inode *known, bool certain,
+					struct places *objects)
+{
+	uint32_t at = reader->end;
+
+	for (uint32_t i = 0; i < MAX_BEFORE_OWN; i++) {
+		struct inotify_event *own = record_at(reader, at);
+
+		if (!own && !i && known && is_watched_for(reader, known, record) &&
+		    read_more(reader, 1000000))
+			own = record_at(reader, at);
+		if (!own)
+			return NULL;
+		if (!own->len && !((own->mask ^ record->mask) & EVENTS)) {
+			find(reader, own->wd, objects);
+			if (suits(reader, record, objects, known, certain, !i))
+				return own;
+			put(reader->events, objects);
+			objects->n = 0;
+		}
+		at = record_end(at, own);
+	}
+	return NULL;
+}
+
+static void take_child_event(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			     const struct places *dirs)
+{
+	struct vf_events *events = reader->events;
+	struct places objects = {.n = 0};
+	struct inotify_event *own = NULL;
+
+	for (uint32_t i = 0; i < dirs->n; i++) {
+		bool certain = false;
+		struct vf_inode *dir = dirs->inodes[i], *child;
+		struct vf_inode *known = reader->child(reader, record, dir, &certain);
+
+		if (!own)
+			own = own_record(reader, record, known, certain, &objects);
+		child = own ? on_mount(&objects, vf_inode_mount(dir)) : NULL;
+		/* One that is watched for this would have had its own record. */
+		if (!child && known && (certain || !is_watched_for(reader, known, record)))
+			child = known;
+		reader->one(reader, record, dir, child);
+		if (known)
+			vf_inode_put(events->share, known);
+	}
+	if (!own)
+		return;
+	for (uint32_t i = 0; i < objects.n; i++)
+		if (!on_mount(dirs, vf_inode_mount(objects.inodes[i])))
+			reader->one(reader, own, objects.inodes[i], NULL);
+	own->mask = 0; /* done */
+	put(events, &objects);
+}
+
+/* ---- an object itself -------------------------------------------------------------- */
+
+/* Does another record of its link count follow? */
+static bool has_more_links(struct vf_inotify_reader *reader, const struct inotify_event *record)
+{
+	const struct inotify_event *other;
+	uint32_t at = reader->end;
+
+	do {
+		for (; (other = record_at(reader, at)); at = record_end(at, other))
+			if (other->wd == record->wd && !other->len && (other->mask & IN_ATTRIB))
+				return true;
+	} while (read_more(reader, 0));
+	return false;
+}
+
+/* Moved out of its parent's sight, has it gone before the next one was watched? */
+static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode *inode,
+			      int32_t parent_before)
+{
+	struct vf_watches *watches = reader->events->watches;
+	int32_t parent = vf_watch_wd(watches, VF_WD_PARENT, inode);
+
+	return parent >= 0 && parent != parent_before &&
+	       !vf_watches_have_wd(watches, reader->which, parent, inode) &&
+	       !vf_watches_have_wd(watches, VF_WD_PARENT, parent, inode) &&
+	       vf_events_is_gone(reader->events, inode);
+}
+
+/* Of one that is watched for its end, whether this is its link count's last record. */
+static bool is_last_link(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			 struct vf_inode *inode)
+{
+	return (vf_watch_mask(reader->events->watches, inode) & VF_FS_DELETE_SELF) &&
+	       vf_events_is_gone(reader->events, inode) && !has_more_links(reader, record);
+}
+
+static void take_own_event(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			   const struct places *objects)
+{
+	struct vf_events *events = reader->events;
+
+	for (uint32_t i = 0; i < objects->n; i++) {
+		struct vf_inode *inode = objects->inodes[i];
+		int32_t parent = vf_watch_wd(events->watches, VF_WD_PARENT, inode);
+		bool moved = (record->mask & IN_MOVE_SELF) && vf_inode_type(inode) == S_IFDIR;
+
+		/* Whoever moved it: what tells of its removal is on its parent. */
+		if (moved)
+			vf_watch_renew(events->watches, inode);
+		reader->not_its_end =
+		    (record->mask & IN_ATTRIB) && !is_last_link(reader, record, inode);
+		reader->one(reader, record, inode, NULL);
+		reader->not_its_end = false;
+		if (moved && is_removed_unseen(reader, inode, parent))
+			reader->removed(reader, record, inode);
+	}
+}
+
+/* A directory's name is gone: was it one that the guest watches? */
+static void take_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			 const struct places *dirs)
+{
+	uint32_t namelen = (uint32_t)strnlen(record->name, record->len);
+	struct vf_events *events = reader->events;
+	struct places named, removed = {.n = 0};
+
+	named.n = vf_watches_by_wd(events->watches, VF_WD_NAME,
+				   vf_inotify_name_number(record->wd, record->name, namelen),
+				   named.inodes, MAX_PLACES);
+	for (uint32_t i = 0; i < named.n; i++)
+		if (vf_watch_wd(events->watches, VF_WD_PARENT, named.inodes[i]) == record->wd &&
+		    vf_events_is_gone(events, named.inodes[i]))
+			removed.inodes[removed.n++] = named.inodes[i];
+	for (uint32_t i = 0; i < dirs->n; i++)
+		reader->one(reader, record, dirs->inodes[i],
+			    on_mount(&removed, vf_inode_mount(dirs->inodes[i])));
+	for (uint32_t i = 0; i < removed.n; i++)
+		if (!on_mount(dirs, vf_inode_mount(removed.inodes[i])))
+			reader->removed(reader, record, removed.inodes[i]);
+	put(events, &named);
+}
+
 static void take_one(struct vf_inotify_reader *reader, const struct inotify_event *record)
 {
+	const uint32_t removal = IN_DELETE | IN_ISDIR;
 	struct vf_events *events = reader->events;
 	struct places places;
 
 	find(reader, record->wd, &places);
-	for (uint32_t i = 0; i < places.n; i++)
-		reader->one(reader, record, places.inodes[i]);
+	if (record->len && (record->mask & removal) == removal)
+		take_removal(reader, record, &places);
+	else if (record->len && (record->mask & VF_FS_CHILD_EVENTS))
+		take_child_event(reader, record, &places);
+	else if (!record->len)
+		take_own_event(reader, record, &places);
+	else
+		for (uint32_t i = 0; i < places.n; i++)
+			reader->one(reader, record, places.inodes[i], NULL);
 	if (!places.n)
 		vf_count(&events->unknown);
 	put(events, &places);
@@ -96,35 +351,19 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 /* ---- renames ---------------------------------------------------------------------- */
 
 /*
- * The record behind offset at of the same rename's other half.  NULL: it was not read yet (*more),
- * or something happened in its directory before it, which must not be overtaken.
+ * The record of the same rename's other half.  What others did in its directory before it is
+ * overtaken: the rename had happened when its first half was told.
  */
-static struct inotify_event *second_half(const struct vf_inotify_reader *reader, uint32_t at,
-					 uint32_t cookie, bool *more)
+static struct inotify_event *second_half(const struct vf_inotify_reader *reader, uint32_t cookie)
 {
-	int32_t between[MAX_BETWEEN];
 	struct inotify_event *record;
-	uint32_t n;
+	uint32_t at = reader->end;
 
-	for (n = 0; n < MAX_BETWEEN && (record = record_at(reader, at));
-	     at = record_end(at, record)) {
-		if ((record->mask & IN_MOVED_TO) && record->cookie == cookie) {
-			*more = false;
-			while (n && between[n - 1] != record->wd)
-				n--;
-			return n ? NULL : record;
-		}
-		between[n++] = record->wd;
+	for (uint32_t n = 0; n < MAX_BETWEEN && (record = record_at(reader, at)); n++) {
+		if ((record->mask & IN_MOVED_TO) && record->cookie == cookie)
+			return record;
+		at = record_end(at, record);
 	}
-	*more = n < MAX_BETWEEN;
-	return NULL;
-}
-
-static struct vf_inode *on_mount(const struct places *places, uint16_t mount)
-{
-	for (uint32_t i = 0; i < places->n; i++)
-		if (vf_inode_mount(places->inodes[i]) == mount)
-			return places->inodes[i];
 	return NULL;
 }
 
@@ -143,67 +382,67 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 		if (dir)
 			reader->pair(reader, from, froms.inodes[i], to, dir);
 		else
-			reader->one(reader, from, froms.inodes[i]);
+			reader->one(reader, from, froms.inodes[i], NULL);
 	}
 	for (uint32_t i = 0; i < tos.n; i++)
 		if (!on_mount(&froms, vf_inode_mount(tos.inodes[i])))
-			reader->one(reader, to, tos.inodes[i]);
+			reader->one(reader, to, tos.inodes[i], NULL);
 	put(events, &froms);
 	put(events, &tos);
 }
 
-static bool read_more(struct vf_inotify_reader *reader)
+static struct inotify_event *wait_for_half(struct vf_inotify_reader *reader, uint32_t cookie)
 {
-	struct pollfd more = {.fd = reader->fd, .events = POLLIN};
-	uint64_t at;
-	ssize_t n;
+	uint64_t deadline_ns = now_ns() + SECOND_HALF_NS, waited = reader->at + reader->size, now;
+	struct inotify_event *to = NULL;
 
-	if (poll(&more, 1, SECOND_HALF_MS) != 1)
-		return false;
-	n = reader->read(reader, reader->buffer + reader->size, VF_SOURCE_BUFFER - reader->size,
-			 &at);
-	if (n <= 0)
-		return false;
-	reader->size += (uint32_t)n;
-	return true;
+	/* Not kept waiting: what was told already, and who ends the session. */
+	vf_outbox_flush(reader->events->outbox);
+	reader->waits++;
+	while (!to && (now = now_ns()) < deadline_ns && !atomic_load(&reader->events->waiting)) {
+		make_room(reader);
+		if (!read_more(reader, deadline_ns - now))
+			break;
+		to = second_half(reader, cookie);
+	}
+	reader->waited = waited;
+	return to;
 }
 
 /* 2: the other half was there. */
-static uint32_t take_moved_from(struct vf_inotify_reader *reader,
-				const struct inotify_event *record, uint32_t end)
+static uint32_t take_moved_from(struct vf_inotify_reader *reader)
 {
-	bool more;
-	struct inotify_event *to = second_half(reader, end, record->cookie, &more);
+	uint32_t cookie = record_at(reader, reader->next)->cookie;
+	struct inotify_event *to = second_half(reader, cookie);
 
-	/* It was read as soon as it was there. */
-	while (!to && more && read_more(reader))
-		to = second_half(reader, end, record->cookie, &more);
+	if (!to && reader->joins_renames && reader->waits < MAX_WAITS &&
+	    reader->at + reader->next >= reader->waited)
+		to = wait_for_half(reader, cookie);
 	if (!to) {
-		take_one(reader, record);
+		take_one(reader, record_at(reader, reader->next));
 		return 1;
 	}
-	take_pair(reader, record, to);
+	take_pair(reader, record_at(reader, reader->next), to);
 	to->mask = 0; /* done */
 	return 2;
 }
 
-/* ---- reading ------------------------------------------------------------------------- */
+/* ---- all records ---------------------------------------------------------------------- */
 
-static uint32_t take(struct vf_inotify_reader *reader, const struct inotify_event *record,
-		     uint32_t end)
+static uint32_t take(struct vf_inotify_reader *reader, const struct inotify_event *record)
 {
 	if (record->mask & IN_Q_OVERFLOW) {
 		reader->overflow(reader);
 		return 0;
 	}
 	/*
-	 * A half that was taken with the other; or IN_IGNORED, IN_UNMOUNT: the watch is gone,
-	 * and the guest's own ends with its inode.
+	 * One that was taken with another; or IN_IGNORED, IN_UNMOUNT: the watch is gone, and the
+	 * guest's own ends with its inode.
 	 */
 	if (!(record->mask & EVENTS))
 		return 0;
 	if (record->mask & IN_MOVED_FROM)
-		return take_moved_from(reader, record, end);
+		return take_moved_from(reader);
 	take_one(reader, record);
 	return 1;
 }
@@ -213,66 +452,9 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader)
 	const struct inotify_event *record;
 	uint32_t n = 0;
 
-	for (uint32_t at = 0; (record = record_at(reader, at)); at = record_end(at, record))
-		n += take(reader, record, record_end(at, record));
-	return n;
-}
-
-int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
-{
-	struct timespec now;
-	ssize_t n;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	reader->now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-	reader->size = 0;
-	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER - READ_ROOM, &reader->at);
-	if (n < 0)
-		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
-	if (!n)
-		return -EIO;
-	reader->size = (uint32_t)n;
-	return (int32_t)n;
-}
-
-/* ---- watches ---------------------------------------------------------------------------- */
-
-int vf_inotify_watch(struct vf_events *events, enum vf_wd which, struct vf_inode *inode,
-		     uint32_t bits, uint32_t others, int32_t *wd)
-{
-	char name[PROC_NAME_SIZE];
-	int fd = which == VF_WD_ORDER ? events->config.order_fd : events->config.source_fd;
-	atomic_uint_fast64_t *count =
-	    which == VF_WD_ORDER ? &events->order_watches : &events->host_marks;
-	uint32_t how = 0;
-	int path_fd, got;
-
-	if (!bits) {
-		/* Fails when the object is gone, and its watch with it. */
-		if (*wd >= 0 && !others) {
-			inotify_rm_watch(fd, *wd);
-			vf_count_n(count, UINT64_MAX);
-		}
-		*wd = -1;
-		return 0;
+	for (; (record = record_at(reader, reader->next)); reader->next = reader->end) {
+		reader->end = record_end(reader->next, record);
+		n += take(reader, record);
 	}
-	/*
-	 * The host has one watch for an object, however many nodeids it has in the share: a new
-	 * one must not take away what another asked for.
-	 */
-	if (*wd < 0)
-		how = IN_MASK_ADD;
-	else
-		bits |= others;
-	path_fd = vf_inode_path_fd(events->share, inode);
-	if (path_fd < 0)
-		return path_fd;
-	/* The descriptor's name, in the directory where this thread is: vf_thread_init(). */
-	got = inotify_add_watch(fd, proc_name(name, path_fd), bits | how);
-	if (got < 0)
-		return -errno;
-	if (got != *wd && !vf_watches_wd_mask(events->watches, which, got, inode))
-		vf_count(count);
-	*wd = got;
-	return 0;
+	return n;
 }

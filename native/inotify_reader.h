@@ -11,23 +11,47 @@
 
 #include "events.h"
 
+/* All that inotify can be asked for. */
+#define VF_INOTIFY_EVENTS ((uint64_t)IN_ALL_EVENTS)
+
 struct vf_inotify_reader {
 	struct vf_events *events;
 	int fd; /* the instance, non-blocking */
 	enum vf_wd which;
+	/* Only its cookie joins the halves of a rename: the second one is waited for. */
+	bool joins_renames;
 	uint8_t *buffer; /* VF_SOURCE_BUFFER bytes, 8-byte aligned */
 	uint32_t size;	 /* of what was read */
+	uint32_t next;	 /* the record at hand, in what was read */
+	uint32_t end;	 /* behind it */
+	uint32_t waits;	 /* for second halves, since the first read */
+	uint64_t waited; /* what came before this place of the stream was waited for long enough */
 	uint64_t at;	 /* where in the instance's stream it began, if read() counts that */
 	uint64_t now_ns; /* CLOCK_MONOTONIC, when it was read */
+	/* Another record of this object's link count follows: its end is not to be told yet. */
+	bool not_its_end;
 	/* read(2) of the instance; *at: where in its stream the first byte was. */
 	ssize_t (*read)(struct vf_inotify_reader *reader, void *buffer, size_t size, uint64_t *at);
-	/* One event, for each inode that its watch stands for. */
+	/*
+	 * A child event: the object of its name in dir, referenced, as far as it is known; and
+	 * whether that is certain.  one() follows for the same record and dir.
+	 */
+	struct vf_inode *(*child)(struct vf_inotify_reader *reader,
+				  const struct inotify_event *record, struct vf_inode *dir,
+				  bool *certain);
+	/*
+	 * One event, for each inode that its watch stands for.  child: of child events, and of the
+	 * removal of a watched directory; else NULL.
+	 */
 	void (*one)(struct vf_inotify_reader *reader, const struct inotify_event *record,
-		    struct vf_inode *inode);
+		    struct vf_inode *inode, struct vf_inode *child);
 	/* A rename, for each mount that shows both directories. */
 	void (*pair)(struct vf_inotify_reader *reader, const struct inotify_event *from,
 		     struct vf_inode *from_dir, const struct inotify_event *to,
 		     struct vf_inode *to_dir);
+	/* This watched directory was removed from a parent that is not watched. */
+	void (*removed)(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			struct vf_inode *dir);
 	/* The host's queue was full: events were lost here. */
 	void (*overflow)(struct vf_inotify_reader *reader);
 };
@@ -38,17 +62,24 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader);
 /* Calls one(), pair() and overflow() for what was read.  How many events those were. */
 uint32_t vf_inotify_take(struct vf_inotify_reader *reader);
 /* An entry or child event when the record has a name (inode is the directory), else one of the
- * inode itself; without the child. */
+ * inode itself. */
 struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
-				   const struct inotify_event *record, struct vf_inode *inode);
+				   const struct inotify_event *record, struct vf_inode *inode,
+				   struct vf_inode *child);
 /* The change's name with NUL. */
 const char *vf_inotify_name(const struct vf_change *change, char buffer[VF_NAME_MAX + 1]);
 
+/* ---- inotify_watch.c ---- */
+
+/* What inotify is to be asked for on an inode that the guest watches like this. */
+uint64_t vf_inotify_bits(const struct vf_inode *inode, uint64_t mask);
 /*
- * Makes one of the instances report bits (0: nothing) on this inode, as vf_source_ops.mark. others:
- * what it is to report besides on the same object of the host, for inodes that share *wd.
+ * Makes one of the instances report bits (of vf_inotify_bits(); 0: nothing) on this inode, and a
+ * directory's removal; as vf_source_ops.mark.
  */
 int vf_inotify_watch(struct vf_events *events, enum vf_wd which, struct vf_inode *inode,
-		     uint32_t bits, uint32_t others, int32_t *wd);
+		     uint64_t bits, int32_t wd[VF_N_WDS]);
+/* VF_WD_NAME of a directory with this name in the parent of that number. */
+int32_t vf_inotify_name_number(int32_t parent, const char *name, uint32_t namelen);
 
 #endif

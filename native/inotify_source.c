@@ -7,49 +7,10 @@
  * A watch reports an entry of a directory by its name alone.  Which object that
  * is, the name is asked a moment later: when it was given to another meanwhile,
  * the event names that one.  What is no longer there is nobody's (child NULL).
+ * Objects that are watched themselves are known by their own records.
  */
 #include "inotify_reader.h"
 #include "own_changes.h"
-
-/* All that inotify can be asked for. */
-#define EVENTS ((uint64_t)IN_ALL_EVENTS)
-/* An object's own record follows its directory's; a few of others may come between. */
-#define MAX_ECHOES (sizeof(((struct vf_events *)0)->echoes) / sizeof(struct vf_echo))
-#define ECHO_NS 100000000u
-
-/* ---- one record twice ------------------------------------------------------- */
-
-/*
- * When both a directory and an object in it are watched, what happens to the object comes by both
- * watches, the directory's first.  The guest's driver tells both watchers of the first, so the
- * second must not be reported.
- */
-static void expect_echo(struct vf_inotify_reader *reader, const struct vf_change *change)
-{
-	struct vf_events *events = reader->events;
-	uint64_t event = change->mask & VF_FS_CHILD_EVENTS;
-
-	if (!change->child || !(vf_watch_mask(events->watches, change->child) & event))
-		return;
-	events->echoes[events->next_echo++ % MAX_ECHOES] =
-	    (struct vf_echo){vf_inode_nodeid(change->child), event, reader->now_ns};
-}
-
-static bool is_echo(struct vf_inotify_reader *reader, const struct vf_change *change)
-{
-	uint64_t event = change->mask & VF_FS_CHILD_EVENTS, nodeid = vf_inode_nodeid(change->child);
-
-	for (uint32_t i = 0; event && i < MAX_ECHOES; i++) {
-		struct vf_echo *echo = &reader->events->echoes[i];
-
-		if (echo->event == event && echo->nodeid == nodeid &&
-		    reader->now_ns - echo->seen_ns < ECHO_NS) {
-			echo->event = 0;
-			return true;
-		}
-	}
-	return false;
-}
 
 /* ---- what is reported --------------------------------------------------------- */
 
@@ -78,34 +39,57 @@ static bool is_own(struct vf_inotify_reader *reader, const struct inotify_event 
 }
 
 /* A directory that came: where everything is watched it is marked before its event is told. */
-static void announce(struct vf_events *events, struct vf_change *change)
+static struct vf_inode *announce(struct vf_events *events, struct vf_change *change)
 {
 	const uint64_t came = VF_FS_CREATE | VF_FS_MOVED_TO;
 
 	if (!change->child && (change->mask & VF_FS_ISDIR) && (change->mask & came))
 		change->child =
 		    vf_watch_share_announce(events, change->dir, change->name, change->namelen);
+	return change->child;
+}
+
+static struct vf_inode *child_of(struct vf_inotify_reader *reader,
+				 const struct inotify_event *record, struct vf_inode *dir,
+				 bool *certain)
+{
+	struct vf_change change = vf_inotify_change(reader, record, dir, NULL);
+
+	*certain = false;
+	return object_of(reader->events, &change);
 }
 
 static void report_one(struct vf_inotify_reader *reader, const struct inotify_event *record,
-		       struct vf_inode *inode)
+		       struct vf_inode *inode, struct vf_inode *child)
 {
 	struct vf_events *events = reader->events;
-	struct vf_change change = vf_inotify_change(reader, record, inode);
+	struct vf_change change = vf_inotify_change(reader, record, inode, child);
+	struct vf_inode *object = NULL;
 
-	if (!change.dir) {
-		if (!is_echo(reader, &change) && !is_own(reader, record, &change, 1))
-			vf_events_report(events, &change, 1);
-		return;
-	}
-	change.child = object_of(events, &change);
-	expect_echo(reader, &change);
+	if (change.mask & VF_FS_ENTRY_EVENTS)
+		object = object_of(events, &change);
+	if (object)
+		change.child = object;
 	if (!is_own(reader, record, &change, 1)) {
-		announce(events, &change);
+		if (!change.child && change.dir)
+			object = announce(events, &change);
 		vf_events_report(events, &change, 1);
 	}
-	if (change.child)
-		vf_inode_put(events->share, change.child);
+	if (object)
+		vf_inode_put(events->share, object);
+}
+
+static void report_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			   struct vf_inode *dir)
+{
+	struct vf_change change = {
+	    .mask = VF_FS_DELETE_SELF | VF_FS_ISDIR,
+	    .child = dir,
+	    .seen_ns = reader->now_ns,
+	};
+
+	if (!is_own(reader, record, &change, 1))
+		vf_events_report(reader->events, &change, 1);
 }
 
 static void report_pair(struct vf_inotify_reader *reader, const struct inotify_event *from,
@@ -113,8 +97,8 @@ static void report_pair(struct vf_inotify_reader *reader, const struct inotify_e
 			struct vf_inode *to_dir)
 {
 	struct vf_events *events = reader->events;
-	struct vf_change changes[2] = {vf_inotify_change(reader, from, from_dir),
-				       vf_inotify_change(reader, to, to_dir)};
+	struct vf_change changes[2] = {vf_inotify_change(reader, from, from_dir, NULL),
+				       vf_inotify_change(reader, to, to_dir, NULL)};
 	struct vf_inode *object = object_of(events, &changes[1]);
 
 	changes[1].child = object;
@@ -129,7 +113,6 @@ static void report_pair(struct vf_inotify_reader *reader, const struct inotify_e
 
 static void overflow(struct vf_inotify_reader *reader)
 {
-	memset(reader->events->echoes, 0, sizeof(reader->events->echoes));
 	vf_events_report_overflow(reader->events);
 }
 
@@ -146,7 +129,10 @@ static void inotify_read(struct vf_events *events)
 	    .which = VF_WD_SOURCE,
 	    .buffer = events->buffer,
 	    .read = read_noted,
+	    .joins_renames = true,
+	    .child = child_of,
 	    .one = report_one,
+	    .removed = report_removal,
 	    .pair = report_pair,
 	    .overflow = overflow,
 	};
@@ -161,21 +147,6 @@ static void inotify_read(struct vf_events *events)
 }
 
 /* ---- watches ---------------------------------------------------------------------------- */
-
-static uint32_t bits_of(const struct vf_events *events, const struct vf_inode *inode, uint64_t mask)
-{
-	uint64_t bits = mask & EVENTS;
-
-	if (mask & VF_FS_RENAME)
-		bits |= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
-	if (vf_inode_type(inode) != S_IFDIR) {
-		bits &= ~VF_FS_ENTRY_EVENTS;
-		/* The end of an object whose descriptor we hold shows in its link count. */
-		if (bits & VF_FS_DELETE_SELF)
-			bits |= VF_FS_ATTRIB;
-	}
-	return (uint32_t)(bits & events->config.host_mask);
-}
 
 static int watch_failed(struct vf_events *events, int error)
 {
@@ -193,11 +164,9 @@ static int watch_failed(struct vf_events *events, int error)
 
 /* What is asked for too much once the last of several nodeids is gone is dropped by the router. */
 static int inotify_mark(struct vf_events *events, struct vf_inode *inode, uint64_t old_mask,
-			uint64_t new_mask, int32_t *wd)
+			uint64_t new_mask, int32_t wd[VF_N_WDS])
 {
-	uint32_t others =
-	    bits_of(events, inode,
-		    vf_watches_wd_mask(events->watches, VF_WD_SOURCE, wd[VF_WD_SOURCE], inode));
+	uint64_t bits = vf_inotify_bits(inode, new_mask) & events->config.host_mask;
 	int error;
 
 	(void)old_mask;
@@ -205,8 +174,7 @@ static int inotify_mark(struct vf_events *events, struct vf_inode *inode, uint64
 		events->own_changes = vf_own_changes_new(events->config.source_fd);
 	if (!events->own_changes)
 		return -ENOMEM;
-	error = vf_inotify_watch(events, VF_WD_SOURCE, inode, bits_of(events, inode, new_mask),
-				 others, &wd[VF_WD_SOURCE]);
+	error = vf_inotify_watch(events, VF_WD_SOURCE, inode, bits, wd);
 	return error ? watch_failed(events, -error) : 0;
 }
 

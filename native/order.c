@@ -18,7 +18,7 @@
 #include "order.h"
 
 #define CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
-#define EVENTS (VF_FS_ENTRY_EVENTS | CHILD_EVENTS)
+#define EVENTS (VF_FS_ENTRY_EVENTS | CHILD_EVENTS | VF_FS_SELF_EVENTS)
 /* An object that has its name from now on. */
 #define ARRIVALS (VF_FS_CREATE | VF_FS_MOVED_TO)
 /* And one that has it no longer. */
@@ -46,10 +46,11 @@ struct fact {
 	struct fact *next;   /* in its bucket, in order of arrival */
 	struct fact *later;  /* of all in its generation */
 	struct fact *second; /* the other half of the rename that this is the first of */
-	uint64_t nodeid; /* of the directory; no references, since facts may lie here for long */
-	uint64_t child;	 /* nodeid, or 0 */
-	uint64_t mask;	 /* what happened */
-	uint64_t used;	 /* what of it was reported or found to be ours */
+	uint64_t nodeid;     /* of the directory; no references, since facts may lie here for long;
+				0: deferred */
+	uint64_t child;	     /* nodeid, or 0 */
+	uint64_t mask;	     /* what happened */
+	uint64_t used;	     /* what of it was reported or found to be ours */
 	/* For what of it inotify said something: where it counts several events as one, only one
 	 * of their facts is used. */
 	uint64_t said;
@@ -57,6 +58,7 @@ struct fact {
 	uint64_t number; /* in the order of fanotify */
 	int32_t pid;
 	bool silent; /* our own doing, or reported already */
+	bool itself; /* of what happened to the object itself, which is also in nodeid */
 	uint8_t namelen;
 	char name[];
 };
@@ -90,6 +92,7 @@ struct generation {
 
 struct vf_order {
 	struct vf_inotify_reader reader; /* first: its callbacks are given this */
+	struct fact *fact;		 /* of the child event at hand */
 	struct vf_events *events;
 	bool (*read_facts)(struct vf_events *events);
 	uint64_t picks, facts;
@@ -238,16 +241,24 @@ static struct fact *new_fact(struct vf_order *order, const struct vf_change *cha
 	return fact;
 }
 
+/* Whose name it is, or what it happened to. */
+static uint64_t place_of(const struct vf_change *change)
+{
+	return vf_inode_nodeid(change->dir ? change->dir : change->child);
+}
+
 static struct fact *add_fact(struct vf_order *order, const struct vf_change *change, uint64_t mask,
 			     bool own)
 {
-	uint64_t key = name_key(vf_inode_nodeid(change->dir), change->name, change->namelen);
+	uint64_t key = name_key(place_of(change), change->name, change->namelen);
 	uint32_t bucket = (uint32_t)(key >> 29) % N_BUCKETS;
 	struct generation *g = &order->generations[order->young];
 	struct fact *fact = new_fact(order, change, mask);
 
 	if (!fact)
 		return NULL;
+	fact->nodeid = place_of(change);
+	fact->itself = !change->dir;
 	fact->silent = own;
 	fact->said = said_early(order, key, mask);
 	*g->last[bucket] = fact;
@@ -286,7 +297,7 @@ static struct vf_change change_of(struct vf_order *order, const struct fact *fac
 
 	return (struct vf_change){
 	    .mask = fact->mask,
-	    .dir = fact->nodeid ? vf_inode_get(share, fact->nodeid) : NULL,
+	    .dir = fact->nodeid && !fact->itself ? vf_inode_get(share, fact->nodeid) : NULL,
 	    .child = fact->child ? vf_inode_get(share, fact->child) : NULL,
 	    .name = fact->name,
 	    .namelen = fact->namelen,
@@ -314,7 +325,7 @@ static void tell_fact(struct vf_order *order, struct fact *fact)
 			vf_events_report_rename(order->events, changes);
 		put_change(order, &changes[1]);
 		set_silent(order, second);
-	} else if (changes[0].dir || (!fact->nodeid && changes[0].child)) {
+	} else if (changes[0].dir || ((!fact->nodeid || fact->itself) && changes[0].child)) {
 		vf_fanotify_report_ordered(order->events, changes, fact->mask & ~fact->used);
 	}
 	put_change(order, &changes[0]);
@@ -345,24 +356,14 @@ static void give_up(struct vf_order *order)
 	vf_events_report_overflow(order->events);
 }
 
-/* What inotify was asked for on a directory that the guest watches like this. */
-static uint64_t ordered_bits(uint64_t mask)
-{
-	uint64_t bits = mask & EVENTS;
-
-	if (mask & VF_FS_RENAME)
-		bits |= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
-	return bits;
-}
-
-/* What of the events in this directory inotify tells. */
-static uint64_t bits_of(const struct vf_order *order, const struct vf_inode *dir)
+/* What of the events of this inode, and of the names in it, inotify tells. */
+static uint64_t bits_of(const struct vf_order *order, const struct vf_inode *inode)
 {
 	struct vf_watches *watches = order->events->watches;
 
-	if (vf_watch_wd(watches, VF_WD_ORDER, dir) < 0)
+	if (vf_watch_wd(watches, VF_WD_ORDER, inode) < 0)
 		return 0;
-	return ordered_bits(vf_watch_mask(watches, dir));
+	return vf_inotify_bits(inode, vf_watch_mask(watches, inode));
 }
 
 uint64_t vf_order_note(struct vf_order *order, const struct vf_change *change, uint64_t mask,
@@ -373,6 +374,85 @@ uint64_t vf_order_note(struct vf_order *order, const struct vf_change *change, u
 	if (bits && !add_fact(order, change, bits | (mask & VF_FS_ISDIR), own))
 		order->full = true;
 	return mask & ~bits & ~VF_FS_ISDIR;
+}
+
+/* said: what of it inotify may well say nothing of. */
+static void note_own(struct vf_order *order, const struct vf_change *change, uint64_t mask,
+		     uint64_t said, bool own)
+{
+	struct vf_change itself = {.child = change->child, .pid = change->pid};
+	struct fact *fact;
+
+	if (!mask)
+		return;
+	if (vf_inode_type(change->child) == S_IFDIR)
+		mask |= VF_FS_ISDIR;
+	fact = add_fact(order, &itself, mask, own);
+	if (fact)
+		set_said(order, fact, said);
+	else
+		order->full = true;
+}
+
+/* Is what happens to this directory told by inotify's watch of its parent, if it is to be told? */
+static bool is_told_by_parent(struct vf_order *order, struct vf_inode *dir)
+{
+	struct vf_events *events = order->events;
+	struct vf_inode *found[8];
+	bool watched = false;
+	uint32_t n;
+
+	if (atomic_load(&events->flags) & (VF_FSNOTIFY_WATCH_ALL | VF_FSNOTIFY_INVALIDATE))
+		return false;
+	if (!atomic_load(&events->everywhere))
+		return !events->order_error;
+	n = vf_inodes_of_name(events->share, dir, "..", found, 8);
+	for (uint32_t i = 0; i < n; i++) {
+		watched |= bits_of(order, found[i]) & CHILD_EVENTS;
+		vf_inode_put(events->share, found[i]);
+	}
+	return watched;
+}
+
+uint64_t vf_order_note_own(struct vf_order *order, const struct vf_change *change, uint64_t mask,
+			   bool own)
+{
+	uint64_t bits = mask & EVENTS & bits_of(order, change->child);
+	uint64_t left = mask & ~bits & ~VF_FS_ISDIR, by_parent = 0;
+
+	if (vf_inode_type(change->child) == S_IFDIR) {
+		by_parent = left & CHILD_EVENTS & vf_watches_union(order->events->watches);
+		if ((left & CHILD_EVENTS) && is_told_by_parent(order, change->child))
+			left &= ~CHILD_EVENTS;
+	}
+	note_own(order, change, bits | by_parent, by_parent, own);
+	return left ? left | (mask & VF_FS_ISDIR) : 0;
+}
+
+uint64_t vf_order_note_child(struct vf_order *order, struct vf_change *change, uint64_t mask,
+			     uint64_t left, bool own)
+{
+	struct vf_watches *watches = order->events->watches;
+	bool is_dir = vf_inode_type(change->child) == S_IFDIR;
+	uint64_t bits = bits_of(order, change->child), events, by_name = 0;
+
+	if (!bits)
+		return left;
+	if (vf_watch_mask(watches, change->dir) & VF_FS_EVENT_ON_CHILD)
+		by_name = left & vf_watch_mask(watches, change->dir);
+	if (mask & VF_FS_DELETE) {
+		/* A file's end is told behind its link count, a directory's where its parent's
+		 * watch tells of it. */
+		change->not_its_end =
+		    bits & VF_FS_DELETE_SELF &&
+		    (!is_dir || vf_watch_wd(watches, VF_WD_PARENT, change->child) >= 0);
+		if (is_dir && change->not_its_end)
+			mask |= VF_FS_DELETE_SELF;
+	}
+	events = mask & bits & (CHILD_EVENTS | VF_FS_SELF_EVENTS);
+	note_own(order, change, events & by_name, 0, true);
+	note_own(order, change, events & ~by_name, 0, own);
+	return left & ~(events & CHILD_EVENTS & ~by_name);
 }
 
 bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes[2], bool own)
@@ -460,7 +540,7 @@ static void look(struct vf_order *order, struct generation *g, uint32_t bucket, 
  */
 static struct fact *pick(struct vf_order *order, const struct vf_change *change, bool now)
 {
-	uint64_t event = change->mask & EVENTS, nodeid = vf_inode_nodeid(change->dir);
+	uint64_t event = change->mask & EVENTS, nodeid = place_of(change);
 	uint64_t key = name_key(nodeid, change->name, change->namelen);
 	uint32_t bucket = (uint32_t)(key >> 29) % N_BUCKETS;
 	struct candidates c = {.any = NULL};
@@ -498,18 +578,6 @@ static struct fact *pick_patiently(struct vf_order *order, const struct vf_chang
 }
 
 /* ---- what inotify says ------------------------------------------------------------ */
-
-/* fanotify reports what happens to a directory by its own handle, if the guest holds it. */
-static bool is_held_directory(struct vf_order *order, const struct vf_change *change)
-{
-	char name[VF_NAME_MAX + 1];
-	struct vf_inode *child =
-	    vf_inode_known(order->events->share, change->dir, vf_inotify_name(change, name));
-
-	if (child)
-		vf_inode_put(order->events->share, child);
-	return child;
-}
 
 /* What fanotify reports itself, as far as it came before that fact (NULL: all). */
 static void tell_deferred(struct vf_order *order, struct list *list, const struct fact *until)
@@ -553,12 +621,14 @@ static struct fact *complete(struct vf_order *order, struct vf_change *change)
 		return NULL;
 	tell_deferred(order, &order->older, fact);
 	tell_deferred(order, &order->newer, fact);
-	if (fact->child && (change->mask & VF_FS_DELETE)) {
+	if (change->dir && fact->child && (change->mask & VF_FS_DELETE)) {
 		tell_deferred_of(order, &order->older, fact->child);
 		tell_deferred_of(order, &order->newer, fact->child);
 	}
 	change->pid = fact->pid;
-	change->child = fact->child ? vf_inode_get(order->events->share, fact->child) : NULL;
+	if (change->dir)
+		change->child =
+		    fact->child ? vf_inode_get(order->events->share, fact->child) : NULL;
 	return fact;
 }
 
@@ -587,28 +657,93 @@ static ssize_t read_plainly(struct vf_inotify_reader *reader, void *buffer, size
 	return read(reader->fd, buffer, size);
 }
 
-static void take_one(struct vf_inotify_reader *reader, const struct inotify_event *record,
-		     struct vf_inode *inode)
+/* What inotify said of the object itself, by this same event. */
+static void use_own_fact(struct vf_order *order, struct vf_inode *inode, uint64_t event)
+{
+	struct vf_change change = {.mask = event, .child = inode};
+
+	if (bits_of(order, inode) & event)
+		pick(order, &change, true);
+}
+
+static struct vf_inode *child_of(struct vf_inotify_reader *reader,
+				 const struct inotify_event *record, struct vf_inode *dir,
+				 bool *certain)
 {
 	struct vf_order *order = (struct vf_order *)reader;
-	struct vf_change change = vf_inotify_change(reader, record, inode);
-	struct fact *fact = NULL;
+	struct vf_change change = vf_inotify_change(reader, record, dir, NULL), itself;
+	char name[VF_NAME_MAX + 1];
 
-	/* Of the directory itself: fanotify's to report.  Or the session has ended meanwhile. */
-	if (!change.dir || !(change.mask & EVENTS) || !atomic_load(&order->events->flags))
+	order->fact = NULL;
+	*certain = false;
+	if (!atomic_load(&order->events->flags))
+		return NULL;
+	if (!(change.mask & VF_FS_ISDIR)) {
+		order->fact = complete(order, &change);
+		*certain = order->fact;
+		return change.child;
+	}
+	/* fanotify has directories by their own handle. The guest does nothing to one that it does
+	 * not hold. */
+	itself = (struct vf_change){.mask = change.mask};
+	itself.child = vf_inode_known(order->events->share, dir, vf_inotify_name(&change, name));
+	if (itself.child)
+		order->fact = complete(order, &itself);
+	return itself.child;
+}
+
+static void take_one(struct vf_inotify_reader *reader, const struct inotify_event *record,
+		     struct vf_inode *inode, struct vf_inode *child)
+{
+	struct vf_order *order = (struct vf_order *)reader;
+	struct vf_change change = vf_inotify_change(reader, record, inode, child);
+	bool by_name = change.dir && (change.mask & CHILD_EVENTS);
+	struct vf_inode *held = NULL;
+	struct fact *fact = order->fact;
+
+	/* The session may have ended meanwhile. */
+	if (!(change.mask & EVENTS) || !atomic_load(&order->events->flags))
 		return;
-	if ((change.mask & VF_FS_ISDIR) && (change.mask & CHILD_EVENTS)) {
-		if (is_held_directory(order, &change))
-			return;
-		/* The guest has done nothing to one that it does not hold; it has no facts. */
-	} else {
+	if (!by_name) {
 		fact = complete(order, &change);
+		if (fact && change.dir)
+			held = change.child;
+	}
+	if (!change.child)
+		change.child = child;
+	if (change.dir && change.child) {
+		bool is_dir = change.mask & VF_FS_ISDIR;
+
+		if (by_name && !is_dir)
+			use_own_fact(order, change.child, change.mask & CHILD_EVENTS);
+		if ((change.mask & VF_FS_DELETE) && is_dir)
+			use_own_fact(order, change.child, VF_FS_DELETE_SELF);
+		change.not_its_end = (change.mask & VF_FS_DELETE) && !is_dir &&
+				     (bits_of(order, change.child) & VF_FS_DELETE_SELF);
 	}
 	if (!fact || fact->silent || !(change.mask & VF_FS_MOVED_FROM) ||
 	    !report_by_fact(order, &change, fact->second))
 		report(order, &change, 1, fact && fact->silent);
-	if (change.child)
-		vf_inode_put(order->events->share, change.child);
+	if (held)
+		vf_inode_put(order->events->share, held);
+}
+
+static void take_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			 struct vf_inode *dir)
+{
+	struct vf_order *order = (struct vf_order *)reader;
+	struct vf_change change = {
+	    .mask = VF_FS_DELETE_SELF | VF_FS_ISDIR,
+	    .child = dir,
+	    .seen_ns = reader->now_ns,
+	};
+	struct fact *fact;
+
+	(void)record;
+	if (!atomic_load(&order->events->flags))
+		return;
+	fact = complete(order, &change);
+	report(order, &change, 1, fact && fact->silent);
 }
 
 static void take_pair(struct vf_inotify_reader *reader, const struct inotify_event *from,
@@ -616,8 +751,8 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 		      struct vf_inode *to_dir)
 {
 	struct vf_order *order = (struct vf_order *)reader;
-	struct vf_change changes[2] = {vf_inotify_change(reader, from, from_dir),
-				       vf_inotify_change(reader, to, to_dir)};
+	struct vf_change changes[2] = {vf_inotify_change(reader, from, from_dir, NULL),
+				       vf_inotify_change(reader, to, to_dir, NULL)};
 	struct fact *facts[2];
 
 	facts[0] = complete(order, &changes[0]);
@@ -716,29 +851,22 @@ void vf_order_read(struct vf_order *order, bool (*read_facts)(struct vf_events *
 
 /* ---- watches ------------------------------------------------------------------------ */
 
-void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask, int32_t *wd)
+void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask,
+		   int32_t wd[VF_N_WDS])
 {
+	uint64_t bits = mask & ~VF_FS_EVENT_ON_CHILD ? vf_inotify_bits(inode, mask) : 0;
 	struct vf_events *events = order->events;
-	uint64_t all = mask | vf_watches_wd_mask(events->watches, VF_WD_ORDER, *wd, inode);
-	uint64_t bits = ordered_bits(all);
-	int error;
+	int error = vf_inotify_watch(events, VF_WD_ORDER, inode, bits, wd);
 
-	if (vf_inode_type(inode) != S_IFDIR)
-		return;
-	error =
-	    vf_inotify_watch(events, VF_WD_ORDER, inode,
-			     mask & ~VF_FS_EVENT_ON_CHILD ? (uint32_t)bits : 0, (uint32_t)bits, wd);
 	if (!error)
 		return;
 	if (error != events->order_error)
-		vf_events_notice(
-		    events,
-		    "inotify_add_watch: %s%s; a directory's events may reach the guest "
-		    "out of order",
-		    strerror(-error),
-		    error == -ENOSPC ? ": the limit is in "
-				       "/proc/sys/fs/inotify/max_user_watches"
-				     : "");
+		vf_events_notice(events,
+				 "inotify_add_watch: %s%s; events may reach the guest out of order",
+				 strerror(-error),
+				 error == -ENOSPC ? ": the limit is in "
+						    "/proc/sys/fs/inotify/max_user_watches"
+						  : "");
 	events->order_error = error;
 }
 
@@ -757,8 +885,11 @@ struct vf_order *vf_order_new(struct vf_events *events, int inotify_fd, int *err
 	    .fd = inotify_fd,
 	    .which = VF_WD_ORDER,
 	    .buffer = aligned_alloc(64, VF_SOURCE_BUFFER),
+	    .joins_renames = !(events->config.host_mask & VF_FS_RENAME),
 	    .read = read_plainly,
+	    .child = child_of,
 	    .one = take_one,
+	    .removed = take_removal,
 	    .pair = take_pair,
 	    .overflow = overflow,
 	};

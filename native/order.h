@@ -1,14 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * In which order things happened in a directory that the guest watches.
+ * In which order things happened to what the guest watches.
  *
  * fanotify sums up what one process does to one name until somebody reads it:
  * in which order the names of a directory changed, and how often, is lost as
  * soon as the reader is slower than the writer.  inotify keeps each event, in
- * order, but says neither who made it nor to which object.  So a directory
- * with a watch has one of inotify's on the host too: inotify says what
- * happened and when, and fanotify's records, noted as facts, say who did it
- * and to what.
+ * order, but says neither who made it nor to which object.  So what has a
+ * watch has one of inotify's on the host too: inotify says what happened and
+ * when, and fanotify's records, noted as facts, say who did it and to what.
  */
 #ifndef VHOSTFS_ORDER_H
 #define VHOSTFS_ORDER_H
@@ -25,7 +24,8 @@ void vf_order_free(struct vf_order *order);
  * The guest's wish for this inode, as vf_source_ops.mark has it: the host's watch in *wd, -1 for
  * one that cannot be had, whose events then come in fanotify's order.
  */
-void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask, int32_t *wd);
+void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask,
+		   int32_t wd[VF_N_WDS]);
 
 /*
  * What fanotify says: all of mask happened to change->child under change->name in change->dir,
@@ -34,6 +34,15 @@ void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask
  */
 uint64_t vf_order_note(struct vf_order *order, const struct vf_change *change, uint64_t mask,
 		       bool own);
+/* The same of what happened to change->child itself; returns what is to be reported. */
+uint64_t vf_order_note_own(struct vf_order *order, const struct vf_change *change, uint64_t mask,
+			   bool own);
+/*
+ * After vf_order_note(), which left `left` of mask, for the object that has the name: what its own
+ * watch tells of that.  Returns what is still left.
+ */
+uint64_t vf_order_note_child(struct vf_order *order, struct vf_change *change, uint64_t mask,
+			     uint64_t left, bool own);
 /* The same for the two halves of a rename; false: of one of them inotify
  * does not tell, and nothing was noted. */
 bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes[2], bool own);

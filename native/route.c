@@ -132,7 +132,8 @@ static void report_end(struct vf_events *events, uint64_t flags, const struct vf
 	struct vf_outgoing out;
 
 	/* INVALIDATE alone needs none: the entry says enough. */
-	if (!change->child || !wanted(events, flags & ~VF_FSNOTIFY_INVALIDATE, &end) ||
+	if (!change->child || change->not_its_end ||
+	    !wanted(events, flags & ~VF_FSNOTIFY_INVALIDATE, &end) ||
 	    (!removed && !vf_events_is_gone(events, change->child)) ||
 	    !vf_inode_tell_deleted(change->child))
 		return;

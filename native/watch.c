@@ -13,6 +13,11 @@
 	(VF_FS_ENTRY_EVENTS | VF_FS_CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_RENAME |              \
 	 VF_FS_EVENT_ON_CHILD)
 #define N_BITS 64u
+#define NO_WDS                                                                                     \
+	{                                                                                          \
+		-1, -1, -1, -1                                                                     \
+	}
+_Static_assert(VF_N_WDS == 4, "NO_WDS");
 
 struct watch {
 	uint64_t nodeid;
@@ -47,6 +52,7 @@ struct vf_watches *vf_watches_new(struct vf_events *events, int *error)
 {
 	struct vf_watches *w = calloc(1, sizeof(*w));
 	pthread_mutexattr_t attributes;
+	bool all;
 
 	*error = -ENOMEM;
 	if (!w)
@@ -57,14 +63,17 @@ struct vf_watches *vf_watches_new(struct vf_events *events, int *error)
 	w->bucket_mask = 63;
 	w->all = calloc(w->room, sizeof(*w->all));
 	w->buckets = calloc(w->bucket_mask + 1, sizeof(*w->buckets));
-	w->wd_buckets[0] = calloc(w->bucket_mask + 1, sizeof(uint32_t));
-	w->wd_buckets[1] = calloc(w->bucket_mask + 1, sizeof(uint32_t));
+	all = w->all && w->buckets;
+	for (enum vf_wd which = 0; which < VF_N_WDS; which++) {
+		w->wd_buckets[which] = calloc(w->bucket_mask + 1, sizeof(uint32_t));
+		all = all && w->wd_buckets[which];
+	}
 	pthread_mutexattr_init(&attributes);
 	pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
 	pthread_mutex_init(&w->change_lock, &attributes);
 	pthread_mutexattr_destroy(&attributes);
 	pthread_mutex_init(&w->lock, NULL);
-	if (!w->all || !w->buckets || !w->wd_buckets[0] || !w->wd_buckets[1]) {
+	if (!all) {
 		vf_watches_free(w);
 		return NULL;
 	}
@@ -80,8 +89,8 @@ void vf_watches_free(struct vf_watches *w)
 	pthread_mutex_destroy(&w->lock);
 	free(w->all);
 	free(w->buckets);
-	free(w->wd_buckets[0]);
-	free(w->wd_buckets[1]);
+	for (enum vf_wd which = 0; which < VF_N_WDS; which++)
+		free(w->wd_buckets[which]);
 	free(w);
 }
 
@@ -154,18 +163,22 @@ static bool grow(struct vf_watches *w)
 	uint32_t room = w->room * 2;
 	struct watch *all = room > w->room ? realloc(w->all, room * sizeof(*all)) : NULL;
 	uint32_t *buckets, *wd_buckets[VF_N_WDS];
+	bool have_all;
 
 	if (!all)
 		return false;
 	w->all = all;
 	w->room = room;
 	buckets = calloc(room, sizeof(*buckets));
-	wd_buckets[0] = calloc(room, sizeof(uint32_t));
-	wd_buckets[1] = calloc(room, sizeof(uint32_t));
-	if (!buckets || !wd_buckets[0] || !wd_buckets[1]) {
+	have_all = buckets;
+	for (enum vf_wd which = 0; which < VF_N_WDS; which++) {
+		wd_buckets[which] = calloc(room, sizeof(uint32_t));
+		have_all = have_all && wd_buckets[which];
+	}
+	if (!have_all) {
 		free(buckets);
-		free(wd_buckets[0]);
-		free(wd_buckets[1]);
+		for (enum vf_wd which = 0; which < VF_N_WDS; which++)
+			free(wd_buckets[which]);
 		return true; /* longer chains */
 	}
 	free(w->buckets);
@@ -194,7 +207,7 @@ static struct watch *add(struct vf_watches *w, uint64_t nodeid)
 			return NULL;
 		i = w->used++;
 	}
-	w->all[i] = (struct watch){.nodeid = nodeid, .wd = {-1, -1}};
+	w->all[i] = (struct watch){.nodeid = nodeid, .wd = NO_WDS};
 	link_in(w, i);
 	atomic_fetch_add_explicit(&w->count, 1, memory_order_relaxed);
 	return &w->all[i];
@@ -266,7 +279,7 @@ static uint64_t load(struct vf_watches *w, const struct vf_inode *inode, uint64_
 	uint64_t mask = 0;
 
 	*own = 0;
-	wd[VF_WD_SOURCE] = wd[VF_WD_ORDER] = -1;
+	memcpy(wd, (const int32_t[VF_N_WDS])NO_WDS, sizeof(int32_t) * VF_N_WDS);
 	pthread_mutex_lock(&w->lock);
 	watch = find(w, vf_inode_nodeid(inode));
 	if (watch) {
@@ -425,7 +438,7 @@ uint64_t vf_watch_mask(struct vf_watches *w, const struct vf_inode *inode)
 
 int32_t vf_watch_wd(struct vf_watches *w, enum vf_wd which, const struct vf_inode *inode)
 {
-	int32_t wd[VF_N_WDS] = {-1, -1};
+	int32_t wd[VF_N_WDS] = NO_WDS;
 	uint64_t own;
 
 	if (vf_inode_is_watched(inode))
@@ -472,7 +485,7 @@ uint64_t vf_watches_wd_mask(struct vf_watches *w, enum vf_wd which, int32_t wd,
 		return 0;
 	pthread_mutex_lock(&w->lock);
 	for (uint32_t i = *wd_bucket(w, which, wd); i; i = w->all[i].next_wd[which])
-		if (w->all[i].wd[which] == wd && w->all[i].nodeid != vf_inode_nodeid(but))
+		if (w->all[i].wd[which] == wd && (!but || w->all[i].nodeid != vf_inode_nodeid(but)))
 			mask |= w->all[i].mask;
 	pthread_mutex_unlock(&w->lock);
 	return mask;

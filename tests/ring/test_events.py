@@ -389,12 +389,7 @@ def test_an_object_and_its_names_are_told_of_in_order_every_time(
         assert guest.told() == [f"MOVED_FROM e[g]=d/f {pair}", f"MOVED_TO d[f]=d/f {pair}", "MOVE_SELF d/f"]
 
 
-def test_a_removed_directory_deletes_itself(
-    share: Share, source: Source, request: pytest.FixtureRequest
-) -> None:
-    if source is INOTIFY:
-        why = "inotify says nothing of a directory that the server holds: docs/protocol.md, 6.3"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+def test_a_removed_directory_deletes_itself(share: Share) -> None:
     (share.path / "gone").mkdir()
     guest = EventGuest(share)
     guest.watch("gone")
