@@ -173,13 +173,14 @@ static bool suits(struct vf_inotify_reader *reader, const struct inotify_event *
 {
 	if (known && has(objects, known))
 		return true;
-	/*
-	 * The name may have been given to another since.  A file's watchers can be told apart; a
-	 * directory's parent would be told twice.
-	 */
-	return follows && !certain && (record->mask & IN_ISDIR) && objects->n &&
-	       (!known || is_watched_for(reader, known, record)) &&
-	       vf_inode_type(objects->inodes[0]) == S_IFDIR;
+	if (!follows || certain || !objects->n)
+		return false;
+	/* The name was given to another since: that one's own record would be here. */
+	if (known)
+		return is_watched_for(reader, known, record);
+	/* Or it is gone.  A file's watchers can be told apart; a directory's parent would be told
+	 * twice. */
+	return record->mask & IN_ISDIR;
 }
 
 /*
@@ -201,7 +202,7 @@ static struct inotify_event *own_record(struct vf_inotify_reader *reader,
 			own = record_at(reader, at);
 		if (!own)
 			return NULL;
-		if (!own->len && !((own->mask ^ record->mask) & EVENTS)) {
+		if (!own->len && !((own->mask ^ record->mask) & (EVENTS | IN_ISDIR))) {
 			find(reader, own->wd, objects);
 			if (suits(reader, record, objects, known, certain, !i))
 				return own;

@@ -159,8 +159,8 @@ class Limits:
     """A directory's own ATTRIB each time; else one may stand for several, whatever came between."""
 
 
-INOTIFY = Limits(ends_of_directories=False)
-FANOTIFY = Limits(each_attrib_of_directories=False)
+INOTIFY = Limits()
+FANOTIFY = Limits()
 _ENDS = In.DELETE_SELF | In.IGNORED
 _ATTRIB = In.ATTRIB | In.ISDIR
 
