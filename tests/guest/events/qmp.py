@@ -13,6 +13,8 @@ from typing import Any
 
 TIMEOUT_S = 30.0
 PORT = "port0"
+QUEUE_SIZE = 64
+"""Of each queue of the share: small, so that it can be filled."""
 
 
 def arguments(socket_path: Path) -> tuple[str, ...]:
@@ -54,7 +56,7 @@ class Monitor:
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
         self.execute("chardev-add", id="share0", backend=backend)
         device = {"driver": "vhost-user-test-device-pci", "id": "share0", "bus": PORT, "chardev": "share0"}
-        sizes = {"virtio-id": 26, "num_vqs": 3, "vq_size": 1024, "config_size": 44}
+        sizes = {"virtio-id": 26, "num_vqs": 3, "vq_size": QUEUE_SIZE, "config_size": 44}
         self.execute("device_add", **device, **sizes)
 
     def unplug(self) -> None:

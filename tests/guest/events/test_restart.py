@@ -16,7 +16,7 @@ import pytest
 
 from tests.guest.conftest import image_or_lacking
 from tests.guest.events.conftest import EventShare, Parts, complaints_of, start_share
-from tests.guest.events.qmp import Monitor, arguments
+from tests.guest.events.qmp import QUEUE_SIZE, Monitor, arguments
 from tests.guest.events.watching import Watch
 from tests.guest.place import Place, awaited
 from vhostfs.vm.agent import RunningCommand
@@ -24,7 +24,9 @@ from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES
 from vhostfs.vm.lifeline import Lifeline
 
+pytestmark = pytest.mark.timeout(180, func_only=True)
 TIMEOUT_S = 30.0
+CALLS = QUEUE_SIZE + 20
 
 
 class Plugged:
@@ -102,11 +104,13 @@ def test_a_guest_is_told_again_after_its_server_was_started_again(
     plugged.end_server(number)
     (place.host / "unseen").write_text("of the time without a server\n")
     # Not from there: entering the directory would wait too, in the guest's agent.
-    waits = plugged.guest.start(f"exec cat {place.inside}/unseen")
+    # More than have room in the queue.
+    all_wait = f"for i in $(seq {CALLS}); do stat {place.inside}/$i & done; wait"
+    waits = plugged.guest.start(all_wait)
     assert plugged.awaits_an_answer(waits)
     plugged.start_server_again()
-    assert waits.wait(TIMEOUT_S).exit_status == 1
-    assert b"Transport endpoint is not connected" in waits.stderr
+    waits.wait(TIMEOUT_S).check()
+    assert waits.stderr.count(b"Transport endpoint is not connected") == CALLS
     before.step(plugged.guest.run("umount /share", TIMEOUT_S).check, "UNMOUNT|ISDIR", "IGNORED")
     before.command.close_stdin()
     before.command.wait(TIMEOUT_S).check()
