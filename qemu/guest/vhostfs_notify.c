@@ -2900,10 +2900,9 @@ static void vhostfs_read_dir(struct vhostfs_share *share, struct inode *dir,
 		return;
 	req->open_in.flags = O_RDONLY | O_DIRECTORY;
 	err = vhostfs_ask(n, fm, req);
-	/* Then directories are read without being opened */
-	fh = err == -ENOSYS ? 0 : req->open_out.fh;
+	fh = req->open_out.fh;
 	kfree(req);
-	if (err && err != -ENOSYS)
+	if (err)
 		return;
 
 	do {
@@ -2925,8 +2924,6 @@ static void vhostfs_read_dir(struct vhostfs_share *share, struct inode *dir,
 		kfree(req);
 	} while (offset && offset != last && READ_ONCE(share->open));
 
-	if (err)
-		return;
 	req = vhostfs_new_request(FUSE_RELEASEDIR, nodeid,
 				  sizeof(req->release_in), 0);
 	if (!req)
