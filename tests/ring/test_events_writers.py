@@ -22,7 +22,7 @@ from tests.ring import event_sources
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share
 from tests.writers import following
-from tests.writers.following import FANOTIFY, INOTIFY, Pacer, ProgramFollower, compared, compile_pace
+from tests.writers.following import Pacer, ProgramFollower, compared, compile_pace
 from tests.writers.programs import CLONES, WRITERS, Workshop, Writer
 from tests.writers.reflink import reflink_directory
 
@@ -112,8 +112,7 @@ def watch_it_write(share: Share, source: Source, writer: Writer, programs: Path,
     try:
         writer.work(Workshop(tree, scratch, pacer.environment))
         assert not pacer.complaints
-        limits = {"the guest": INOTIFY if source.name == "inotify" else FANOTIFY}
-        lines = compared(native, followers, limits, tree)
+        lines = compared(native, followers, tree)
         assert not lines, "\n".join(lines)
         assert len(native.events()) > 10
     finally:

@@ -13,7 +13,6 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -149,39 +148,17 @@ class Pacer:
         self._thread.join(10)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a source does not tell as inotify does; docs/events.md has each."""
-
-    ends_of_directories: bool = True
-    """DELETE_SELF of a directory that is watched itself."""
-    each_attrib_of_directories: bool = True
-    """A directory's own ATTRIB each time; else one may stand for several, whatever came between."""
-
-
-INOTIFY = Limits()
-FANOTIFY = Limits()
 _ENDS = In.DELETE_SELF | In.IGNORED
-_ATTRIB = In.ATTRIB | In.ISDIR
 
 
-def differing(native: Follower, follower: Follower, limits: Limits) -> list[str]:
-    """What differs between two streams, beyond what the source cannot tell.
+def differing(native: Follower, follower: Follower) -> list[str]:
+    """What differs between two streams.
 
     A server holds the directories that its guest watches. So the native watcher does not see their end, and
     what is right is taken from the events of their parents.
     """
-    expected, got = native.events(), follower.events()
-    lines: list[str] = []
-    if not limits.each_attrib_of_directories:
-        found, wanted = (
-            {str(event) for event in events if event.mask == _ATTRIB} for events in (got, expected)
-        )
-        lines += [f"not told at all: {event}" for event in sorted(wanted - found)]
-        lines += [f"told, but did not happen: {event}" for event in sorted(found - wanted)]
-    lines += differences(_compared(expected, limits), _compared(got, limits), one_operation=False)
-    if not limits.ends_of_directories:
-        return lines
+    got = follower.events()
+    lines = differences(_without_ends(native.events()), _without_ends(got), one_operation=False)
     ends: dict[str, list[Seen]] = {}
     for event in got:
         if event.watch in ends or event.mask & _ENDS:
@@ -197,17 +174,11 @@ def differing(native: Follower, follower: Follower, limits: Limits) -> list[str]
     return lines
 
 
-def _compared(events: list[Seen], limits: Limits) -> list[Seen]:
-    return [
-        event
-        for event in events
-        if not event.mask & _ENDS and (limits.each_attrib_of_directories or event.mask != _ATTRIB)
-    ]
+def _without_ends(events: list[Seen]) -> list[Seen]:
+    return [event for event in events if not event.mask & _ENDS]
 
 
-def compared(
-    native: Follower, followers: Mapping[str, Follower], limits: Mapping[str, Limits], directory: Path
-) -> list[str]:
+def compared(native: Follower, followers: Mapping[str, Follower], directory: Path) -> list[str]:
     """What differs between the native stream and each of the others, after an end that all have seen."""
     (directory / "the-end").mkdir()
     for who, follower in {"the host": native, **followers}.items():
@@ -216,8 +187,8 @@ def compared(
     lines: list[str] = []
     for who, follower in followers.items():
 
-        def found(follower: Follower = follower, who: str = who) -> list[str]:
-            return differing(native, follower, limits[who])
+        def found(follower: Follower = follower) -> list[str]:
+            return differing(native, follower)
 
         # The halves of renames may wait a second for each other.
         awaited(lambda: not found(), 3.0, 0.1)

@@ -40,8 +40,7 @@ Action = Callable[[Path], object]
 class Twins:
     """A directory of a share and one beside it, with a watcher each; watches have equal numbers in both."""
 
-    def __init__(self, source: str, watched: WatchedPlace, twin: Path, program: Path) -> None:
-        self.source = source
+    def __init__(self, watched: WatchedPlace, twin: Path, program: Path) -> None:
         self.watched = watched
         self.twin = twin
         self._before = watched.control.watches
@@ -113,7 +112,7 @@ class Twins:
 def twins(
     session: EventSession, watched_on: MakeWatchedPlace, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Twins]:
-    found = Twins(request.param, watched_on(request.param), tmp_path, session.parts.program)
+    found = Twins(watched_on(request.param), tmp_path, session.parts.program)
     for directory in (found.twin, found.watched.host):
         (directory / "d").mkdir()
         for name in ("f", "d/f", "d/g"):
@@ -157,10 +156,7 @@ def test_a_directory_tells_of_itself(twins: Twins) -> None:
     twins.step(lambda d: (d / "renamed/new").rmdir(), "DELETE|ISDIR new")
 
 
-def test_a_removed_directory_ends_its_watch(twins: Twins, request: pytest.FixtureRequest) -> None:
-    if twins.source == "inotify":
-        why = "inotify says nothing of a directory that the server holds: docs/protocol.md, 6.3"
-        request.applymarker(pytest.mark.xfail(reason=why))
+def test_a_removed_directory_ends_its_watch(twins: Twins) -> None:
     twins.both(lambda d: (d / "d/below").mkdir())
     twins.watch("d", CHANGES)
     twins.watch("d/below", CHANGES)
