@@ -75,11 +75,11 @@ class NativeWatcher:
     def end_of(self, identity: tuple[int, int]) -> list[Seen]:
         """Ends the watch of an object that lost its last name and still lives: what its end tells."""
         for number, watched in self._identities.items():
-            if watched == identity:
-                name, wanted = self._name_of_watch[number], self._masks[number]
+            # Who does not ask for DELETE_SELF is not told of the end, and goes on until it is natively there.
+            if watched == identity and self._masks[number] & In.DELETE_SELF:
+                name = self._name_of_watch[number]
                 self._end(number)
-                ending = [Seen(name, In.DELETE_SELF)] if wanted & In.DELETE_SELF else []
-                return [*ending, Seen(name, In.IGNORED)]
+                return [Seen(name, In.DELETE_SELF), Seen(name, In.IGNORED)]
         return []
 
     def read(self) -> list[Seen]:
