@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.frontend import ROOT, Vmm
+from tests.frontend import ROOT, NotificationQueue, Vmm
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import SOURCES, Source, start_share
 from tests.ring.events import EventGuest, write
@@ -102,6 +102,32 @@ def test_a_reboot_ends_all_watches(share: Share) -> None:
     after.watch("d")
     write_new(share)
     assert after.told() == ["CREATE d[after]"]
+
+
+def test_a_reset_that_nobody_tells_of_ends_the_session_when_the_queues_begin_anew(share: Share) -> None:
+    """As by QEMU, which only stops the queues: nothing old is put into buffers of the next driver."""
+    guest = watching(share)
+    vmm = guest.fs.vmm
+    vmm.stop()
+    changes(share)
+    for queue in vmm.queues.values():
+        queue.reset()
+    notifications = NotificationQueue(vmm)
+    vmm.start()
+    guest.fs.init()
+    guest.fs.root = ROOT
+    guest.fs.root = guest.fs.walk(share.relative).nodeid
+    after = EventGuest(share, mounted=guest.fs, notifications=notifications)
+    assert after.told() == []
+
+
+def test_a_session_survives_a_pause(share: Share) -> None:
+    guest = watching(share)
+    vmm = guest.fs.vmm
+    bases = vmm.stop()
+    os.mknod(share.path / "d/meanwhile")
+    vmm.start(bases)
+    assert guest.told() == ["CREATE d[meanwhile]"]
 
 
 def write_new(share: Share) -> None:

@@ -77,7 +77,10 @@ class FeaturesAcked(Action):
 
 @dataclass(frozen=True, slots=True)
 class ResetDevice(Action):
-    """RESET_DEVICE: every queue has stopped, the driver starts anew: end its session. Result: ignored."""
+    """The device was reset: every queue has stopped, the driver starts anew: end its session.
+
+    May come again while queues are set up. Result: ignored.
+    """
 
     is_awaited: ClassVar[bool] = True
 

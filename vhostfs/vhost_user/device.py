@@ -366,7 +366,7 @@ class Device:
             case _R.SET_VRING_NUM, VringState(index, num):
                 self._vring(index).set_size(num)
             case _R.SET_VRING_BASE, VringState(index, num):
-                self._vring(index).set_base(num)
+                yield from self._set_vring_base(self._vring(index), num)
             case _R.GET_VRING_BASE, VringState(index, _):
                 yield from self._get_vring_base(self._vring(index))
             case _R.SET_VRING_ADDR, VringAddress(index):
@@ -449,6 +449,13 @@ class Device:
                 vring.address = None
         self._features = 0
         self._state = DeviceState.OWNED
+
+    def _set_vring_base(self, vring: Vring, base: int) -> Steps:
+        # A ring that begins anew, not where it stopped, belongs to a driver that has begun anew: the
+        # device was reset, of which a front end without RESET_DEVICE says nothing else.
+        if base == 0 and vring.base and not any(other.is_running for other in self._vrings):
+            yield ResetDevice()
+        vring.set_base(base)
 
     def _read_config(self, access: ConfigAccess) -> Payload:
         end = access.offset + len(access.data)
