@@ -58,6 +58,7 @@ struct fact {
 	uint64_t number; /* in the order of fanotify */
 	int32_t pid;
 	bool silent; /* our own doing, or reported already */
+	bool told;   /* with its other half, before inotify said this one */
 	bool itself; /* of what happened to the object itself, which is also in nodeid */
 	uint8_t namelen;
 	char name[];
@@ -477,6 +478,7 @@ struct candidates {
 	struct fact *current; /* the one that was used last */
 	struct fact *unused;  /* the first that was not used for this event yet */
 	struct fact *foreign; /* the first such that is to be reported */
+	struct fact *told;    /* the first that was told with its other half */
 	struct fact *any;
 };
 
@@ -525,6 +527,8 @@ static void look(struct vf_order *order, struct generation *g, uint32_t bucket, 
 			continue;
 		set_said(order, fact, event);
 		c->any = fact;
+		if (fact->told && !c->told)
+			c->told = fact;
 		if (fact->used & event)
 			continue;
 		if (!c->unused)
@@ -555,6 +559,10 @@ static struct fact *pick(struct vf_order *order, const struct vf_change *change,
 		fact = c.unused ? c.unused : now ? c.any : NULL;
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;
+	if (c.told) {
+		fact = c.told;
+		fact->told = false;
+	}
 	if (fact || now)
 		note_early(order, key, event);
 	if (fact) {
@@ -644,7 +652,7 @@ static bool report_by_fact(struct vf_order *order, const struct vf_change *first
 	if (changes[1].dir) {
 		vf_events_report_rename(order->events, changes);
 		set_silent(order, second);
-		second->used = second->mask;
+		second->told = true;
 	}
 	put_change(order, &changes[1]);
 	return second->silent;
