@@ -2773,7 +2773,8 @@ static void vhostfs_hold(struct vhostfs_share *share, struct inode *inode)
 	held->inode = igrab(inode);
 	INIT_LIST_HEAD(&held->unread);
 	spin_lock(&share->lock);
-	if (held->inode && share->open &&
+	/* Without links it was let go already, or never had to be held */
+	if (held->inode && share->open && inode->i_nlink &&
 	    !vhostfs_find_held(share, inode, &where, &parent)) {
 		rb_link_node(&held->node, parent, where);
 		rb_insert_color(&held->node, &share->held);
