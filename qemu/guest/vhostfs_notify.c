@@ -920,6 +920,19 @@ static struct inode *vhostfs_meet(struct vhostfs_notify *n, struct inode *dir,
 	return NULL;
 }
 
+/*
+ * A directory has a new name. Events of its own come without one, and are told
+ * to watchers of its parent by the dentry; so that is moved, by a lookup. Who
+ * is in the directory, or has mounted something below it, keeps that.
+ */
+static void vhostfs_follow(struct inode *dir, const struct inode *child,
+			   const struct vhostfs_event *event)
+{
+	if (child && S_ISDIR(child->i_mode) && child->i_sb == dir->i_sb &&
+	    (event->mask & FS_MOVED_TO))
+		iput(vhostfs_look_up(dir, event->name, event->namelen));
+}
+
 /* ---- raising ------------------------------------------------------------------ */
 
 static inline u32 vhostfs_isdir(const struct inode *inode)
@@ -1118,12 +1131,12 @@ static void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
 	vhostfs_count(n, VHOSTFS_RAISED);
 	if (S_ISDIR(inode->i_mode) && !(bit & VHOSTFS_SELF_EVENTS))
 		alias = d_find_any_alias(inode);
-	if (alias) {
+	/* One that is invalid is of an earlier name */
+	if (alias && !d_unhashed(alias))
 		fsnotify_parent(alias, bit, inode, FSNOTIFY_EVENT_INODE);
-		dput(alias);
-	} else {
+	else
 		fsnotify_inode(inode, bit);
-	}
+	dput(alias);
 	vhostfs_raise_on_mounts(n, bit | vhostfs_isdir(inode), inode,
 				FSNOTIFY_EVENT_INODE, NULL, NULL, inode,
 				inode->i_sb);
@@ -1320,6 +1333,7 @@ static void vhostfs_entry_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 		vhostfs_stale_attr(child, STATX_BASIC_STATS);
 	else
 		child = vhostfs_meet(n, dir, event);
+	vhostfs_follow(dir, child, event);
 	if (event->mask & (FS_MOVED_FROM | FS_MOVED_TO)) {
 		cookie = vhostfs_local_cookie(n, event->cookie);
 		vhostfs_raise_rename(n,
@@ -1350,13 +1364,14 @@ static void vhostfs_rename_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 		goto out;
 	}
 
-	iput(vhostfs_stale_entry(old_dir, from));
 	former = vhostfs_stale_entry(new_dir, to);
 	child = vhostfs_find_child(fc, NULL, to);
 	if (child)
 		vhostfs_stale_attr(child, STATX_BASIC_STATS);
 	else
 		child = vhostfs_meet(n, new_dir, to);
+	vhostfs_follow(new_dir, child, to);
+	iput(vhostfs_stale_entry(old_dir, from));
 
 	cookie = fsnotify_get_cookie();
 	vhostfs_raise_rename(n, old_dir, new_dir, child, from, to);

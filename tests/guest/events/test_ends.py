@@ -312,6 +312,33 @@ def test_a_watched_object_keeps_its_watch_through_renames(watched_by: WatchedPla
     watch.step((host / "three/e/new").rmdir, "DELETE|ISDIR new")
 
 
+def test_a_directory_s_events_are_told_by_the_name_that_it_has_now(watched_by: WatchedPlace) -> None:
+    host, place = watched_by.host, watched_by.place
+    for name in ("sub", "d/below"):
+        (host / name).mkdir(parents=True)
+    place.sh("ls -lR; mount -t tmpfs none d/below; touch d/below/mine")
+    user = place.start("cd d; echo in; read go; pwd -P; ls below; cat")
+    user.wait_for_lines(1, STEP_TIMEOUT_S)
+    watch = watched_by.watch(".", "sub")
+    watch.step(
+        lambda: os.rename(host / "d", host / "sub/e"), "MOVED_FROM|ISDIR d #1", "1 MOVED_TO|ISDIR e #1"
+    )
+    watch.step(lambda: os.chmod(host / "sub/e", 0o700), "1 ATTRIB|ISDIR e")
+    watch.step(
+        lambda: os.rename(host / "sub/e", host / "f"), "1 MOVED_FROM|ISDIR e #1", "MOVED_TO|ISDIR f #1"
+    )
+    watch.step(lambda: os.chmod(host / "f", 0o755), "ATTRIB|ISDIR f")
+    watch.step(lambda: os.rename(host / "f", host / "g"), "MOVED_FROM|ISDIR f #1", "MOVED_TO|ISDIR g #1")
+    watch.step(lambda: os.chmod(host / "g", 0o700), "ATTRIB|ISDIR g")
+    watch.ends()
+    # Who is in it goes with it, and what is mounted there stays.
+    user.write_stdin(b"\n")
+    assert user.wait_for_lines(3, STEP_TIMEOUT_S)[1:] == [f"{place.inside}/g", "mine"]
+    user.close_stdin()
+    user.wait(STEP_TIMEOUT_S).check()
+    place.sh("umount g/below")
+
+
 def append(file: Path) -> None:
     with file.open("a") as stream:
         stream.write("more\n")
