@@ -318,11 +318,13 @@ int32_t __wrap_vf_op_fsnotify_watch(struct vf_thread *t, struct vf_req *r)
 int __real_vf_upcall_reply(vf_upcall *upcall, int error, const void *payload, uint32_t size);
 int __wrap_vf_upcall_reply(vf_upcall *upcall, int error, const void *payload, uint32_t size)
 {
+	static atomic_bool asked;
 	static const int errors[] = {-ENOMEM, -EIO, -ENOSYS, -EOPNOTSUPP, -EPROTO};
 	uint8_t spoilt[128];
 
+	/* The first session has events for certain. */
 	if (((struct vf_req *)upcall)->header.opcode != FSNOTIFY_INIT || error ||
-	    size > sizeof(spoilt) || !one_in(6))
+	    size > sizeof(spoilt) || !atomic_exchange(&asked, true) || !one_in(6))
 		return __real_vf_upcall_reply(upcall, error, payload, size);
 	memcpy(spoilt, payload, size);
 	switch (below(3)) {
