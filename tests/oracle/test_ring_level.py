@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import lacking
+from tests.oracle.generate import random_script
 from tests.oracle.ring_level import RingLevel
 from tests.oracle.runner import SOURCES, Source
 from tests.oracle.scenarios import SCENARIOS
@@ -53,25 +54,20 @@ def test_what_comes_before_a_loss_is_complete_and_behind_it_all_is_right(source:
     assert outcome.losses == 1
 
 
-ENDS_WITHOUT_A_WORD = "inotify says nothing of a directory that the server holds: docs/protocol.md, 6.3"
-KNOWN: dict[tuple[str, str], str] = {
-    ("inotify", name): ENDS_WITHOUT_A_WORD
-    for name in (
-        "directory rename through what is not watched",
-        "the end of an empty directory",
-        "the end of a directory that is watched alone",
-        "the end of a tree",
-    )
-}
-"""What differs by source and scenario, and why."""
+RANDOM_SEEDS = range(1, 7)
+RANDOM_OPERATIONS = 60
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_scenario_is_told_as_natively_step_by_step(
-    level: RingLevel, source: Source, name: str, request: pytest.FixtureRequest
-) -> None:
-    if reason := KNOWN.get((source.name, name)):
-        request.applymarker(pytest.mark.xfail(reason=reason))
-    outcome = level.run(step_by_step(SCENARIOS[name]))
-    assert outcome.is_equal, "\n".join(outcome.lines)
-    assert outcome.compared
+def test_a_scenario_is_told_as_natively(level: RingLevel, name: str) -> None:
+    """Step by step, and as fast as it goes."""
+    for script in (step_by_step(SCENARIOS[name]), SCENARIOS[name]):
+        outcome = level.run(script)
+        assert outcome.is_equal, "\n".join(outcome.lines)
+        assert outcome.compared
+
+
+@pytest.mark.parametrize("seed", RANDOM_SEEDS)
+def test_what_is_done_at_random_is_told_as_natively(level: RingLevel, seed: int) -> None:
+    outcome = level.run(random_script(seed, RANDOM_OPERATIONS))
+    assert outcome.is_equal, "\n".join([f"seed {seed}", *outcome.lines])
