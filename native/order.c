@@ -210,7 +210,7 @@ static void set_silent(struct vf_order *order, struct fact *fact)
 static bool is_about(const struct fact *fact, uint64_t nodeid, const char *name, uint32_t namelen)
 {
 	return fact->nodeid == nodeid && fact->namelen == namelen &&
-	       !memcmp(fact->name, name, namelen);
+	       (!namelen || !memcmp(fact->name, name, namelen));
 }
 
 static void list_clear(struct list *list)
