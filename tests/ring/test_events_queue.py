@@ -16,7 +16,8 @@ from tests.frontend import Feature, Machine, NotificationQueue, awaited
 from tests.frontend.fsnotify import HEAD_BYTES, Event
 from tests.frontend.ring import AVAIL_F_NO_INTERRUPT
 from tests.ring.conftest import MakeShare
-from tests.ring.event_sources import FILESYSTEM_MARK, start_share
+from tests.ring.control import event_counters
+from tests.ring.event_sources import FILESYSTEM_MARK, SOURCES, Source, start_share
 from tests.ring.events import NOTIFYING, EventGuest
 from tests.ring.share import Share
 
@@ -278,3 +279,19 @@ def test_a_guest_without_the_bit_leaves_the_server_as_it_was(share: Share) -> No
     guest.watch("d")
     expected = make(share, 0, 3)
     assert guest.told() == expected
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_guest_memory_that_vanishes_does_not_end_the_server(make_share: MakeShare, source: Source) -> None:
+    """A front end may shrink the file behind the guest's memory; the next event is written into it."""
+    share = start_share(make_share, source)
+    (share.path / "d").mkdir()
+    guest = EventGuest(share)
+    guest.watch("d")
+    before = event_counters(share)["received"]
+    os.ftruncate(guest.fs.vmm.memory.regions[0].fd, 0)
+    for i in range(100):
+        os.mknod(share.path / f"d/{i}")
+    # The ring says nothing any more: that the events were looked at shows elsewhere.
+    assert awaited(lambda: event_counters(share)["received"] - before >= 100, 10)
+    assert share.serves()
