@@ -274,6 +274,43 @@ static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode 
 	       vf_events_is_gone(reader->events, inode);
 }
 
+/* It is told behind the last record of what happened in it. */
+static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
+				const struct vf_inode *inode)
+{
+	const struct inotify_event *record;
+	uint32_t last = reader->end;
+
+	while (read_more(reader, 0))
+		;
+	for (uint32_t at = last; (record = record_at(reader, at)); at = record_end(at, record))
+		if (record->wd == wd)
+			last = record_end(at, record);
+	reader->unseen[reader->n_unseen].nodeid = vf_inode_nodeid(inode);
+	reader->unseen[reader->n_unseen++].after = reader->at + last;
+}
+
+/* Of those whose last record is behind us. */
+static void tell_unseen_removals(struct vf_inotify_reader *reader)
+{
+	struct vf_share *share = reader->events->share;
+	uint32_t left = 0;
+
+	for (uint32_t i = 0; i < reader->n_unseen; i++) {
+		struct vf_inode *dir = NULL;
+
+		if (reader->unseen[i].after > reader->at + reader->end)
+			reader->unseen[left++] = reader->unseen[i];
+		else
+			dir = vf_inode_get(share, reader->unseen[i].nodeid);
+		if (!dir)
+			continue;
+		reader->removed(reader, (void *)(reader->buffer + reader->next), dir);
+		vf_inode_put(share, dir);
+	}
+	reader->n_unseen = left;
+}
+
 /* Of one that is watched for its end, whether this is its link count's last record. */
 static bool is_last_link(struct vf_inotify_reader *reader, const struct inotify_event *record,
 			 struct vf_inode *inode)
@@ -299,8 +336,9 @@ static void take_own_event(struct vf_inotify_reader *reader, const struct inotif
 		    (record->mask & IN_ATTRIB) && !is_last_link(reader, record, inode);
 		reader->one(reader, record, inode, NULL);
 		reader->not_its_end = false;
-		if (moved && is_removed_unseen(reader, inode, parent))
-			reader->removed(reader, record, inode);
+		if (moved && reader->n_unseen < VF_MAX_UNSEEN &&
+		    is_removed_unseen(reader, inode, parent))
+			note_unseen_removal(reader, record->wd, inode);
 	}
 }
 
@@ -456,6 +494,8 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader)
 	for (; (record = record_at(reader, reader->next)); reader->next = reader->end) {
 		reader->end = record_end(reader->next, record);
 		n += take(reader, record);
+		if (reader->n_unseen)
+			tell_unseen_removals(reader);
 	}
 	return n;
 }

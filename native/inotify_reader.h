@@ -14,6 +14,8 @@
 /* All that inotify can be asked for. */
 #define VF_INOTIFY_EVENTS ((uint64_t)IN_ALL_EVENTS)
 
+#define VF_MAX_UNSEEN 16u
+
 struct vf_inotify_reader {
 	struct vf_events *events;
 	int fd; /* the instance, non-blocking */
@@ -28,6 +30,12 @@ struct vf_inotify_reader {
 	uint64_t waited; /* what came before this place of the stream was waited for long enough */
 	uint64_t at;	 /* where in the instance's stream it began, if read() counts that */
 	uint64_t now_ns; /* CLOCK_MONOTONIC, when it was read */
+	/* Directories that moved and then went where nothing told of it: from where on to say so.
+	 */
+	struct {
+		uint64_t nodeid, after;
+	} unseen[VF_MAX_UNSEEN];
+	uint32_t n_unseen;
 	/* Another record of this object's link count follows: its end is not to be told yet. */
 	bool not_its_end;
 	/* read(2) of the instance; *at: where in its stream the first byte was. */
@@ -49,7 +57,8 @@ struct vf_inotify_reader {
 	void (*pair)(struct vf_inotify_reader *reader, const struct inotify_event *from,
 		     struct vf_inode *from_dir, const struct inotify_event *to,
 		     struct vf_inode *to_dir);
-	/* This watched directory was removed from a parent that is not watched. */
+	/* This watched directory was removed from a parent that is not watched.  record: only its
+	 * place in the stream counts. */
 	void (*removed)(struct vf_inotify_reader *reader, const struct inotify_event *record,
 			struct vf_inode *dir);
 	/* The host's queue was full: events were lost here. */
