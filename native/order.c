@@ -666,12 +666,11 @@ static ssize_t read_plainly(struct vf_inotify_reader *reader, void *buffer, size
 }
 
 /* What inotify said of the object itself, by this same event. */
-static void use_own_fact(struct vf_order *order, struct vf_inode *inode, uint64_t event)
+static struct fact *use_own_fact(struct vf_order *order, struct vf_inode *inode, uint64_t event)
 {
 	struct vf_change change = {.mask = event, .child = inode};
 
-	if (bits_of(order, inode) & event)
-		pick(order, &change, true);
+	return bits_of(order, inode) & event ? pick(order, &change, true) : NULL;
 }
 
 static struct vf_inode *child_of(struct vf_inotify_reader *reader,
@@ -724,6 +723,9 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 
 		if (by_name && !is_dir)
 			use_own_fact(order, change.child, change.mask & CHILD_EVENTS);
+		/* By its own record, when the name was another's already. */
+		if (by_name && is_dir && !fact)
+			fact = use_own_fact(order, change.child, change.mask & CHILD_EVENTS);
 		if ((change.mask & VF_FS_DELETE) && is_dir)
 			use_own_fact(order, change.child, VF_FS_DELETE_SELF);
 		change.not_its_end = (change.mask & VF_FS_DELETE) && !is_dir &&
