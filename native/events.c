@@ -275,6 +275,8 @@ void vf_events_end_session(struct vf_events *events)
 	if (!events)
 		return;
 	atomic_store(&events->flags, 0);
+	/* Nothing is held for the guest any more by who sees this. */
+	atomic_store(&events->everywhere, 0);
 	vf_parked_close(events->parked);
 	/* What the source's thread was reporting has come as far as the outbox. */
 	lock_source(events);

@@ -30,8 +30,8 @@ static atomic_uint_fast64_t *count(struct vf_events *events, enum vf_wd which)
 static bool is_needed(struct vf_events *events, enum vf_wd which, int32_t wd,
 		      const struct vf_inode *but)
 {
-	return vf_watches_wd_mask(events->watches, which, wd, but) ||
-	       vf_watches_wd_mask(events->watches, VF_WD_PARENT, wd, but);
+	return vf_watches_have_wd(events->watches, which, wd, but) ||
+	       vf_watches_have_wd(events->watches, VF_WD_PARENT, wd, but);
 }
 
 static void end_watch(struct vf_events *events, enum vf_wd which, int32_t wd)
@@ -66,7 +66,7 @@ static int watch_itself(struct vf_events *events, enum vf_wd which, struct vf_in
 	uint32_t how = 0;
 	int path_fd, got;
 
-	if (vf_watches_wd_mask(events->watches, VF_WD_PARENT, *wd, inode))
+	if (vf_watches_have_wd(events->watches, VF_WD_PARENT, *wd, inode))
 		others |= VF_FS_DELETE;
 	if (!bits) {
 		if (*wd >= 0 && !others)

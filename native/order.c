@@ -57,9 +57,10 @@ struct fact {
 	uint64_t picked; /* when it was last used; 0: not yet */
 	uint64_t number; /* in the order of fanotify */
 	int32_t pid;
-	bool silent; /* our own doing, or reported already */
-	bool told;   /* with its other half, before inotify said this one */
-	bool itself; /* of what happened to the object itself, which is also in nodeid */
+	bool silent;   /* our own doing, or reported already */
+	bool told;     /* with its other half, before inotify said this one */
+	bool itself;   /* of what happened to the object itself, which is also in nodeid */
+	bool deferred; /* not inotify's to tell: it waits in a list, not in a generation */
 	uint8_t namelen;
 	char name[];
 };
@@ -190,7 +191,8 @@ static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 /* Something to be reported that inotify said nothing of. */
 static bool is_unsaid(const struct fact *fact)
 {
-	return fact->nodeid && !fact->silent && (fact->mask & EVENTS & ~fact->used & ~fact->said);
+	return fact->nodeid && !fact->silent && !fact->deferred &&
+	       (fact->mask & EVENTS & ~fact->used & ~fact->said);
 }
 
 static void set_said(struct vf_order *order, struct fact *fact, uint64_t events)
@@ -276,6 +278,7 @@ bool vf_order_defer(struct vf_order *order, const struct vf_change *change)
 
 	if (!fact)
 		return false;
+	fact->deferred = true;
 	*order->newer.last = fact;
 	order->newer.last = &fact->later;
 	return true;
@@ -324,6 +327,8 @@ static void tell_fact(struct vf_order *order, struct fact *fact)
 		changes[1] = change_of(order, second);
 		if (changes[0].dir && changes[1].dir)
 			vf_events_report_rename(order->events, changes);
+		else if (changes[0].dir || changes[1].dir)
+			vf_events_report(order->events, &changes[!changes[0].dir], 1);
 		put_change(order, &changes[1]);
 		set_silent(order, second);
 	} else if (changes[0].dir || ((!fact->nodeid || fact->itself) && changes[0].child)) {

@@ -494,13 +494,14 @@ uint64_t vf_watches_wd_mask(struct vf_watches *w, enum vf_wd which, int32_t wd,
 bool vf_watches_have_wd(struct vf_watches *w, enum vf_wd which, int32_t wd,
 			const struct vf_inode *but)
 {
+	uint64_t excepted = but ? vf_inode_nodeid(but) : 0;
 	uint32_t i;
 
 	if (wd < 0)
 		return false;
 	pthread_mutex_lock(&w->lock);
 	i = *wd_bucket(w, which, wd);
-	while (i && (w->all[i].wd[which] != wd || w->all[i].nodeid == vf_inode_nodeid(but)))
+	while (i && (w->all[i].wd[which] != wd || w->all[i].nodeid == excepted))
 		i = w->all[i].next_wd[which];
 	pthread_mutex_unlock(&w->lock);
 	return i;

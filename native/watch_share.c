@@ -211,7 +211,8 @@ void vf_watch_share_tell_unseen(struct vf_events *events, const struct vf_change
 	if (!dir && fd >= 0)
 		close(fd);
 	events->unseen_depth++;
-	while (dir && events->unseen_left && (entry = readdir(dir))) {
+	while (dir && events->unseen_left && atomic_load(&events->flags) &&
+	       (entry = readdir(dir))) {
 		if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
 			continue;
 		if (--events->unseen_left)
