@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..share.options import CONTROL_SUFFIX
 from .protocol import PROTOCOL_VERSION
 
-HELLO_TIMEOUT_S = 3.0
+HELLO_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 15.0
 _MAX_ANSWER_BYTES = 1 << 22
 
