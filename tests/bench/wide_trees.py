@@ -23,12 +23,13 @@ from multiprocessing.synchronize import Event as Signal
 from pathlib import Path
 from typing import Any
 
-from tests.frontend import FuseClient, Machine, NotificationQueue, ServerProcess
-from tests.frontend import fsnotify as wire
-from tests.frontend.fsnotify import CHANGES, Event
-from tests.frontend.session import Pending
 from tests.ring.control import stats
 from tests.ring.share import Share
+from tests.server import ServerProcess
+from vhostfs.frontend import FuseClient, Machine, NotificationQueue
+from vhostfs.frontend import fsnotify as wire
+from vhostfs.frontend.fsnotify import CHANGES, Event
+from vhostfs.frontend.session import Pending
 
 SOURCES = ("fanotify:filesystem", "fanotify:inodes", "inotify")
 WIDTH = 1000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.frontend import ServerProcess
+from tests.server import ServerProcess
 
 
 @pytest.fixture

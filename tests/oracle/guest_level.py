@@ -17,12 +17,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from tests.frontend.server import BAD_LOG
 from tests.oracle.native import NativeWatcher
 from tests.oracle.program import HostCommand, HostProgram, RealGuest
 from tests.oracle.runner import Outcome, Source, run
 from tests.oracle.script import Script
 from tests.oracle.streams import In, differences, different_sets
+from tests.server import BAD_LOG
 from vhostfs.vm.agent import GuestError
 from vhostfs.vm.cache import cache_root
 from vhostfs.vm.equipment import Events, equip

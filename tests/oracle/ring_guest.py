@@ -13,12 +13,12 @@ import os
 import stat
 from dataclasses import dataclass
 
-from tests.frontend import NotificationQueue
-from tests.frontend.fsnotify import ALL_EVENTS, Element, Event, Granted
 from tests.oracle.native import without_number
 from tests.oracle.streams import In, Seen, event_words
 from tests.ring.events import NOTIFYING
 from tests.ring.share import Share
+from vhostfs.frontend import NotificationQueue
+from vhostfs.frontend.fsnotify import ALL_EVENTS, Element, Event, Granted
 
 Key = tuple[int, int]
 """nodeid and generation."""

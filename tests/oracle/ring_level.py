@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from tests.frontend import ServerProcess
-from tests.frontend.server import BAD_LOG
 from tests.oracle.native import NativeWatcher
 from tests.oracle.ring_guest import RingGuest
 from tests.oracle.runner import Guest, Outcome, Source, run
 from tests.oracle.script import Script
 from tests.oracle.streams import differences
 from tests.ring.share import Share
+from tests.server import BAD_LOG, ServerProcess
 
 
 class RingLevel:

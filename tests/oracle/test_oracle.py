@@ -12,7 +12,6 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import lacking
-from tests.frontend.fsnotify import Element, ElementFlag, Event
 from tests.oracle.generate import random_script
 from tests.oracle.ring_guest import RingGuest
 from tests.oracle.ring_level import RingLevel
@@ -21,6 +20,7 @@ from tests.oracle.script import Op, ScriptError, parse, step_by_step, written
 from tests.oracle.shrink import shrunk
 from tests.oracle.streams import In, Seen, differences
 from tests.ring.share import Share
+from vhostfs.frontend.fsnotify import Element, ElementFlag, Event
 
 pytestmark = pytest.mark.usefixtures("ours")
 

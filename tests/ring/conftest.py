@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import FuseClient, ServerProcess
-from tests.frontend.server import UnsupportedByServerError
 from tests.ring.share import ServerPool, Share
+from tests.server import ServerProcess, UnsupportedByServerError
+from vhostfs.frontend import FuseClient
 
 MakeShare = Callable[..., Share]
 

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.frontend import FuseClient, Machine, NotificationQueue, ParkedRequests
-from tests.frontend import fuse_abi as abi
-from tests.frontend.fsnotify import ALL_EVENTS, CHANGES, Element, Event, Granted, InitAnswer
 from tests.ring.share import Share
+from vhostfs.frontend import FuseClient, Machine, NotificationQueue, ParkedRequests
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend.fsnotify import ALL_EVENTS, CHANGES, Element, Event, Granted, InitAnswer
 
 WATCHED = CHANGES | Event.EVENT_ON_CHILD
 """What a program that follows changes asks for, as inotify puts it into the inode's mask."""

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import FuseClient, Machine, ServerProcess, Session, Vmm
-from tests.frontend import fuse_abi as abi
-from tests.frontend.server import BAD_LOG
+from tests.server import BAD_LOG, ServerProcess
+from vhostfs.frontend import FuseClient, Machine, Session, Vmm
+from vhostfs.frontend import fuse_abi as abi
 
 KNOWN_DEFAULT_FLAGS = abi.LINUX_7_FLAGS
 

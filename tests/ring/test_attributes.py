@@ -13,10 +13,10 @@ import time
 
 import pytest
 
-from tests.frontend import Caller, FuseClient, InitFlag, SetattrValid
-from tests.frontend import fuse_abi as abi
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import Caller, FuseClient, InitFlag, SetattrValid
+from vhostfs.frontend import fuse_abi as abi
 
 
 def test_getattr_tells_the_host_s_state_each_time(share: Share, fs: FuseClient) -> None:

@@ -10,9 +10,9 @@ import os
 
 import pytest
 
-from tests.frontend import FuseClient, InitFlag, OpenReply
-from tests.frontend import operations as op
 from tests.ring.conftest import MakeShare
+from vhostfs.frontend import FuseClient, InitFlag, OpenReply
+from vhostfs.frontend import operations as op
 
 SECOND_NS = 10**9
 DAY_NS = 86_400 * SECOND_NS

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.frontend import Caller, FuseClient, InitFlag
-from tests.frontend import fuse_abi as abi
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import Caller, FuseClient, InitFlag
+from vhostfs.frontend import fuse_abi as abi
 
 pytestmark = pytest.mark.usefixtures("needs_root")
 

@@ -10,9 +10,9 @@ import errno
 import os
 import stat
 
-from tests.frontend import FuseClient, FuseError, InitFlag
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import FuseClient, FuseError, InitFlag
 
 
 def _fill(share: Share, count: int) -> set[bytes]:

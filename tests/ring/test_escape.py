@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import ROOT, FuseClient
-from tests.frontend import operations as op
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import ROOT, FuseClient
+from vhostfs.frontend import operations as op
 
 BAD_NAMES = [b"..", b".", b"", b"a/b", b"/", b"/etc/passwd", b"../secret", b"dir/../../secret", b"dir/"]
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend.fsnotify import ALL_EVENTS, Event, Granted
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import INOTIFY, SOURCES, Source, start_share
 from tests.ring.events import WATCHED, Delivery, EventGuest, merged, write
 from tests.ring.share import Share
+from vhostfs.frontend.fsnotify import ALL_EVENTS, Event, Granted
 
 pytestmark = pytest.mark.usefixtures("ours")
 

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend.fsnotify import OVERFLOW, Element, Event
 from tests.ring.conftest import MakeShare
 from tests.ring.control import stats
 from tests.ring.event_sources import FILESYSTEM_MARK, Source, start_share
 from tests.ring.events import WATCHED, EventGuest
 from tests.ring.share import Share
 from tests.ring.test_events_order import EVENTS, HostWatcher, Seen, churn, without_repeats
+from vhostfs.frontend.fsnotify import OVERFLOW, Element, Event
 
 pytestmark = pytest.mark.usefixtures("ours")
 

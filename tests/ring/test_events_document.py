@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import FuseClient, NotificationQueue
-from tests.frontend import fsnotify as wire
-from tests.frontend.fsnotify import CHANGES, OVERFLOW, Event
-from tests.frontend.operations import Call
-from tests.frontend.server import REPOSITORY
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import FILESYSTEM_MARK, start_share
 from tests.ring.events import NOTIFYING, write
 from tests.ring.share import Share
+from tests.server import REPOSITORY
+from vhostfs.frontend import FuseClient, NotificationQueue
+from vhostfs.frontend import fsnotify as wire
+from vhostfs.frontend.fsnotify import CHANGES, OVERFLOW, Event
+from vhostfs.frontend.operations import Call
 
 pytestmark = pytest.mark.usefixtures("ours")
 

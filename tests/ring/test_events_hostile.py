@@ -17,18 +17,19 @@ from dataclasses import replace
 
 import pytest
 
-from tests.frontend import Feature, FuseClient, Machine, Session, Virtqueue, awaited
-from tests.frontend import fsnotify as wire
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
-from tests.frontend.fsnotify import Event
-from tests.frontend.memory import GuestBuffer
-from tests.frontend.ring import DESCRIPTOR, F_INDIRECT, F_NEXT, F_WRITE
-from tests.frontend.session import FuseError
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import FILESYSTEM_MARK, start_share
 from tests.ring.events import NOTIFYING, WATCHED, EventGuest
 from tests.ring.share import Share
+from tests.server import awaited
+from vhostfs.frontend import Feature, FuseClient, Machine, Session, Virtqueue
+from vhostfs.frontend import fsnotify as wire
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.fsnotify import Event
+from vhostfs.frontend.memory import GuestBuffer
+from vhostfs.frontend.ring import DESCRIPTOR, F_INDIRECT, F_NEXT, F_WRITE
+from vhostfs.frontend.session import FuseError
 
 pytestmark = pytest.mark.usefixtures("ours")
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import awaited
-from tests.frontend.fsnotify import OVERFLOW, Element, ElementFlag, Event
 from tests.ring.conftest import MakeShare
 from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, SOURCES, Source, start_share
 from tests.ring.events import EventGuest
 from tests.ring.share import Share
+from tests.server import awaited
+from vhostfs.frontend.fsnotify import OVERFLOW, Element, ElementFlag, Event
 
 pytestmark = pytest.mark.usefixtures("ours")
 

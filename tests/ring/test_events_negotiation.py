@@ -15,15 +15,24 @@ from typing import Any
 
 import pytest
 
-from tests.frontend import Feature, FuseClient, FuseError, InitFlag, Machine, NotificationQueue, Session, Vmm
-from tests.frontend import fsnotify as wire
-from tests.frontend import operations as op
-from tests.frontend.fsnotify import ALL_EVENTS, CHANGES, Event, Granted
-from tests.frontend.vmm import NOTIFY_CONFIG
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import FILESYSTEM_MARK, start_share
 from tests.ring.events import NOTIFYING, WATCHED, EventGuest
 from tests.ring.share import Share, refused
+from vhostfs.frontend import (
+    Feature,
+    FuseClient,
+    FuseError,
+    InitFlag,
+    Machine,
+    NotificationQueue,
+    Session,
+    Vmm,
+)
+from vhostfs.frontend import fsnotify as wire
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.fsnotify import ALL_EVENTS, CHANGES, Event, Granted
+from vhostfs.frontend.vmm import NOTIFY_CONFIG
 
 pytestmark = pytest.mark.usefixtures("ours")
 

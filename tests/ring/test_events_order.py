@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend.fsnotify import Element, Event
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import SOURCES, Source, start_share
 from tests.ring.events import EventGuest
+from vhostfs.frontend.fsnotify import Element, Event
 
 ROUNDS = 2500
 DIRECTORIES = ("a", "b")

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import lacking
-from tests.frontend.fsnotify import Event
 from tests.ring.conftest import MakeShare
 from tests.ring.control import stats
 from tests.ring.event_sources import Source, start_share
 from tests.ring.events import EventGuest, write
+from vhostfs.frontend.fsnotify import Event
 
 pytestmark = pytest.mark.usefixtures("ours", "needs_root")
 

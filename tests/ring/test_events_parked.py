@@ -14,16 +14,17 @@ from dataclasses import replace
 
 import pytest
 
-from tests.frontend import FuseError, NotificationQueue, ParkedRequests, awaited
-from tests.frontend import operations as op
-from tests.frontend.fsnotify import HEAD_BYTES, NAME_MAX, OVERFLOW, Granted, park
-from tests.frontend.fuse_abi import OUT_HEADER
-from tests.frontend.session import Pending
 from tests.ring.conftest import MakeShare
 from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, start_share
 from tests.ring.events import NOTIFYING, STOCK, Delivery, EventGuest
 from tests.ring.share import Share
+from tests.server import awaited
+from vhostfs.frontend import FuseError, NotificationQueue, ParkedRequests
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.fsnotify import HEAD_BYTES, NAME_MAX, OVERFLOW, Granted, park
+from vhostfs.frontend.fuse_abi import OUT_HEADER
+from vhostfs.frontend.session import Pending
 
 pytestmark = pytest.mark.usefixtures("ours")
 

@@ -12,14 +12,15 @@ from dataclasses import replace
 
 import pytest
 
-from tests.frontend import Feature, Machine, NotificationQueue, awaited
-from tests.frontend.fsnotify import HEAD_BYTES, Event
-from tests.frontend.ring import AVAIL_F_NO_INTERRUPT
 from tests.ring.conftest import MakeShare
 from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, SOURCES, Source, start_share
 from tests.ring.events import NOTIFYING, EventGuest
 from tests.ring.share import Share
+from tests.server import awaited
+from vhostfs.frontend import Feature, Machine, NotificationQueue
+from vhostfs.frontend.fsnotify import HEAD_BYTES, Event
+from vhostfs.frontend.ring import AVAIL_F_NO_INTERRUPT
 
 pytestmark = pytest.mark.usefixtures("ours")
 

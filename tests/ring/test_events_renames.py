@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.frontend.fsnotify import Event
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import FILESYSTEM_MARK, INODE_MARKS, INOTIFY, Source, start_share
 from tests.ring.events import WATCHED, EventGuest
 from tests.ring.share import Share
+from vhostfs.frontend.fsnotify import Event
 
 pytestmark = pytest.mark.usefixtures("ours")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend.fsnotify import Event
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import FANOTIFY, FILESYSTEM_MARK, SOURCES, Source, start_share
 from tests.ring.events import WATCHED, EventGuest, merged, write
 from tests.ring.share import Share
 from tests.ring.test_submounts import mount_bind, mount_tmpfs, unmount
+from vhostfs.frontend.fsnotify import Event
 
 pytestmark = pytest.mark.usefixtures("ours")
 

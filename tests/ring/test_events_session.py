@@ -12,12 +12,12 @@ import time
 
 import pytest
 
-from tests.frontend import ROOT, NotificationQueue, Vmm
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import SOURCES, Source, start_share
 from tests.ring.events import EventGuest, write
 from tests.ring.share import Share
 from tests.ring.test_events_scope import host_marks
+from vhostfs.frontend import ROOT, NotificationQueue, Vmm
 
 pytestmark = pytest.mark.usefixtures("ours")
 

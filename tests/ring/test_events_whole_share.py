@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import awaited
-from tests.frontend import fsnotify as wire
-from tests.frontend import fuse_abi as abi
-from tests.frontend.fsnotify import ALL_EVENTS, CHANGES, Event, Granted, WatchFlag
 from tests.ring.conftest import MakeShare
 from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, INODE_MARKS, INOTIFY, SOURCES, Source, start_share
 from tests.ring.events import NOTIFYING, WATCHED, EventGuest, merged, write
 from tests.ring.share import Share, refused
+from tests.server import awaited
+from vhostfs.frontend import fsnotify as wire
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend.fsnotify import ALL_EVENTS, CHANGES, Event, Granted, WatchFlag
 
 pytestmark = pytest.mark.usefixtures("ours")
 

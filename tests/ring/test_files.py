@@ -18,11 +18,11 @@ import termios
 
 import pytest
 
-from tests.frontend import FuseClient
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import FuseClient
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
 
 FALLOC_KEEP_SIZE = 1
 FALLOC_PUNCH_HOLE = 2

@@ -18,7 +18,11 @@ from typing import Any
 
 import pytest
 
-from tests.frontend import (
+from tests.ring.conftest import MakeShare
+from tests.ring.events import NOTIFYING
+from tests.ring.share import Share
+from tests.server import awaited
+from vhostfs.frontend import (
     ROOT,
     BackendGoneError,
     Connection,
@@ -32,17 +36,13 @@ from tests.frontend import (
     ProtocolError,
     RingBrokenError,
     Vmm,
-    awaited,
     fsnotify,
 )
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
-from tests.frontend.ring import F_INDIRECT, F_NEXT, F_WRITE
-from tests.frontend.session import Pending
-from tests.frontend.vhost_user import HEADER, VERSION
-from tests.ring.conftest import MakeShare
-from tests.ring.events import NOTIFYING
-from tests.ring.share import Share
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.ring import F_INDIRECT, F_NEXT, F_WRITE
+from vhostfs.frontend.session import Pending
+from vhostfs.frontend.vhost_user import HEADER, VERSION
 
 pytestmark = pytest.mark.usefixtures("ours")
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.frontend import ROOT, FuseClient, InitFlag, Machine, Session
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import ROOT, FuseClient, InitFlag, Machine, Session
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
 
 F = InitFlag
 

@@ -17,7 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.frontend import (
+from tests.ring.conftest import MakeShare
+from tests.ring.share import Share
+from tests.server import REPOSITORY, ServerProcess, awaited
+from vhostfs.frontend import (
     ROOT,
     BackendGoneError,
     Feature,
@@ -25,18 +28,13 @@ from tests.frontend import (
     Machine,
     Message,
     ProtocolFeature,
-    ServerProcess,
     Session,
     Status,
     Vmm,
-    awaited,
 )
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
-from tests.frontend.server import REPOSITORY
-from tests.frontend.session import Pending
-from tests.ring.conftest import MakeShare
-from tests.ring.share import Share
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.session import Pending
 
 MIB = 1 << 20
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import FileLock, FuseClient, InitFlag, Pending, ServerProcess, awaited
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
 from tests.ring.share import Share, refused
+from tests.server import ServerProcess, awaited
+from vhostfs.frontend import FileLock, FuseClient, InitFlag, Pending
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
 
 TO_END = (1 << 63) - 1
 READ = FileLock(0, TO_END, fcntl.F_RDLCK, 100)

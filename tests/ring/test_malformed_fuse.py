@@ -11,7 +11,10 @@ import struct
 
 import pytest
 
-from tests.frontend import (
+from tests.ring.conftest import MakeShare
+from tests.ring.share import Share, refused
+from tests.server import awaited
+from vhostfs.frontend import (
     ROOT,
     BackendGoneError,
     FuseClient,
@@ -20,13 +23,10 @@ from tests.frontend import (
     Opcode,
     ProtocolError,
     RingBrokenError,
-    awaited,
 )
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
-from tests.frontend.session import Pending, describe
-from tests.ring.conftest import MakeShare
-from tests.ring.share import Share, refused
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.session import Pending, describe
 
 pytestmark = pytest.mark.usefixtures("ours")
 

@@ -13,7 +13,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.frontend import (
+from tests.ring.conftest import MakeShare
+from tests.ring.share import Share
+from tests.server import awaited
+from vhostfs.frontend import (
     ROOT,
     BackendGoneError,
     Feature,
@@ -24,15 +27,12 @@ from tests.frontend import (
     ProtocolError,
     RingBrokenError,
     Virtqueue,
-    awaited,
 )
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
-from tests.frontend.memory import GuestBuffer
-from tests.frontend.ring import DESCRIPTOR, F_INDIRECT, F_NEXT, F_WRITE
-from tests.frontend.session import Pending
-from tests.ring.conftest import MakeShare
-from tests.ring.share import Share
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.memory import GuestBuffer
+from vhostfs.frontend.ring import DESCRIPTOR, F_INDIRECT, F_NEXT, F_WRITE
+from vhostfs.frontend.session import Pending
 
 DIRECT = Machine(features=Feature.VERSION_1 | Feature.EVENT_IDX)
 MAX_LOG_BYTES = 4096

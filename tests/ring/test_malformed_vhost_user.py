@@ -14,7 +14,10 @@ from contextlib import suppress
 
 import pytest
 
-from tests.frontend import (
+from tests.ring.conftest import MakeShare
+from tests.ring.share import Share
+from tests.server import awaited
+from vhostfs.frontend import (
     BackendGoneError,
     Connection,
     Feature,
@@ -24,9 +27,8 @@ from tests.frontend import (
     ProtocolError,
     ProtocolFeature,
     Vmm,
-    awaited,
 )
-from tests.frontend.vhost_user import (
+from vhostfs.frontend.vhost_user import (
     CONFIG_HEAD,
     FLAG_REPLY,
     HEADER,
@@ -38,8 +40,6 @@ from tests.frontend.vhost_user import (
     VRING_ADDR,
     VRING_STATE,
 )
-from tests.ring.conftest import MakeShare
-from tests.ring.share import Share
 
 pytestmark = pytest.mark.usefixtures("ours")
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import lacking
-from tests.frontend import FuseClient, awaited
 from tests.ring.conftest import MakeShare
+from tests.server import awaited
+from vhostfs.frontend import FuseClient
 
 LIMIT = 1024
 PER_DIRECTORY = 10_000

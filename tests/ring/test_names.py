@@ -12,10 +12,11 @@ import stat
 
 import pytest
 
-from tests.frontend import FuseClient, FuseError, awaited
-from tests.frontend.fuse_abi import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from tests.server import awaited
+from vhostfs.frontend import FuseClient, FuseError
+from vhostfs.frontend.fuse_abi import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 
 ODD_NAMES = [
     b"a" * 255,

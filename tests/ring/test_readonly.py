@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.frontend import FuseClient
-from tests.frontend import operations as op
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import FuseClient
+from vhostfs.frontend import operations as op
 
 
 @pytest.fixture

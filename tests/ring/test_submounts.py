@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import lacking
-from tests.frontend import InitFlag
-from tests.frontend import fuse_abi as abi
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import InitFlag
+from vhostfs.frontend import fuse_abi as abi
 
 pytestmark = pytest.mark.usefixtures("needs_root")
 MNT_DETACH = 2

@@ -13,11 +13,12 @@ import random
 
 import pytest
 
-from tests.frontend import Feature, Framing, FuseClient, Machine, ProtocolFeature, awaited
-from tests.frontend import operations as op
-from tests.frontend.ring import AVAIL_F_NO_INTERRUPT
-from tests.frontend.vmm import ALL_PROTOCOL_FEATURES
 from tests.ring.share import Share
+from tests.server import awaited
+from vhostfs.frontend import Feature, Framing, FuseClient, Machine, ProtocolFeature
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.ring import AVAIL_F_NO_INTERRUPT
+from vhostfs.frontend.vmm import ALL_PROTOCOL_FEATURES
 
 CONTENT = random.Random(5).randbytes(300_000)
 

@@ -13,10 +13,10 @@ import struct
 
 import pytest
 
-from tests.frontend import Caller, FuseClient, InitFlag, SecurityContext
-from tests.frontend import fuse_abi as abi
 from tests.ring.conftest import MakeShare
 from tests.ring.share import Share, refused
+from vhostfs.frontend import Caller, FuseClient, InitFlag, SecurityContext
+from vhostfs.frontend import fuse_abi as abi
 
 pytestmark = pytest.mark.usefixtures("needs_root")
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
-from tests.frontend.memory import GuestMemory, Region, spread_addresses
-from tests.frontend.ring import Virtqueue
-from tests.frontend.vhost_user import (
+from vhostfs.frontend.memory import GuestMemory, Region, spread_addresses
+from vhostfs.frontend.ring import Virtqueue
+from vhostfs.frontend.vhost_user import (
     CONFIG_HEAD,
     DEFAULT_TIMEOUT_S,
     NO_FD,

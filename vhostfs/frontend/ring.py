@@ -16,8 +16,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.frontend.memory import GuestBuffer, GuestMemory
-from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, BackendGoneError, ProtocolError, RingBrokenError
+from vhostfs.frontend.memory import GuestBuffer, GuestMemory
+from vhostfs.frontend.vhost_user import DEFAULT_TIMEOUT_S, BackendGoneError, ProtocolError, RingBrokenError
 
 DESCRIPTOR = struct.Struct("<QIHH")
 F_NEXT = 1

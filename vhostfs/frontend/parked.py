@@ -11,10 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from tests.frontend.fsnotify import NOTIFY_FSNOTIFY, Element, park, unpack_element
-from tests.frontend.fuse_abi import OUT_HEADER
-from tests.frontend.session import Pending, Session
-from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S
+from vhostfs.frontend.fsnotify import NOTIFY_FSNOTIFY, Element, park, unpack_element
+from vhostfs.frontend.fuse_abi import OUT_HEADER
+from vhostfs.frontend.session import Pending, Session
+from vhostfs.frontend.vhost_user import DEFAULT_TIMEOUT_S
 
 
 class ParkedRequests:

@@ -11,9 +11,9 @@ import enum
 import struct
 from dataclasses import dataclass
 
-from tests.frontend.fuse_abi import OUT_HEADER
-from tests.frontend.operations import Call, nothing, the_bytes
-from tests.frontend.vhost_user import ProtocolError
+from vhostfs.frontend.fuse_abi import OUT_HEADER
+from vhostfs.frontend.operations import Call, nothing, the_bytes
+from vhostfs.frontend.vhost_user import ProtocolError
 
 NOTIFY_FSNOTIFY = 0x5800
 OPCODE_INIT = 0x5800

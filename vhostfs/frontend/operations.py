@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from tests.frontend import fuse_abi as abi
-from tests.frontend.fuse_abi import Opcode, SetattrValid
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend.fuse_abi import Opcode, SetattrValid
 
 T = TypeVar("T")
 Name = str | bytes

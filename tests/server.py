@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tests.frontend.vhost_user import Connection, Message
+from vhostfs.frontend.vhost_user import Connection, Message
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 10.0
 BAD_LOG = re.compile(

@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from tests.frontend import fsnotify
-from tests.frontend import fuse_abi as abi
-from tests.frontend import operations as op
-from tests.frontend.fuse_abi import InitFlag, SetattrValid
-from tests.frontend.operations import NOTHING_MORE, Call, Name, SecurityContext
-from tests.frontend.ring import Virtqueue
-from tests.frontend.session import ROOT_USER, Caller, Pending, Session
-from tests.frontend.vmm import Machine, Vmm
+from vhostfs.frontend import fsnotify
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend import operations as op
+from vhostfs.frontend.fuse_abi import InitFlag, SetattrValid
+from vhostfs.frontend.operations import NOTHING_MORE, Call, Name, SecurityContext
+from vhostfs.frontend.ring import Virtqueue
+from vhostfs.frontend.session import ROOT_USER, Caller, Pending, Session
+from vhostfs.frontend.vmm import Machine, Vmm
 
 T = TypeVar("T")
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from tests.frontend import fuse_abi as abi
-from tests.frontend.fuse_abi import InitFlag, InitReply, Opcode
-from tests.frontend.memory import GuestBuffer
-from tests.frontend.operations import Call, SecurityContext
-from tests.frontend.ring import Segment, Used, Virtqueue
-from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, ProtocolError
-from tests.frontend.vmm import Vmm
+from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend.fuse_abi import InitFlag, InitReply, Opcode
+from vhostfs.frontend.memory import GuestBuffer
+from vhostfs.frontend.operations import Call, SecurityContext
+from vhostfs.frontend.ring import Segment, Used, Virtqueue
+from vhostfs.frontend.vhost_user import DEFAULT_TIMEOUT_S, ProtocolError
+from vhostfs.frontend.vmm import Vmm
 
 T = TypeVar("T")
 

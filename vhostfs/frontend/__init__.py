@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vhost-user front end and virtio-fs guest in Python, to test and explore servers without a VM.
 
+Must not import anything else of vhostfs: it repeats the protocols' numbers on purpose, so that a mistake
+of the server's is not made twice. Specification: docs/protocol.md, and what each module names.
+
 Layers: vhost_user (wire), memory, ring, vmm (QEMU's part), session (FUSE over queues), client; beside the
 last two, notification (the driver of queue 1) with fsnotify (its wire).
-`server` starts the server to talk to.
 """
 
-from tests.frontend.client import FuseClient
-from tests.frontend.fsnotify import Element, Event
-from tests.frontend.fuse_abi import ROOT, FileLock, InitFlag, Opcode, OpenReply, SetattrValid
-from tests.frontend.notification import NotificationQueue
-from tests.frontend.operations import Call, SecurityContext
-from tests.frontend.parked import ParkedRequests
-from tests.frontend.ring import RingFullError, Segment, Virtqueue
-from tests.frontend.server import ServerProcess, awaited
-from tests.frontend.session import Caller, Framing, FuseError, Pending, Session
-from tests.frontend.vhost_user import (
+from vhostfs.frontend.client import FuseClient
+from vhostfs.frontend.fsnotify import Element, Event
+from vhostfs.frontend.fuse_abi import ROOT, FileLock, InitFlag, Opcode, OpenReply, SetattrValid
+from vhostfs.frontend.notification import NotificationQueue
+from vhostfs.frontend.operations import Call, SecurityContext
+from vhostfs.frontend.parked import ParkedRequests
+from vhostfs.frontend.ring import RingFullError, Segment, Virtqueue
+from vhostfs.frontend.session import Caller, Framing, FuseError, Pending, Session
+from vhostfs.frontend.vhost_user import (
     BackendGoneError,
     Connection,
     Feature,
@@ -26,7 +27,7 @@ from tests.frontend.vhost_user import (
     RingBrokenError,
     Status,
 )
-from tests.frontend.vmm import Machine, Vmm
+from vhostfs.frontend.vmm import Machine, Vmm
 
 __all__ = [
     "ROOT",
@@ -56,11 +57,9 @@ __all__ = [
     "RingFullError",
     "SecurityContext",
     "Segment",
-    "ServerProcess",
     "Session",
     "SetattrValid",
     "Status",
     "Virtqueue",
     "Vmm",
-    "awaited",
 ]

@@ -11,11 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from tests.frontend.fsnotify import NOTIFY_BUF_BYTES, Element, unpack_element
-from tests.frontend.memory import GuestBuffer
-from tests.frontend.ring import Segment, Used, Virtqueue
-from tests.frontend.vhost_user import DEFAULT_TIMEOUT_S, ProtocolError
-from tests.frontend.vmm import Vmm
+from vhostfs.frontend.fsnotify import NOTIFY_BUF_BYTES, Element, unpack_element
+from vhostfs.frontend.memory import GuestBuffer
+from vhostfs.frontend.ring import Segment, Used, Virtqueue
+from vhostfs.frontend.vhost_user import DEFAULT_TIMEOUT_S, ProtocolError
+from vhostfs.frontend.vmm import Vmm
 
 UNTOUCHED = 0xEE
 
