@@ -1,0 +1,583 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * vhostfs: elements: checked, joined, and what each means here
+ *
+ * Knows the layout of an element, but not how it came. The layout, its forms and
+ * what is done about each: docs/protocol.md of vhostfs, 5 and 8.
+ */
+
+#include <linux/dcache.h>
+#include <linux/fs.h>
+#include <linux/fsnotify.h>
+#include <linux/iversion.h>
+#include "vhostfs_internal.h"
+
+/* ---- links ------------------------------------------------------------------------ */
+
+/*
+ * A watched object has lost or got a link: how many are there? The FUSE core
+ * does not ask before it removes one for this guest, and when that is the last
+ * but counts as one of several, nobody says that the object has ended. Nor does
+ * a host source that knows removed names but not whose they were. And a dentry
+ * of a name that only the host removed keeps the object from ending with its
+ * last name; which one is not known, so all that nobody uses go.
+ *
+ * The inode lock keeps the guest's own unlink() and link() away.
+ */
+static void vhostfs_check_links(struct vhostfs_notify *n, struct inode *inode)
+{
+	struct fuse_inode *fi = get_fuse_inode(inode);
+	struct fuse_conn *fc = get_fuse_conn(inode);
+	struct vhostfs_request *req;
+	bool gone = false;
+
+	inode_lock(inode);
+	req = vhostfs_getattr(n, inode);
+	if (req && !req->error) {
+		gone = !req->getattr_out.attr.nlink;
+		spin_lock(&fi->lock);
+		fi->attr_version = atomic64_inc_return(&fc->attr_version);
+		if (!gone && !S_ISDIR(inode->i_mode))
+			set_nlink(inode, req->getattr_out.attr.nlink);
+		spin_unlock(&fi->lock);
+	} else if (req) {
+		gone = req->error == -ESTALE || req->error == -ENOENT;
+	}
+	inode_unlock(inode);
+	kfree(req);
+	if (gone)
+		vhostfs_raise_delete_self(n, inode);
+	else if (!S_ISDIR(inode->i_mode))
+		d_prune_aliases(inode);
+}
+
+/* The same for who had a name, if anybody */
+static void vhostfs_check_former(struct vhostfs_notify *n, struct inode *former)
+{
+	if (former)
+		vhostfs_check_links(n, former);
+	iput(former);
+}
+
+/* ---- events in directories and on objects ------------------------------------- */
+
+/* The cookie that watchers get for the one on the wire, the same for both halves */
+static u32 vhostfs_local_cookie(struct vhostfs_notify *n, u32 wire)
+{
+	unsigned int i;
+	u32 local;
+
+	if (wire)
+		for (i = 0; i < VHOSTFS_MAX_COOKIES; i++)
+			if (n->cookies[i].wire == wire)
+				return n->cookies[i].local;
+
+	local = fsnotify_get_cookie();
+	if (wire) {
+		i = n->next_cookie++ % VHOSTFS_MAX_COOKIES;
+		n->cookies[i].wire = wire;
+		n->cookies[i].local = local;
+	}
+	return local;
+}
+
+static void vhostfs_entry_event(struct vhostfs_notify *n, struct fuse_conn *fc,
+				const struct vhostfs_event *event)
+{
+	struct inode *dir, *child;
+	u32 cookie = 0;
+
+	dir = vhostfs_find(fc, event->nodeid, event->generation);
+	if (!dir || !S_ISDIR(dir->i_mode)) {
+		vhostfs_count(n, VHOSTFS_STALE);
+		iput(dir);
+		return;
+	}
+
+	vhostfs_check_former(n, vhostfs_stale_entry(dir, event));
+	child = vhostfs_find_child(fc, NULL, event);
+	if (child)
+		vhostfs_stale_attr(child, STATX_BASIC_STATS);
+	else
+		child = vhostfs_meet(n, dir, event);
+	vhostfs_follow(dir, child, event);
+	if (event->mask & (FS_MOVED_FROM | FS_MOVED_TO)) {
+		cookie = vhostfs_local_cookie(n, event->cookie);
+		vhostfs_raise_rename(n,
+				     event->mask & FS_MOVED_FROM ? dir : NULL,
+				     event->mask & FS_MOVED_TO ? dir : NULL,
+				     child, event, event);
+	}
+	vhostfs_raise_entry(n, dir, child, event, cookie);
+	if (child && (event->mask & FS_DELETE))
+		vhostfs_forget_recent(n, NULL, child);
+	iput(child);
+	iput(dir);
+}
+
+static void vhostfs_rename_event(struct vhostfs_notify *n, struct fuse_conn *fc,
+				 const struct vhostfs_event *from,
+				 const struct vhostfs_event *to)
+{
+	struct inode *old_dir, *new_dir, *former, *child = NULL;
+	u32 cookie;
+
+	old_dir = vhostfs_find(fc, from->nodeid, from->generation);
+	new_dir = vhostfs_find(fc, to->nodeid, to->generation);
+	if (!old_dir || !new_dir || old_dir->i_sb != new_dir->i_sb ||
+	    !S_ISDIR(old_dir->i_mode) || !S_ISDIR(new_dir->i_mode)) {
+		vhostfs_entry_event(n, fc, from);
+		vhostfs_entry_event(n, fc, to);
+		goto out;
+	}
+
+	former = vhostfs_stale_entry(new_dir, to);
+	child = vhostfs_find_child(fc, NULL, to);
+	if (child)
+		vhostfs_stale_attr(child, STATX_BASIC_STATS);
+	else
+		child = vhostfs_meet(n, new_dir, to);
+	vhostfs_follow(new_dir, child, to);
+	iput(vhostfs_stale_entry(old_dir, from));
+
+	cookie = fsnotify_get_cookie();
+	vhostfs_raise_rename(n, old_dir, new_dir, child, from, to);
+	vhostfs_raise_entry(n, old_dir, child, from, cookie);
+	vhostfs_raise_entry(n, new_dir, child, to, cookie);
+	vhostfs_check_former(n, former);
+out:
+	iput(child);
+	iput(new_dir);
+	iput(old_dir);
+}
+
+static void vhostfs_self_event(struct vhostfs_notify *n, struct inode *inode,
+			       u32 bit)
+{
+	vhostfs_stale_object(n, inode, bit);
+	if (bit == FS_DELETE_SELF) {
+		vhostfs_raise_delete_self(n, inode);
+		return;
+	}
+	vhostfs_raise_self(n, inode, bit);
+	/* Of a file and without a name: it may be the link count */
+	if (bit == FS_ATTRIB && !S_ISDIR(inode->i_mode) &&
+	    READ_ONCE(inode->i_fsnotify_mask))
+		vhostfs_check_links(n, inode);
+}
+
+static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
+				 const struct vhostfs_event *event)
+{
+	u32 bit = event->mask & ~FS_ISDIR;
+	struct inode *dir, *child;
+	struct dentry *entry;
+
+	dir = vhostfs_find(fc, event->nodeid, event->generation);
+	if (!event->namelen) {
+		if (dir)
+			vhostfs_self_event(n, dir, bit);
+		else
+			vhostfs_count(n, VHOSTFS_STALE);
+		iput(dir);
+		return;
+	}
+
+	if (dir && !S_ISDIR(dir->i_mode)) {
+		iput(dir);
+		dir = NULL;
+	}
+	child = vhostfs_find_child(fc, dir, event);
+	if (child) {
+		vhostfs_stale_object(n, child, bit);
+	} else if (dir && !event->child_nodeid) {
+		/* Found since the device wrote this; caches only */
+		entry = vhostfs_lookup_cached(dir, event);
+		if (entry && d_really_is_positive(entry))
+			vhostfs_stale_object(n, d_inode(entry), bit);
+		dput(entry);
+	}
+	if (!child && dir)
+		child = vhostfs_meet(n, dir, event);
+
+	if (dir)
+		vhostfs_raise_child(n, dir, child, event, bit);
+	else if (child)
+		vhostfs_raise_self(n, child, bit);
+	else
+		vhostfs_count(n, VHOSTFS_STALE);
+	iput(child);
+	iput(dir);
+}
+
+/* ---- halves of renames ---------------------------------------------------------- */
+
+static void vhostfs_drop_half(struct vhostfs_notify *n,
+			      struct vhostfs_half *half)
+{
+	list_del(&half->list);
+	n->nhalves--;
+	kfree(half);
+}
+
+void vhostfs_free_halves(struct vhostfs_notify *n)
+{
+	struct vhostfs_half *half, *next;
+
+	list_for_each_entry_safe(half, next, &n->halves, list)
+		vhostfs_drop_half(n, half);
+}
+
+/* The partner did not come in time, or too many wait: it is a plain event */
+static void vhostfs_give_up_half(struct vhostfs_notify *n, struct fuse_conn *fc,
+				 struct vhostfs_half *half)
+{
+	vhostfs_count(n, VHOSTFS_HALVES_TIMED_OUT);
+	vhostfs_entry_event(n, fc, &half->event);
+	vhostfs_drop_half(n, half);
+}
+
+static void vhostfs_half_event(struct vhostfs_notify *n, struct fuse_conn *fc,
+			       const struct vhostfs_event *event)
+{
+	struct vhostfs_half *half;
+
+	list_for_each_entry(half, &n->halves, list) {
+		if (half->event.cookie != event->cookie ||
+		    !((half->event.mask ^ event->mask) & FS_MOVED_FROM))
+			continue;
+		if (event->mask & FS_MOVED_TO)
+			vhostfs_rename_event(n, fc, &half->event, event);
+		else
+			vhostfs_rename_event(n, fc, event, &half->event);
+		vhostfs_drop_half(n, half);
+		return;
+	}
+
+	half = kmalloc(sizeof(*half), GFP_KERNEL);
+	if (!half) {
+		vhostfs_entry_event(n, fc, event);
+		return;
+	}
+	if (n->nhalves == VHOSTFS_MAX_HALVES)
+		vhostfs_give_up_half(n, fc, list_first_entry(&n->halves,
+							     struct vhostfs_half,
+							     list));
+	half->event = *event;
+	half->arrived = jiffies;
+	list_add_tail(&half->list, &n->halves);
+	if (!n->nhalves++)
+		queue_delayed_work(vhostfs_wq, &n->half_work,
+				   VHOSTFS_HALF_WAIT);
+}
+
+void vhostfs_expire_halves(struct vhostfs_notify *n)
+{
+	struct vhostfs_half *half, *next;
+	struct fuse_conn *fc;
+
+	mutex_lock(&n->event_mutex);
+	fc = n->fc;
+	if (fc)
+		down_read(&fc->killsb);
+	list_for_each_entry_safe(half, next, &n->halves, list) {
+		if (time_before(jiffies, half->arrived + VHOSTFS_HALF_WAIT)) {
+			queue_delayed_work(vhostfs_wq, &n->half_work,
+					   half->arrived + VHOSTFS_HALF_WAIT -
+					   jiffies);
+			break;
+		}
+		if (fc)
+			vhostfs_give_up_half(n, fc, half);
+		else
+			vhostfs_drop_half(n, half);
+	}
+	if (fc)
+		up_read(&fc->killsb);
+	mutex_unlock(&n->event_mutex);
+}
+
+/* The one worker does it, so that events stay in order */
+void vhostfs_half_timeout(struct work_struct *work)
+{
+	struct vhostfs_notify *n = container_of(to_delayed_work(work),
+						struct vhostfs_notify,
+						half_work);
+
+	queue_work(vhostfs_wq, &n->receive_work);
+}
+
+/* ---- overflow ------------------------------------------------------------------- */
+
+/*
+ * Events were lost, so nothing that is cached can be believed, and everybody
+ * who watches has to look again: their groups are given the overflow event that
+ * the kernel itself queues for them.
+ *
+ * No function to do so is exported. Its parts are: a mark of our own (for no
+ * events) on a watched object keeps the list of all marks there, each of which
+ * leads to its group. Groups that only have marks on a mount are not found.
+ */
+struct vhostfs_lost {
+	struct vhostfs_notify *notify;
+	struct fsnotify_group *groups[VHOSTFS_MAX_GROUPS];	/* referenced */
+	unsigned int ngroups;
+};
+
+/* What fsnotify_queue_overflow() does */
+static void vhostfs_queue_overflow(struct fsnotify_group *group)
+{
+	struct fsnotify_event *event = group->overflow_event;
+
+	if (!event)
+		return;
+	spin_lock(&group->notification_lock);
+	if (group->shutdown || !list_empty(&event->list)) {
+		spin_unlock(&group->notification_lock);
+		return;
+	}
+	group->q_len++;
+	list_add_tail(&event->list, &group->notification_list);
+	spin_unlock(&group->notification_lock);
+
+	wake_up(&group->notification_waitq);
+	kill_fasync(&group->fsn_fa, SIGIO, POLL_IN);
+}
+
+static void vhostfs_lost_group(struct vhostfs_lost *lost,
+			       struct fsnotify_group *group)
+{
+	unsigned int i;
+
+	for (i = 0; i < lost->ngroups; i++)
+		if (lost->groups[i] == group)
+			return;
+	if (i == VHOSTFS_MAX_GROUPS) {
+		/* Many: it may be told more than once */
+		vhostfs_queue_overflow(group);
+		return;
+	}
+	refcount_inc(&group->refcnt);
+	lost->groups[lost->ngroups++] = group;
+}
+
+static void vhostfs_free_mark(struct fsnotify_mark *mark)
+{
+	kfree(mark);
+}
+
+static int vhostfs_no_event(struct fsnotify_mark *mark, u32 mask,
+			    struct inode *inode, struct inode *dir,
+			    const struct qstr *name, u32 cookie)
+{
+	return 0;
+}
+
+const struct fsnotify_ops vhostfs_group_ops = {
+	.handle_inode_event	= vhostfs_no_event,
+	.free_mark		= vhostfs_free_mark,
+};
+
+int vhostfs_add_mark(struct fsnotify_mark *mark, struct inode *inode,
+		     struct super_block *sb)
+{
+	if (inode)
+		return fsnotify_add_inode_mark(mark, inode, 0);
+#if VHOSTFS_KERNEL < 610
+	return fsnotify_add_mark(mark, &sb->s_fsnotify_marks,
+				 FSNOTIFY_OBJ_TYPE_SB, 0, NULL);
+#else
+	return fsnotify_add_mark(mark, sb, FSNOTIFY_OBJ_TYPE_SB, 0);
+#endif
+}
+
+/* The groups with marks on inode or, without one, on sb */
+static void vhostfs_lost_groups(struct vhostfs_lost *lost, struct inode *inode,
+				struct super_block *sb)
+{
+	struct fsnotify_mark *mark, *other;
+	struct fsnotify_mark_connector *conn;
+
+	mark = kzalloc(sizeof(*mark), GFP_KERNEL);
+	if (!mark)
+		return;
+	fsnotify_init_mark(mark, vhostfs_group);
+	if (!vhostfs_add_mark(mark, inode, sb)) {
+		conn = mark->connector;
+		spin_lock(&conn->lock);
+		hlist_for_each_entry(other, &conn->list, obj_list)
+			if (other != mark)
+				vhostfs_lost_group(lost, other->group);
+		spin_unlock(&conn->lock);
+		fsnotify_destroy_mark(mark, vhostfs_group);
+	}
+	fsnotify_put_mark(mark);
+}
+
+static bool vhostfs_is_any(struct inode *inode, void *arg)
+{
+	return true;
+}
+
+static void vhostfs_lose_inode(struct inode *inode, void *arg)
+{
+	struct vhostfs_lost *lost = arg;
+	struct dentry *alias;
+
+	vhostfs_stale_object(lost->notify, inode, FS_MODIFY);
+	if (S_ISDIR(inode->i_mode))
+		inode_maybe_inc_iversion(inode, false);
+
+	spin_lock(&inode->i_lock);
+#ifdef for_each_alias
+	for_each_alias(alias, inode)
+#else
+	hlist_for_each_entry(alias, &inode->i_dentry, d_u.d_alias)
+#endif
+		vhostfs_expire_dentry(alias);
+	spin_unlock(&inode->i_lock);
+	if (READ_ONCE(inode->i_fsnotify_mask))
+		vhostfs_lost_groups(lost, inode, NULL);
+}
+
+static void vhostfs_overflow_event(struct vhostfs_notify *n,
+				   struct fuse_conn *fc)
+{
+	struct vhostfs_mount_mark *mount_mark;
+	struct vhostfs_lost *lost;
+	struct fuse_mount *fm;
+	unsigned int i;
+
+	vhostfs_count(n, VHOSTFS_OVERFLOWS);
+	lost = kzalloc(sizeof(*lost), GFP_KERNEL | __GFP_NOFAIL);
+	lost->notify = n;
+	vhostfs_walk_again(n);
+#if VHOSTFS_KERNEL >= 616
+	/* Every dentry and listing is checked again, those in use, too */
+	atomic_inc(&fc->epoch);
+#endif
+	list_for_each_entry(fm, &fc->mounts, fc_entry) {
+		if (!fm->sb)
+			continue;
+		/* Dentries that nobody uses: all the negative ones are such */
+		shrink_dcache_sb(fm->sb);
+		vhostfs_walk(fm->sb, vhostfs_is_any, vhostfs_lose_inode, lost);
+		if (READ_ONCE(fm->sb->s_fsnotify_mask))
+			vhostfs_lost_groups(lost, NULL, fm->sb);
+	}
+	spin_lock(&n->watch_lock);
+	list_for_each_entry(mount_mark, &n->mount_marks, list)
+		if (vhostfs_is_attached(mount_mark->mark))
+			vhostfs_lost_group(lost, mount_mark->mark->group);
+	spin_unlock(&n->watch_lock);
+	for (i = 0; i < lost->ngroups; i++) {
+		vhostfs_queue_overflow(lost->groups[i]);
+		fsnotify_put_group(lost->groups[i]);
+	}
+	kfree(lost);
+}
+
+/* ---- elements ------------------------------------------------------------------- */
+
+/* Checks an element and takes it over; says what is wrong with it, or NULL */
+static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
+				 unsigned int len, struct vhostfs_event *event)
+{
+	u64 mask;
+
+	if (len < sizeof(*wire))
+		return "shorter than an element";
+	if (le32_to_cpu(wire->error) != FUSE_NOTIFY_FSNOTIFY || wire->unique)
+		return "not FUSE_NOTIFY_FSNOTIFY";
+	if (wire->reserved || (le32_to_cpu(wire->flags) & ~FSNOTIFY_SPLIT_RENAME))
+		return "reserved fields";
+
+	mask = le64_to_cpu(wire->mask);
+	event->mask = mask & (VHOSTFS_EVENTS | FS_Q_OVERFLOW | FS_ISDIR);
+	if (event->mask != mask || !is_power_of_2(mask & ~(u64)FS_ISDIR))
+		return "mask";
+	event->nodeid = le64_to_cpu(wire->nodeid);
+	event->generation = le32_to_cpu(wire->generation);
+	event->child_nodeid = le64_to_cpu(wire->child_nodeid);
+	event->child_generation = le32_to_cpu(wire->child_generation);
+	event->cookie = le32_to_cpu(wire->cookie);
+	event->flags = le32_to_cpu(wire->flags);
+	event->namelen = le32_to_cpu(wire->namelen);
+
+	if (event->namelen > NAME_MAX ||
+	    le32_to_cpu(wire->len) != sizeof(*wire) + event->namelen ||
+	    le32_to_cpu(wire->len) > len)
+		return "length";
+	memcpy(event->name, wire->name, event->namelen);
+	event->name[event->namelen] = '\0';
+	if (memchr(event->name, '/', event->namelen) ||
+	    memchr(event->name, '\0', event->namelen) ||
+	    !strcmp(event->name, ".") || !strcmp(event->name, ".."))
+		return "its name";
+
+	if (!event->child_nodeid && event->child_generation)
+		return "generation of no child";
+	if (mask & FS_Q_OVERFLOW) {
+		if (event->mask != FS_Q_OVERFLOW || event->nodeid ||
+		    event->generation || event->namelen ||
+		    event->child_nodeid || event->cookie || event->flags)
+			return "more in an overflow";
+		return NULL;
+	}
+	if (!event->nodeid)
+		return "no nodeid";
+	if ((mask & VHOSTFS_ENTRY_EVENTS) && !event->namelen)
+		return "event in a directory without a name";
+	if (mask & (FS_MOVED_FROM | FS_MOVED_TO))
+		return event->flags && !event->cookie ?
+		       "half of a rename without a cookie" : NULL;
+	if (event->cookie || event->flags)
+		return "cookie without a rename";
+	if ((mask & VHOSTFS_SELF_EVENTS) && event->namelen)
+		return "name of the object itself";
+	if (!event->namelen && event->child_nodeid)
+		return "child without a name";
+	return NULL;
+}
+
+bool vhostfs_is_granted(struct vhostfs_notify *n)
+{
+	return READ_ONCE(n->session) == VHOSTFS_GRANTED;
+}
+
+void vhostfs_element(struct vhostfs_notify *n, const void *data,
+		     unsigned int len)
+{
+	struct vhostfs_event *event = &n->event;
+	struct fuse_conn *fc;
+	const char *fault;
+
+	vhostfs_count(n, VHOSTFS_RECEIVED);
+	fault = vhostfs_check(data, len, event);
+	if (fault) {
+		vhostfs_count(n, VHOSTFS_MALFORMED);
+		dev_warn_ratelimited(&n->vdev->dev,
+				     "notification dropped, malformed: %s\n",
+				     fault);
+		return;
+	}
+
+	mutex_lock(&n->event_mutex);
+	fc = n->fc;
+	if (!fc || !vhostfs_is_granted(n)) {
+		vhostfs_count(n, VHOSTFS_STALE);
+		goto out;
+	}
+	down_read(&fc->killsb);
+	if (event->mask & FS_Q_OVERFLOW)
+		vhostfs_overflow_event(n, fc);
+	else if (event->flags & FSNOTIFY_SPLIT_RENAME)
+		vhostfs_half_event(n, fc, event);
+	else if (event->mask & VHOSTFS_ENTRY_EVENTS)
+		vhostfs_entry_event(n, fc, event);
+	else
+		vhostfs_object_event(n, fc, event);
+	up_read(&fc->killsb);
+out:
+	mutex_unlock(&n->event_mutex);
+}

@@ -1,0 +1,457 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * vhostfs: what the files of the driver share: the wire, the state, their functions
+ *
+ * The numbers and layouts are those of docs/protocol.md of vhostfs.
+ * VHOSTFS_KERNEL is 100 * VERSION + PATCHLEVEL of the kernel; Kbuild sets it.
+ */
+#ifndef _VHOSTFS_INTERNAL_H
+#define _VHOSTFS_INTERNAL_H
+
+#include <linux/fsnotify_backend.h>
+#include <linux/kref.h>
+#include <linux/mutex.h>
+#include <linux/rbtree.h>
+#include <linux/virtio.h>
+#include <linux/workqueue.h>
+#include "fuse_i.h"
+#include "vhostfs_notify.h"
+
+/* ---- what is on the wire -------------------------------------------------- */
+
+#define VHOSTFS_CONFIG_BUF_SIZE	40	/* le32 notify_buf_size */
+
+#define FUSE_NOTIFY_FSNOTIFY	0x5800
+#define FUSE_FSNOTIFY_INIT	0x5800
+#define FUSE_FSNOTIFY_WATCH	0x5801
+#define FUSE_FSNOTIFY_PARK	0x5802
+
+#define FUSE_FSNOTIFY_MAJOR	1
+#define FUSE_FSNOTIFY_MINOR	0
+
+/* Flags of FUSE_FSNOTIFY_INIT */
+#define FUSE_FSNOTIFY_VIRTQUEUE	BIT_ULL(0)
+#define FUSE_FSNOTIFY_PARKED	BIT_ULL(1)
+#define FUSE_FSNOTIFY_RENAME	BIT_ULL(3)
+#define FUSE_FSNOTIFY_CHILD	BIT_ULL(4)
+#define FUSE_FSNOTIFY_WATCH_FILESYSTEM BIT_ULL(6)
+
+/* Flags of FUSE_FSNOTIFY_WATCH */
+#define FSNOTIFY_WATCH_FILESYSTEM BIT(0)
+
+/* Flags of an element */
+#define FSNOTIFY_SPLIT_RENAME	BIT(0)
+
+struct fuse_fsnotify_init_in {
+	__le32 major;
+	__le32 minor;
+	__le64 flags;
+	__le64 mask;
+	__le32 buf_size;
+	__le32 reserved;
+};
+
+struct fuse_fsnotify_init_out {
+	__le32 major;
+	__le32 minor;
+	__le64 flags;
+	__le64 mask;
+	__le32 notify_buf_size;
+	__le32 max_watches;
+	__le32 max_parked;
+	__le32 reserved;
+};
+
+struct fuse_fsnotify_watch_in {
+	__le64 mask;
+	__le32 generation;
+	__le32 flags;
+};
+
+struct vhostfs_wire_element {
+	/* fuse_out_header */
+	__le32 len;
+	__le32 error;
+	__le64 unique;
+
+	__le64 nodeid;
+	__le32 generation;
+	__le32 reserved;
+	__le64 mask;
+	__le32 namelen;
+	__le32 cookie;
+	__le32 flags;
+	__le32 child_generation;
+	__le64 child_nodeid;
+	char name[];
+};
+
+#define VHOSTFS_MIN_BUF_SIZE	sizeof(struct vhostfs_wire_element)
+#define VHOSTFS_MAX_BUF_SIZE	4096
+/* Room for the longest name; buffers are never smaller */
+#define VHOSTFS_ELEMENT_SIZE	320
+
+/* Events in a directory's listing; an element carries one of them */
+#define VHOSTFS_ENTRY_EVENTS	(FS_CREATE | FS_DELETE | FS_MOVED_FROM | \
+				 FS_MOVED_TO)
+/* Events on an object, which watchers of its parent get as well */
+#define VHOSTFS_CHILD_EVENTS	(FS_ACCESS | FS_MODIFY | FS_ATTRIB | \
+				 FS_CLOSE_WRITE | FS_CLOSE_NOWRITE | \
+				 FS_OPEN | FS_OPEN_EXEC)
+/* Events that only watchers of the object itself get */
+#define VHOSTFS_SELF_EVENTS	(FS_MOVE_SELF | FS_DELETE_SELF)
+#define VHOSTFS_EVENTS		(VHOSTFS_ENTRY_EVENTS | VHOSTFS_CHILD_EVENTS | \
+				 VHOSTFS_SELF_EVENTS)
+
+/* What a driver that holds all directories has to hear of */
+#define VHOSTFS_TREE_EVENTS	(VHOSTFS_ENTRY_EVENTS | FS_DELETE_SELF | \
+				 FS_EVENT_ON_CHILD)
+
+/* ---- state ------------------------------------------------------------------ */
+
+#define VHOSTFS_MAX_BUFFERS	256
+#define VHOSTFS_MAX_PARKED	64
+#define VHOSTFS_PARKED_SHARE	8	/* of the ring: one in so many */
+#define VHOSTFS_PARK_WAIT	(HZ / 4)	/* after the device sent some back */
+#define VHOSTFS_PARK_UNIQUE	BIT_ULL(62)	/* the FUSE core does not get there */
+#define VHOSTFS_BATCH		16	/* elements copied before acting */
+#define VHOSTFS_BATCHES		8	/* of them in one run of the worker */
+#define VHOSTFS_MAX_HALVES	64
+#define VHOSTFS_HALF_WAIT	HZ
+#define VHOSTFS_MAX_COOKIES	64
+#define VHOSTFS_WATCHES_IN_FLIGHT 8
+#define VHOSTFS_SETTLE_WAIT	HZ
+#define VHOSTFS_REPAIR_WAIT	HZ
+#define VHOSTFS_RETRIES		1024	/* of refused watches, in that time */
+#define VHOSTFS_MAX_TRIES	6U	/* of FUSE_FSNOTIFY_INIT, for the wait */
+#define VHOSTFS_MAX_GROUPS	64
+#define VHOSTFS_WALK_WAIT	(10 * HZ)
+#define VHOSTFS_READDIR_SIZE	8192
+#define VHOSTFS_MAX_RECENT	1024
+#define VHOSTFS_MAX_MOUNT_MARKS	64
+
+/* An element that was checked, in the CPU's byte order */
+struct vhostfs_event {
+	u64 nodeid;
+	u64 child_nodeid;
+	u32 generation;
+	u32 child_generation;
+	u32 mask;
+	u32 cookie;
+	u32 flags;
+	u32 namelen;
+	char name[NAME_MAX + 1];	/* NUL at the end: inotify copies strings */
+};
+
+/*
+ * A request that waits at the device to be answered with an element. It is none
+ * of the FUSE core's: nothing waits for it and nothing times it out.
+ */
+struct vhostfs_parked {
+	struct list_head list;		/* on ->unposted or ->answered, or posted */
+	u64 unique;
+	unsigned int len;		/* of the answer */
+	struct fuse_in_header in;
+	/* The device's while it is posted */
+	u8 out[VHOSTFS_ELEMENT_SIZE] ____cacheline_aligned;
+};
+
+/* Half of a rename, waiting for the other */
+struct vhostfs_half {
+	struct list_head list;
+	unsigned long arrived;
+	struct vhostfs_event event;
+};
+
+/* What the device is told about one inode */
+struct vhostfs_watch {
+	struct rb_node node;		/* by nodeid */
+	struct list_head changed;	/* on ->changed while mask != told */
+	u64 nodeid;
+	u32 generation;
+	u32 mask;			/* what is wanted now */
+	u32 told;			/* what the device surely reports */
+	u32 pass;			/* of the last walk that saw it */
+	bool sending;
+	bool refused;			/* the device does not want ->mask */
+};
+
+/*
+ * A superblock with marks on it: everything there is watched, and every
+ * directory is held.
+ */
+struct vhostfs_share {
+	struct fsnotify_mark mark;	/* ours; its references are this one's */
+	struct list_head list;		/* on ->shares, under session_mutex */
+	struct vhostfs_notify *notify;	/* referenced */
+	struct super_block *sb;
+	struct work_struct walk_work;
+	spinlock_t lock;		/* what follows */
+	bool open;			/* directories are being held */
+	struct rb_root held;		/* by the inode's address */
+	struct list_head unread;	/* those that the walk has not been to */
+};
+
+struct vhostfs_held {
+	struct rb_node node;
+	struct list_head unread;
+	struct inode *inode;		/* referenced */
+};
+
+/* A mark on a mount, which cannot be found when an event comes */
+struct vhostfs_mount_mark {
+	struct list_head list;
+	struct fsnotify_mark *mark;	/* referenced */
+	struct super_block *sb;
+};
+
+enum vhostfs_session {
+	VHOSTFS_NONE,			/* not mounted */
+	VHOSTFS_NEW,			/* FUSE_FSNOTIFY_INIT is to be sent */
+	VHOSTFS_ASKED,
+	VHOSTFS_ANSWERED,		/* elements of before may be there */
+	VHOSTFS_GRANTED,
+	VHOSTFS_REFUSED,
+};
+
+enum vhostfs_counter {
+	VHOSTFS_RECEIVED,
+	VHOSTFS_RAISED,
+	VHOSTFS_STALE,
+	VHOSTFS_MALFORMED,
+	VHOSTFS_OVERFLOWS,
+	VHOSTFS_HALVES_TIMED_OUT,
+	VHOSTFS_WATCHES_SENT,
+	VHOSTFS_WATCHES_REFUSED,
+	VHOSTFS_RESYNCS,
+	VHOSTFS_NR_COUNTERS,
+};
+
+struct vhostfs_notify {
+	struct kref kref;
+	struct list_head list;		/* on vhostfs_devices */
+	struct virtio_device *vdev;
+	bool has_attrs;
+	atomic64_t counters[VHOSTFS_NR_COUNTERS];
+
+	/* Queue 1 */
+	spinlock_t vq_lock;		/* calls for vq, and running */
+	struct virtqueue *vq;
+	bool running;			/* vq may be used */
+	unsigned int buf_size;
+	unsigned int nbufs;
+	void **bufs;
+	bool has_queue;
+
+	/* Parked requests, where there is no queue 1; under vq_lock */
+	struct vhostfs_parked *parked;
+	struct virtqueue *parked_vq;
+	unsigned int nparked;
+	unsigned int max_parked;	/* what the server allows, 0: nothing */
+	unsigned int nposted;
+	u64 next_unique;
+	struct list_head unposted;
+	struct delayed_work park_work;
+	spinlock_t answered_lock;	/* the list */
+	struct list_head answered;	/* in order */
+
+	struct work_struct receive_work;
+	struct delayed_work half_work;
+
+	/* Of the receiving worker; the session's under event_mutex as well */
+	struct mutex event_mutex;
+	struct fuse_conn *fc;		/* also under session_mutex */
+	unsigned int nhalves;
+	struct list_head halves;	/* oldest first */
+	struct {
+		u32 wire;
+		u32 local;
+	} cookies[VHOSTFS_MAX_COOKIES];
+	unsigned int next_cookie;
+	struct vhostfs_event event;
+	struct inode *recent[VHOSTFS_MAX_RECENT];	/* referenced, or NULL */
+	unsigned int next_recent;
+	struct inode unknown_inode;	/* see vhostfs_raise_child() */
+	struct dentry unknown_dentry;	/* see vhostfs_stand_in() */
+	struct dentry unknown_parent;	/* see vhostfs_raise_rename() */
+	unsigned int batch_len[VHOSTFS_BATCH];
+	u8 batch[VHOSTFS_BATCH][VHOSTFS_ELEMENT_SIZE] __aligned(8);
+
+	/* Session and watches */
+	struct mutex session_mutex;
+	struct delayed_work session_work;
+	unsigned int paused;
+	unsigned int tries;		/* of FUSE_FSNOTIFY_INIT, in vain */
+	atomic_t in_flight;
+	wait_queue_head_t idle;
+	spinlock_t watch_lock;		/* what follows */
+	enum vhostfs_session session;
+	struct rb_root watches;
+	struct list_head changed;
+	unsigned int nwatches;		/* in the table */
+	unsigned int sending;
+	unsigned int pass;
+	unsigned int nrefused;
+	bool resync;			/* a walk is due, not before: */
+	unsigned long next_resync;
+	bool retry;			/* what was refused; not before: */
+	unsigned long next_retry;
+	bool full_logged;
+	unsigned int shares_changed;	/* counted by the probes */
+	unsigned int shares_done;	/* how far the worker has come */
+	bool walk_again;
+	struct list_head mount_marks;
+	unsigned int nmount_marks;
+	wait_queue_head_t settled;
+
+	/* Whole superblocks, under session_mutex */
+	u64 granted;			/* flags of FUSE_FSNOTIFY_INIT */
+	struct list_head shares;
+	u32 share_mask;			/* what the device was last told */
+	bool share_refused;
+	bool held_full_logged;
+	bool fid_wanted;		/* somebody wants objects by handle */
+	atomic_t nheld;
+	atomic_t nunread;
+};
+
+/* A request of ours to the device */
+struct vhostfs_request {
+	struct fuse_args args;
+	struct vhostfs_notify *notify;
+	void (*end)(struct vhostfs_request *req, int error);
+	struct vhostfs_watch *watch;
+	u32 mask;
+	u32 told;			/* of the watch, before this */
+	struct completion *done;
+	int error;
+	union {
+		struct fuse_fsnotify_init_in init_in;
+		struct fuse_fsnotify_watch_in watch_in;
+		struct fuse_getattr_in getattr_in;
+		struct fuse_open_in open_in;
+		struct fuse_read_in read_in;
+		struct fuse_release_in release_in;
+	};
+	union {
+		struct fuse_fsnotify_init_out init_out;
+		struct fuse_open_out open_out;
+		struct fuse_attr_out getattr_out;
+	};
+};
+
+extern struct workqueue_struct *vhostfs_wq;
+extern struct mutex vhostfs_devices_mutex;
+extern struct list_head vhostfs_devices;
+extern struct fsnotify_group *vhostfs_group;
+extern struct fsnotify_group *vhostfs_share_group;
+extern const struct file_system_type *vhostfs_type;
+
+static inline void vhostfs_count(struct vhostfs_notify *n,
+				 enum vhostfs_counter counter)
+{
+	atomic64_inc(&n->counters[counter]);
+}
+
+/* vhostfs_object.c */
+void vhostfs_send(struct vhostfs_notify *n, struct fuse_mount *fm,
+		  struct vhostfs_request *req);
+struct vhostfs_request *vhostfs_new_request(u32 opcode, u64 nodeid,
+					    size_t in_size,
+					    size_t out_size);
+int vhostfs_inode_eq(struct inode *inode, void *nodeid);
+struct inode *vhostfs_find(struct fuse_conn *fc, u64 nodeid,
+			   u32 generation);
+struct inode *vhostfs_look_up(struct inode *dir, const char *name,
+			      unsigned int namelen);
+void vhostfs_walk(struct super_block *sb,
+		  bool (*look)(struct inode *inode, void *arg),
+		  void (*act)(struct inode *inode, void *arg), void *arg);
+void vhostfs_stale_attr(struct inode *inode, u32 mask);
+void vhostfs_wake(struct vhostfs_request *req, int error);
+struct vhostfs_request *vhostfs_getattr(struct vhostfs_notify *n,
+					struct inode *inode);
+void vhostfs_stale_object(struct vhostfs_notify *n, struct inode *inode,
+			  u32 mask);
+void vhostfs_expire_dentry(struct dentry *dentry);
+struct dentry *vhostfs_lookup_cached(struct inode *dir,
+				     const struct vhostfs_event *event);
+struct inode *vhostfs_stale_entry(struct inode *dir,
+				  const struct vhostfs_event *event);
+struct inode *vhostfs_find_child(struct fuse_conn *fc, struct inode *dir,
+				 const struct vhostfs_event *event);
+void vhostfs_remember(struct vhostfs_notify *n, struct inode *inode);
+void vhostfs_forget_recent(struct vhostfs_notify *n,
+			   const struct super_block *sb,
+			   const struct inode *inode);
+struct inode *vhostfs_meet(struct vhostfs_notify *n, struct inode *dir,
+			   const struct vhostfs_event *event);
+void vhostfs_follow(struct inode *dir, const struct inode *child,
+		    const struct vhostfs_event *event);
+
+/* vhostfs_raise.c */
+bool vhostfs_is_attached(const struct fsnotify_mark *mark);
+bool vhostfs_reports_fids(const struct fsnotify_group *group);
+void vhostfs_raise_entry(struct vhostfs_notify *n, struct inode *dir,
+			 struct inode *child,
+			 const struct vhostfs_event *event, u32 cookie);
+void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
+			 struct inode *child,
+			 const struct vhostfs_event *event, u32 bit);
+void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
+			u32 bit);
+void vhostfs_raise_delete_self(struct vhostfs_notify *n,
+			       struct inode *inode);
+void vhostfs_raise_rename(struct vhostfs_notify *n,
+			  struct inode *old_dir, struct inode *new_dir,
+			  struct inode *child,
+			  const struct vhostfs_event *from,
+			  const struct vhostfs_event *to);
+
+/* vhostfs_event.c */
+extern const struct fsnotify_ops vhostfs_group_ops;
+void vhostfs_free_halves(struct vhostfs_notify *n);
+void vhostfs_expire_halves(struct vhostfs_notify *n);
+void vhostfs_half_timeout(struct work_struct *work);
+int vhostfs_add_mark(struct fsnotify_mark *mark, struct inode *inode,
+		     struct super_block *sb);
+bool vhostfs_is_granted(struct vhostfs_notify *n);
+void vhostfs_element(struct vhostfs_notify *n, const void *data,
+		     unsigned int len);
+
+/* vhostfs_queue.c */
+void vhostfs_give_buffer(struct vhostfs_notify *n, void *buf);
+void vhostfs_alloc_buffers(struct vhostfs_notify *n,
+			   struct virtqueue *vq);
+void vhostfs_park_work(struct work_struct *work);
+void vhostfs_alloc_parked(struct vhostfs_notify *n, struct virtqueue *vq);
+void vhostfs_receive_work(struct work_struct *work);
+
+/* vhostfs_watch.c */
+void vhostfs_register_probes(void);
+void vhostfs_unregister_probes(void);
+u32 vhostfs_wish(u32 mask);
+void vhostfs_free_watches(struct vhostfs_notify *n);
+void vhostfs_wake_session(struct vhostfs_notify *n);
+unsigned long vhostfs_probes_missed(void);
+void vhostfs_resync(struct vhostfs_notify *n);
+void vhostfs_retry_refused(struct vhostfs_notify *n);
+bool vhostfs_is_due(struct vhostfs_notify *n, bool wanted,
+		    unsigned long when);
+bool vhostfs_send_watch(struct vhostfs_notify *n, struct fuse_mount *fm);
+
+/* vhostfs_share.c */
+extern const struct fsnotify_ops vhostfs_share_ops;
+void vhostfs_walk_again(struct vhostfs_notify *n);
+void vhostfs_end_share(struct vhostfs_share *share);
+struct vhostfs_share *vhostfs_find_share(struct vhostfs_notify *n,
+					 const struct super_block *sb);
+void vhostfs_drop_mount_marks(struct vhostfs_notify *n,
+			      const struct super_block *sb);
+void vhostfs_watch_shares(struct vhostfs_notify *n,
+			  struct fuse_mount *fm);
+
+/* vhostfs_notify.c */
+void vhostfs_put(struct vhostfs_notify *n);
+
+#endif /* _VHOSTFS_INTERNAL_H */

@@ -1,0 +1,517 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * vhostfs: requests to the device, the objects of a share, what is cached of them
+ *
+ * Knows inodes, dentries and the FUSE core, and nothing of watchers.
+ * What is no longer valid after which event: docs/protocol.md of vhostfs, 8.
+ */
+
+#include <linux/dcache.h>
+#include <linux/fs.h>
+#include <linux/iversion.h>
+#include <linux/namei.h>
+#include <linux/pagemap.h>
+#include <linux/posix_acl.h>
+#include "vhostfs_internal.h"
+
+/* ---- requests --------------------------------------------------------------- */
+
+#if VHOSTFS_KERNEL < 700
+static void vhostfs_request_end(struct fuse_mount *fm, struct fuse_args *args,
+				int error)
+#else
+static void vhostfs_request_end(struct fuse_args *args, int error)
+#endif
+{
+	struct vhostfs_request *req = container_of(args,
+						   struct vhostfs_request,
+						   args);
+	struct vhostfs_notify *n = req->notify;
+	bool counted = !req->done;
+
+	req->end(req, error);
+	if (counted && atomic_dec_and_test(&n->in_flight))
+		wake_up_all(&n->idle);
+	vhostfs_put(n);
+}
+
+/*
+ * Sends a request whose nodeid, opcode and arguments are filled in. Its end()
+ * is called in any case, and frees it. May wait, until FUSE_INIT was answered
+ * and while many requests are in the background.
+ */
+void vhostfs_send(struct vhostfs_notify *n, struct fuse_mount *fm,
+		  struct vhostfs_request *req)
+{
+	int err;
+
+	req->notify = n;
+	req->args.end = vhostfs_request_end;
+	kref_get(&n->kref);
+	/* What somebody waits for is over when he goes on */
+	if (!req->done)
+		atomic_inc(&n->in_flight);
+	err = fuse_simple_background(fm, &req->args, GFP_KERNEL);
+	if (err) {
+#if VHOSTFS_KERNEL < 700
+		vhostfs_request_end(fm, &req->args, err);
+#else
+		vhostfs_request_end(&req->args, err);
+#endif
+	}
+}
+
+struct vhostfs_request *vhostfs_new_request(u32 opcode, u64 nodeid,
+					    size_t in_size,
+					    size_t out_size)
+{
+	struct vhostfs_request *req = kzalloc(sizeof(*req), GFP_KERNEL);
+
+	if (!req)
+		return NULL;
+	req->args.opcode = opcode;
+	req->args.nodeid = nodeid;
+	req->args.in_numargs = 1;
+	req->args.in_args[0].size = in_size;
+	req->args.in_args[0].value = &req->init_in;
+	if (out_size) {
+		req->args.out_numargs = 1;
+		req->args.out_args[0].size = out_size;
+		req->args.out_args[0].value = &req->init_out;
+	}
+	return req;
+}
+
+/* ---- objects ---------------------------------------------------------------- */
+
+int vhostfs_inode_eq(struct inode *inode, void *nodeid)
+{
+	return get_node_id(inode) == *(u64 *)nodeid;
+}
+
+/*
+ * The inode with this identity in any superblock of the connection, with a
+ * reference, or NULL. The caller holds fc->killsb. A mount point of a submount
+ * is not in the inode hash, so a nodeid is found once.
+ */
+struct inode *vhostfs_find(struct fuse_conn *fc, u64 nodeid,
+			   u32 generation)
+{
+	struct fuse_mount *fm;
+	struct inode *inode;
+
+	lockdep_assert_held_read(&fc->killsb);
+	list_for_each_entry(fm, &fc->mounts, fc_entry) {
+		if (!fm->sb)
+			continue;
+		inode = ilookup5(fm->sb, nodeid, vhostfs_inode_eq, &nodeid);
+		if (!inode)
+			continue;
+		if (inode->i_generation == generation && !fuse_is_bad(inode))
+			return inode;
+		iput(inode);
+	}
+	return NULL;
+}
+
+/* A dentry of this directory, as good as any; NULL without memory */
+static struct dentry *vhostfs_any_alias(struct inode *dir)
+{
+	struct dentry *alias = d_find_any_alias(dir);
+
+	if (alias)
+		return alias;
+	ihold(dir);
+	alias = d_obtain_alias(dir);
+	return IS_ERR(alias) ? NULL : alias;
+}
+
+/* The object of a name as the device has it now, with a reference, or NULL */
+struct inode *vhostfs_look_up(struct inode *dir, const char *name,
+			      unsigned int namelen)
+{
+	struct dentry *parent = vhostfs_any_alias(dir), *entry;
+	struct inode *inode = NULL;
+
+	if (!parent)
+		return NULL;
+#if VHOSTFS_KERNEL < 700
+	entry = lookup_one_len_unlocked(name, parent, namelen);
+#else
+	entry = lookup_noperm_unlocked(&QSTR_LEN(name, namelen), parent);
+#endif
+	if (!IS_ERR(entry)) {
+		if (d_really_is_positive(entry))
+			inode = igrab(d_inode(entry));
+		dput(entry);
+	}
+	dput(parent);
+	return inode;
+}
+
+/*
+ * The walk of a superblock's inodes. look() is called for every inode with
+ * s_inode_list_lock held; when it returns true, act() is called without it and
+ * with a reference. Every now and then the lock is given up in any case. An
+ * inode that is being made is nobody's yet.
+ */
+#define VHOSTFS_LOOKS	1024
+
+static bool vhostfs_is_new(const struct inode *inode)
+{
+#if VHOSTFS_KERNEL < 619
+	return READ_ONCE(inode->i_state) & I_NEW;
+#else
+	return inode_state_read_once((struct inode *)inode) & I_NEW;
+#endif
+}
+
+void vhostfs_walk(struct super_block *sb,
+		  bool (*look)(struct inode *inode, void *arg),
+		  void (*act)(struct inode *inode, void *arg), void *arg)
+{
+	struct inode *inode, *held = NULL;
+	unsigned int looks = 0;
+	bool wanted;
+
+	spin_lock(&sb->s_inode_list_lock);
+	list_for_each_entry(inode, &sb->s_inodes, i_sb_list) {
+		wanted = !vhostfs_is_new(inode) && look(inode, arg);
+		if (!wanted && ++looks % VHOSTFS_LOOKS)
+			continue;
+		/* The reference keeps our place in the list */
+		if (!igrab(inode))
+			continue;
+		spin_unlock(&sb->s_inode_list_lock);
+		iput(held);
+		held = inode;
+		if (wanted)
+			act(inode, arg);
+		cond_resched();
+		spin_lock(&sb->s_inode_list_lock);
+	}
+	spin_unlock(&sb->s_inode_list_lock);
+	iput(held);
+}
+
+/* ---- caches ------------------------------------------------------------------ */
+
+/*
+ * Attributes. The new version makes the FUSE core drop the attributes in
+ * replies to requests that were sent before now, which may be older than the
+ * event.
+ */
+void vhostfs_stale_attr(struct inode *inode, u32 mask)
+{
+	struct fuse_inode *fi = get_fuse_inode(inode);
+	struct fuse_conn *fc = get_fuse_conn(inode);
+
+	spin_lock(&fi->lock);
+	fi->attr_version = atomic64_inc_return(&fc->attr_version);
+	spin_unlock(&fi->lock);
+	set_mask_bits(&fi->inval_mask, 0, mask);
+	forget_all_cached_acls(inode);
+}
+
+void vhostfs_wake(struct vhostfs_request *req, int error)
+{
+	req->error = error;
+	complete(req->done);
+}
+
+static void vhostfs_set_times(struct inode *inode, const struct fuse_attr *attr)
+{
+	u32 mtimensec = min_t(u32, attr->mtimensec, NSEC_PER_SEC - 1);
+	u32 ctimensec = min_t(u32, attr->ctimensec, NSEC_PER_SEC - 1);
+
+#if VHOSTFS_KERNEL < 607
+	inode->i_mtime.tv_sec = attr->mtime;
+	inode->i_mtime.tv_nsec = mtimensec;
+	inode->i_ctime.tv_sec = attr->ctime;
+	inode->i_ctime.tv_nsec = ctimensec;
+#else
+	inode_set_mtime(inode, attr->mtime, mtimensec);
+	inode_set_ctime(inode, attr->ctime, ctimensec);
+#endif
+}
+
+/* Asks the device for attributes, by a request that the caller frees; or NULL */
+struct vhostfs_request *vhostfs_getattr(struct vhostfs_notify *n,
+					struct inode *inode)
+{
+	DECLARE_COMPLETION_ONSTACK(done);
+	struct vhostfs_request *req;
+
+	req = vhostfs_new_request(FUSE_GETATTR, get_node_id(inode),
+				  sizeof(req->getattr_in),
+				  sizeof(req->getattr_out));
+	if (!req)
+		return NULL;
+	req->end = vhostfs_wake;
+	req->done = &done;
+	vhostfs_send(n, get_fuse_mount(inode), req);
+	wait_for_completion(&done);
+	if (!req->error && inode_wrong_type(inode, req->getattr_out.attr.mode))
+		req->error = -EIO;
+	return req;
+}
+
+/*
+ * With write-back caching the FUSE core never believes the device's size and
+ * times of a file that it knows. So ask for them here, when nothing that this
+ * guest wrote is missing in them: the inode lock keeps writers away, and what
+ * is dirty is written back first.
+ */
+static void vhostfs_refetch(struct vhostfs_notify *n, struct inode *inode)
+{
+	struct fuse_inode *fi = get_fuse_inode(inode);
+	struct fuse_conn *fc = get_fuse_conn(inode);
+	struct vhostfs_request *req = NULL;
+	const struct fuse_attr *attr;
+	bool shrunk;
+
+	inode_lock(inode);
+	if (filemap_write_and_wait(inode->i_mapping))
+		goto out;
+	/* Older kernels end a page's writeback before the WRITE is answered */
+	wait_event(fi->page_waitq, !READ_ONCE(fi->writectr));
+
+	req = vhostfs_getattr(n, inode);
+	if (!req)
+		goto out;
+	attr = &req->getattr_out.attr;
+	if (req->error || attr->size > LLONG_MAX ||
+	    mapping_tagged(inode->i_mapping, PAGECACHE_TAG_DIRTY))
+		goto out;
+
+	spin_lock(&fi->lock);
+	fi->attr_version = atomic64_inc_return(&fc->attr_version);
+	shrunk = attr->size < inode->i_size;
+	i_size_write(inode, attr->size);
+	vhostfs_set_times(inode, attr);
+	spin_unlock(&fi->lock);
+	if (shrunk)
+		truncate_pagecache(inode, attr->size);
+out:
+	inode_unlock(inode);
+	kfree(req);
+}
+
+/*
+ * What is known of an object's attributes and content. Pages: those that are
+ * being read are locked until their READ was answered, so this waits for old
+ * content that is on its way and drops it, too.
+ */
+void vhostfs_stale_object(struct vhostfs_notify *n, struct inode *inode,
+			  u32 mask)
+{
+	if (!(mask & ~(FS_ACCESS | FS_OPEN | FS_OPEN_EXEC | FS_CLOSE_NOWRITE))) {
+		if (mask & FS_ACCESS)
+			vhostfs_stale_attr(inode, STATX_ATIME);
+		return;
+	}
+
+	vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+	if (!S_ISREG(inode->i_mode) ||
+	    !(mask & (FS_MODIFY | FS_CLOSE_WRITE | FS_ATTRIB)))
+		return;
+	if (get_fuse_conn(inode)->writeback_cache)
+		vhostfs_refetch(n, inode);
+	if ((mask & (FS_MODIFY | FS_CLOSE_WRITE)) && inode->i_mapping->nrpages)
+		invalidate_inode_pages2(inode->i_mapping);
+}
+
+/* Makes the next walk through this dentry ask the device */
+void vhostfs_expire_dentry(struct dentry *dentry)
+{
+	/* In all kernels the time comes first of what d_fsdata stands for */
+#if VHOSTFS_KERNEL < 618 && BITS_PER_LONG >= 64
+	dentry->d_fsdata = NULL;
+#else
+	*(u64 *)dentry->d_fsdata = 0;
+#endif
+}
+
+struct dentry *vhostfs_lookup_cached(struct inode *dir,
+				     const struct vhostfs_event *event)
+{
+	struct qstr name = { .name = event->name, .len = event->namelen };
+	struct dentry *alias = d_find_any_alias(dir);
+	struct dentry *entry;
+
+	if (!alias)
+		return NULL;
+	name.hash = full_name_hash(alias, event->name, event->namelen);
+	entry = d_lookup(alias, &name);
+	dput(alias);
+	return entry;
+}
+
+/* Is this the inode of the event's child? */
+static bool vhostfs_is_object(const struct inode *inode,
+			      const struct vhostfs_event *event)
+{
+	return event->child_nodeid == get_node_id((struct inode *)inode) &&
+	       event->child_generation == inode->i_generation;
+}
+
+/* Was the name's object found after the event, or may it have been? */
+static bool vhostfs_is_newer(const struct dentry *entry,
+			     const struct vhostfs_event *event)
+{
+	const struct inode *inode = d_inode(entry);
+
+	if (!inode)
+		return false;
+	/* It is in use beside us */
+	if (!event->child_nodeid)
+		return S_ISDIR(inode->i_mode) && d_count(entry) > 1;
+	return (event->mask & (FS_DELETE | FS_MOVED_FROM)) &&
+	       !vhostfs_is_object(inode, event);
+}
+
+/*
+ * What is known of a directory's entry and of its listing. The directory's
+ * lock waits for every LOOKUP and READDIRPLUS in it that was sent before now,
+ * so that none of them can put an old answer into the dcache afterwards.
+ *
+ * A dentry may be in revalidation meanwhile, which needs no such lock and may
+ * give it a new time from an old answer. So what is wrong is unhashed; a new
+ * time alone is given only where the dentry holds a newer object than the
+ * event speaks of, which the next walk confirms. The same for a directory
+ * of which the device knew nothing: who uses it here, as a mount point or from
+ * within, has found it after the event.
+ *
+ * A cached listing is dropped by its readers, for its iversion differs.
+ *
+ * Returns the directory that had the name and is watched, with a reference, if
+ * this may be its end; or NULL.
+ */
+struct inode *vhostfs_stale_entry(struct inode *dir,
+				  const struct vhostfs_event *event)
+{
+	bool gone = event->mask & (FS_DELETE | FS_MOVED_FROM);
+	struct inode *inode, *former = NULL;
+	struct dentry *entry;
+	bool same;
+
+	inode_lock_nested(dir, I_MUTEX_PARENT);
+	vhostfs_stale_attr(dir, STATX_BASIC_STATS);
+	inode_maybe_inc_iversion(dir, false);
+	entry = vhostfs_lookup_cached(dir, event);
+	if (entry) {
+		inode = d_inode(entry);
+		same = inode && vhostfs_is_object(inode, event);
+		if (inode)
+			vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+		/* Of a file's end its link count tells */
+		if (inode && S_ISDIR(inode->i_mode) && (gone || !same) &&
+		    !(event->mask & FS_MOVED_FROM) &&
+		    READ_ONCE(inode->i_fsnotify_mask))
+			former = igrab(inode);
+		if (vhostfs_is_newer(entry, event))
+			vhostfs_expire_dentry(entry);
+		else if (gone ? !!inode : !same)
+			d_invalidate(entry);
+		dput(entry);
+	}
+	inode_unlock(dir);
+	return former;
+}
+
+/*
+ * The object of an event in a directory. If it is not there it may be about to
+ * come: a LOOKUP that was sent before the event was, and would fill in what
+ * was true then. The directory's lock waits for it.
+ */
+struct inode *vhostfs_find_child(struct fuse_conn *fc, struct inode *dir,
+				 const struct vhostfs_event *event)
+{
+	struct inode *child;
+
+	if (!event->child_nodeid)
+		return NULL;
+	child = vhostfs_find(fc, event->child_nodeid, event->child_generation);
+	if (child || !dir)
+		return child;
+	inode_lock_nested(dir, I_MUTEX_PARENT);
+	inode_unlock(dir);
+	return vhostfs_find(fc, event->child_nodeid, event->child_generation);
+}
+
+/*
+ * A file handle in an event leads to its object as long as this guest keeps
+ * that in memory: once it is forgotten, the device knows it by another number.
+ * So the last ones stay for a while.
+ */
+void vhostfs_remember(struct vhostfs_notify *n, struct inode *inode)
+{
+	struct inode **place = &n->recent[n->next_recent];
+	unsigned int i;
+
+	if (!READ_ONCE(n->fid_wanted))
+		return;
+	for (i = 0; i < VHOSTFS_MAX_RECENT; i++)
+		if (n->recent[i] == inode)
+			return;
+	iput(*place);
+	*place = igrab(inode);
+	n->next_recent = (n->next_recent + 1) % VHOSTFS_MAX_RECENT;
+}
+
+/* Of one superblock, or of all, or one object that is gone. Under event_mutex */
+void vhostfs_forget_recent(struct vhostfs_notify *n,
+			   const struct super_block *sb,
+			   const struct inode *inode)
+{
+	unsigned int i;
+
+	for (i = 0; i < VHOSTFS_MAX_RECENT; i++) {
+		if (!n->recent[i] || (sb && n->recent[i]->i_sb != sb) ||
+		    (inode && n->recent[i] != inode))
+			continue;
+		iput(n->recent[i]);
+		n->recent[i] = NULL;
+	}
+}
+
+/*
+ * The object of a name in an event, which this guest does not know. It is asked
+ * for where that matters: a directory that came has to be held before the next
+ * event, which may be about what is in it; and who wants objects by handle
+ * wants them of those, too.
+ */
+struct inode *vhostfs_meet(struct vhostfs_notify *n, struct inode *dir,
+			   const struct vhostfs_event *event)
+{
+	bool is_dir = (event->mask & FS_ISDIR) && READ_ONCE(n->share_mask);
+	struct inode *child;
+
+	if ((!is_dir && !READ_ONCE(n->fid_wanted)) ||
+	    (event->mask & (FS_DELETE | FS_MOVED_FROM)))
+		return NULL;
+	child = vhostfs_look_up(dir, event->name, event->namelen);
+	if (!child)
+		return NULL;
+	/* The name may have been given to another since */
+	if (!event->child_nodeid ? !(event->mask & FS_ISDIR) ==
+				   !S_ISDIR(child->i_mode) :
+	    event->child_nodeid == get_node_id(child) &&
+	    event->child_generation == child->i_generation)
+		return child;
+	iput(child);
+	return NULL;
+}
+
+/*
+ * A directory has a new name. Events of its own come without one, and are told
+ * to watchers of its parent by the dentry; so that is moved, by a lookup. Who
+ * is in the directory, or has mounted something below it, keeps that.
+ */
+void vhostfs_follow(struct inode *dir, const struct inode *child,
+		    const struct vhostfs_event *event)
+{
+	if (child && S_ISDIR(child->i_mode) && child->i_sb == dir->i_sb &&
+	    (event->mask & FS_MOVED_TO))
+		iput(vhostfs_look_up(dir, event->name, event->namelen));
+}

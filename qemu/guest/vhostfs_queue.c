@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * vhostfs: how elements travel: the notification queue, or parked requests
+ *
+ * Owns buffers and parked requests, and copies what comes in them; knows
+ * nothing of what it means. docs/protocol.md of vhostfs, 3 and 4.4.
+ */
+
+#include <linux/module.h>
+#include <linux/virtio.h>
+#include "vhostfs_internal.h"
+
+static unsigned int queue_buffers = VHOSTFS_MAX_BUFFERS;
+module_param(queue_buffers, uint, 0444);
+MODULE_PARM_DESC(queue_buffers,
+		 "Most buffers to keep in a notification queue (1 to 256)");
+
+/* ---- queue 1 -------------------------------------------------------------------- */
+
+/* Under vq_lock. A queue that takes no buffer is broken; it stays as it is. */
+void vhostfs_give_buffer(struct vhostfs_notify *n, void *buf)
+{
+	struct scatterlist sg;
+
+	sg_init_one(&sg, buf, n->buf_size);
+	virtqueue_add_inbuf(n->vq, &sg, 1, buf, GFP_ATOMIC);
+}
+
+/*
+ * Copies what came, at most a batch, and returns the buffers before anything is
+ * done about it: acting takes time, and few buffers may be all there are.
+ * Nothing is read from a buffer that the device may write to.
+ */
+static unsigned int vhostfs_take_buffers(struct vhostfs_notify *n)
+{
+	unsigned int count = 0, len;
+	bool kick = false;
+	void *buf;
+
+	spin_lock(&n->vq_lock);
+	if (!n->running || !n->has_queue)
+		goto out;
+	virtqueue_disable_cb(n->vq);
+	do {
+		while (count < VHOSTFS_BATCH) {
+			buf = virtqueue_get_buf(n->vq, &len);
+			if (!buf)
+				break;
+			n->batch_len[count] = min_t(unsigned int, len,
+						    VHOSTFS_ELEMENT_SIZE);
+			memcpy(n->batch[count], buf, n->batch_len[count]);
+			count++;
+			vhostfs_give_buffer(n, buf);
+		}
+	} while (count < VHOSTFS_BATCH && !virtqueue_enable_cb(n->vq) &&
+		 !virtqueue_is_broken(n->vq));
+	if (count)
+		kick = virtqueue_kick_prepare(n->vq);
+	/* Under the lock, so that the queue cannot go meanwhile */
+	if (kick)
+		virtqueue_notify(n->vq);
+out:
+	spin_unlock(&n->vq_lock);
+	return count;
+}
+
+/* Buffers for queue 1. Without memory it has fewer */
+void vhostfs_alloc_buffers(struct vhostfs_notify *n,
+			   struct virtqueue *vq)
+{
+	unsigned int count;
+
+	count = clamp_t(unsigned int, queue_buffers, 1, VHOSTFS_MAX_BUFFERS);
+	count = min(count, virtqueue_get_vring_size(vq));
+	n->bufs = kcalloc(count, sizeof(*n->bufs), GFP_KERNEL);
+	while (n->bufs && n->nbufs < count) {
+		n->bufs[n->nbufs] = kzalloc(n->buf_size, GFP_KERNEL);
+		if (!n->bufs[n->nbufs])
+			break;
+		n->nbufs++;
+	}
+}
+
+/* ---- parked requests ------------------------------------------------------------- */
+
+/* Under vq_lock: parks what may be; what finds no place in the ring tries again */
+static void vhostfs_post(struct vhostfs_notify *n)
+{
+	struct scatterlist out, in, *sgs[] = { &out, &in };
+	struct vhostfs_parked *parked;
+	bool posted = false;
+
+	while (n->nposted < n->max_parked && !list_empty(&n->unposted)) {
+		parked = list_first_entry(&n->unposted, struct vhostfs_parked,
+					  list);
+		parked->unique = VHOSTFS_PARK_UNIQUE | n->next_unique;
+		n->next_unique += 2;	/* an odd one is an interrupt's */
+		memset(&parked->in, 0, sizeof(parked->in));
+		parked->in.len = sizeof(parked->in);
+		parked->in.opcode = FUSE_FSNOTIFY_PARK;
+		parked->in.unique = parked->unique;
+		parked->in.nodeid = FUSE_ROOT_ID;
+		sg_init_one(&out, &parked->in, sizeof(parked->in));
+		sg_init_one(&in, parked->out, sizeof(parked->out));
+		/* Its answer may be there before this returns */
+		list_del_init(&parked->list);
+		if (vhostfs_notify_post(n->vdev, sgs, parked)) {
+			list_add(&parked->list, &n->unposted);
+			queue_delayed_work(vhostfs_wq, &n->park_work,
+					   VHOSTFS_PARK_WAIT);
+			break;
+		}
+		n->nposted++;
+		posted = true;
+	}
+	if (posted)
+		vhostfs_notify_kick(n->vdev);
+}
+
+void vhostfs_park_work(struct work_struct *work)
+{
+	struct vhostfs_notify *n = container_of(to_delayed_work(work),
+						struct vhostfs_notify,
+						park_work);
+
+	spin_lock(&n->vq_lock);
+	if (n->running && READ_ONCE(n->session) == VHOSTFS_GRANTED)
+		vhostfs_post(n);
+	spin_unlock(&n->vq_lock);
+}
+
+/*
+ * Makes of an answer what the notification queue would have brought. False: the
+ * device has sent the request back, or answers what was not asked.
+ */
+static bool vhostfs_to_element(struct vhostfs_notify *n, void *data,
+			       unsigned int len, u64 unique)
+{
+	struct vhostfs_wire_element *wire = data;
+
+	if (len < sizeof(struct fuse_out_header) ||
+	    le64_to_cpu(wire->unique) != unique) {
+		vhostfs_count(n, VHOSTFS_RECEIVED);
+		vhostfs_count(n, VHOSTFS_MALFORMED);
+		return false;
+	}
+	if (wire->error)
+		return false;
+	wire->error = cpu_to_le32(FUSE_NOTIFY_FSNOTIFY);
+	wire->unique = 0;
+	return true;
+}
+
+/* Adds answers to the batch, and parks their requests again */
+static unsigned int vhostfs_take_parked(struct vhostfs_notify *n,
+					unsigned int count)
+{
+	struct vhostfs_parked *parked;
+	bool granted, sent_back = false;
+
+	spin_lock(&n->vq_lock);
+	granted = READ_ONCE(n->session) == VHOSTFS_GRANTED;
+	while (n->running && count < VHOSTFS_BATCH) {
+		spin_lock(&n->answered_lock);
+		parked = list_first_entry_or_null(&n->answered,
+						  struct vhostfs_parked, list);
+		if (parked)
+			list_del(&parked->list);
+		spin_unlock(&n->answered_lock);
+		if (!parked)
+			break;
+		n->batch_len[count] = min_t(unsigned int, parked->len,
+					    VHOSTFS_ELEMENT_SIZE);
+		memcpy(n->batch[count], parked->out, n->batch_len[count]);
+		if (vhostfs_to_element(n, n->batch[count], n->batch_len[count],
+				       parked->unique))
+			count++;
+		else
+			sent_back = true;
+		list_add_tail(&parked->list, &n->unposted);
+		n->nposted--;
+	}
+	if (n->running && granted && sent_back)
+		queue_delayed_work(vhostfs_wq, &n->park_work,
+				   VHOSTFS_PARK_WAIT);
+	else if (n->running && granted)
+		vhostfs_post(n);
+	spin_unlock(&n->vq_lock);
+	return count;
+}
+
+/* Is this one of ours, among what comes out of a request queue? */
+bool vhostfs_notify_is_parked(const struct vhostfs_notify *n, const void *token)
+{
+	const struct vhostfs_parked *parked = token;
+
+	return n && n->parked && parked >= n->parked &&
+	       parked < n->parked + n->nparked;
+}
+
+/* Called with the request queue's lock: true when it was one of ours */
+bool vhostfs_notify_answered(struct vhostfs_notify *n, void *token,
+			     unsigned int len)
+{
+	struct vhostfs_parked *parked = token;
+
+	if (!vhostfs_notify_is_parked(n, token))
+		return false;
+	parked->len = len;
+	spin_lock(&n->answered_lock);
+	list_add_tail(&parked->list, &n->answered);
+	spin_unlock(&n->answered_lock);
+	queue_work(vhostfs_wq, &n->receive_work);
+	return true;
+}
+
+void vhostfs_alloc_parked(struct vhostfs_notify *n, struct virtqueue *vq)
+{
+	unsigned int i, count;
+
+	count = clamp_t(unsigned int, queue_buffers, 1, VHOSTFS_MAX_PARKED);
+	count = min(count, virtqueue_get_vring_size(vq) / VHOSTFS_PARKED_SHARE);
+	count = max(count, 1U);
+	n->parked_vq = vq;
+	n->parked = kcalloc(count, sizeof(*n->parked), GFP_KERNEL);
+	n->nparked = n->parked ? count : 0;
+	for (i = 0; i < n->nparked; i++)
+		list_add_tail(&n->parked[i].list, &n->unposted);
+}
+
+/* ---- the receiving worker --------------------------------------------------------- */
+
+static unsigned int vhostfs_take_batch(struct vhostfs_notify *n)
+{
+	return vhostfs_take_parked(n, vhostfs_take_buffers(n));
+}
+
+void vhostfs_receive_work(struct work_struct *work)
+{
+	struct vhostfs_notify *n = container_of(work, struct vhostfs_notify,
+						receive_work);
+	unsigned int batches = VHOSTFS_BATCHES;
+	unsigned int count, i;
+
+	do {
+		count = vhostfs_take_batch(n);
+		for (i = 0; i < count; i++) {
+			vhostfs_element(n, n->batch[i], n->batch_len[i]);
+			cond_resched();
+		}
+	} while (count == VHOSTFS_BATCH && --batches);
+
+	vhostfs_expire_halves(n);
+	/* Others get their turn, however much the device sends */
+	if (count == VHOSTFS_BATCH)
+		queue_work(vhostfs_wq, &n->receive_work);
+}
+
+/* Called in interrupts */
+void vhostfs_notify_received(struct vhostfs_notify *n)
+{
+	if (n)
+		queue_work(vhostfs_wq, &n->receive_work);
+}
