@@ -71,7 +71,7 @@ struct vf_change {
 	uint32_t namelen;
 	int32_t pid;	  /* of who made the change; 0: not known */
 	uint32_t cookie;  /* of the two halves of a rename; else 0 */
-	uint32_t flags;	  /* VF_FSNOTIFY_SPLIT_RENAME */
+	uint32_t flags;	  /* of the element */
 	bool not_its_end; /* whether the child has ended is told by another change */
 	uint64_t seen_ns; /* CLOCK_MONOTONIC, when the record was read */
 };

@@ -162,6 +162,7 @@ static void report_objects(struct reader *reader, const struct vf_fanotify_recor
 		struct vf_change change = {
 		    .child = objects->inodes[i],
 		    .pid = record->pid,
+		    .flags = VF_FSNOTIFY_FOR_PARENT,
 		    .seen_ns = reader->now_ns,
 		};
 

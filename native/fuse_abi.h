@@ -90,6 +90,7 @@ struct vf_fuse_copy_file_range_out {
 #define VF_FSNOTIFY_CHILD (1ULL << 4)
 #define VF_FSNOTIFY_INVALIDATE (1ULL << 5)
 #define VF_FSNOTIFY_WATCH_FILESYSTEM (1ULL << 6)
+#define VF_FSNOTIFY_PARENT (1ULL << 7)
 
 struct vf_fsnotify_watch_in {
 	uint64_t mask; /* FS_* bits; 0: no longer watched */
@@ -102,6 +103,7 @@ struct vf_fsnotify_watch_in {
 
 /* flags of an element */
 #define VF_FSNOTIFY_SPLIT_RENAME 1u
+#define VF_FSNOTIFY_FOR_PARENT 2u /* PARENT */
 
 #define VF_NAME_MAX 255u
 

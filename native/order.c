@@ -294,6 +294,12 @@ static void report(struct vf_order *order, const struct vf_change *changes, uint
 		vf_events_report(order->events, changes, n);
 }
 
+/* Has a directory's parent, if it is watched, no watch of inotify's that would have told this? */
+static bool for_parent(const struct vf_order *order, const struct fact *fact)
+{
+	return fact->deferred ? order->events->order_error : fact->itself;
+}
+
 /* With references. */
 static struct vf_change change_of(struct vf_order *order, const struct fact *fact)
 {
@@ -306,6 +312,7 @@ static struct vf_change change_of(struct vf_order *order, const struct fact *fac
 	    .name = fact->name,
 	    .namelen = fact->namelen,
 	    .pid = fact->pid,
+	    .flags = for_parent(order, fact) ? VF_FSNOTIFY_FOR_PARENT : 0,
 	    .seen_ns = order->reader.now_ns,
 	};
 }

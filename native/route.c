@@ -39,13 +39,17 @@ static bool watched_as_child(struct vf_events *events, const struct vf_inode *di
 }
 
 /*
- * What happens to a directory itself comes without its parent.  Somebody may watch the parent when
- * anybody watches any directory's children for this.
+ * What happened to a directory itself, without its parent, which nothing else tells of it.  Somebody
+ * may watch the parent when anybody watches any directory's children for this.
  */
-static bool parent_may_be_watched(struct vf_events *events, const struct vf_change *change)
+static bool parent_may_be_watched(struct vf_events *events, uint64_t flags,
+				  const struct vf_change *change)
 {
 	uint64_t mask = vf_watches_union(events->watches);
 
+	/* A driver that does not know the flag tells the parent whatever has no name. */
+	if ((flags & VF_FSNOTIFY_PARENT) && !(change->flags & VF_FSNOTIFY_FOR_PARENT))
+		return false;
 	return !change->dir && (change->mask & VF_FS_ISDIR) && (mask & change->mask) &&
 	       (mask & VF_FS_EVENT_ON_CHILD);
 }
@@ -66,7 +70,19 @@ static bool wanted(struct vf_events *events, uint64_t flags, const struct vf_cha
 	if (event & VF_FS_SELF_EVENTS)
 		return watched(events, change->child, event);
 	return watched_as_child(events, change->dir, event) ||
-	       watched(events, change->child, event) || parent_may_be_watched(events, change);
+	       watched(events, change->child, event) ||
+	       parent_may_be_watched(events, flags, change);
+}
+
+/* The element's flags, of those that the session has. */
+static uint32_t flags_of(uint64_t flags, const struct vf_change *change)
+{
+	uint32_t known = flags & VF_FSNOTIFY_RENAME ? VF_FSNOTIFY_SPLIT_RENAME : 0;
+
+	if ((flags & VF_FSNOTIFY_PARENT) && !change->dir && (change->mask & VF_FS_ISDIR) &&
+	    (change->mask & VF_FS_CHILD_EVENTS))
+		known |= VF_FSNOTIFY_FOR_PARENT;
+	return change->flags & known;
 }
 
 static struct vf_outgoing element_of(uint64_t flags, const struct vf_change *change)
@@ -80,14 +96,13 @@ static struct vf_outgoing element_of(uint64_t flags, const struct vf_change *cha
 		    .mask = change->mask,
 		    .namelen = change->dir ? change->namelen : 0,
 		    .cookie = change->cookie,
+		    .flags = flags_of(flags, change),
 		},
 	    .name = change->name,
 	    .pid = change->pid,
 	    .seen_ns = change->seen_ns,
 	};
 
-	if (flags & VF_FSNOTIFY_RENAME)
-		out.element.flags = change->flags;
 	if (change->dir && change->child && (flags & VF_FSNOTIFY_CHILD)) {
 		out.element.child_nodeid = vf_inode_nodeid(change->child);
 		out.element.child_generation = vf_inode_generation(change->child);

@@ -122,7 +122,8 @@ def event_abilities(options: ServerOptions, features_acked: int) -> EventAbiliti
     """What can be done for a driver that has acked these virtio features; there are events."""
     events = options.events
     assert events is not None
-    flags = FsnotifyFlag.CHILD | FsnotifyFlag.WATCH_FILESYSTEM | (events.transports & FsnotifyFlag.PARKED)
+    flags = FsnotifyFlag.CHILD | FsnotifyFlag.WATCH_FILESYSTEM | FsnotifyFlag.PARENT
+    flags |= events.transports & FsnotifyFlag.PARKED
     if events.joins_renames:
         flags |= FsnotifyFlag.RENAME
     no_queue = NO_NOTIFICATION_QUEUE

@@ -124,7 +124,8 @@ static const char *next_text(void)
 	if (e->child_nodeid)
 		n += sprintf(text + n, " > %llx", (unsigned long long)e->child_nodeid);
 	if (e->flags)
-		sprintf(text + n, " split");
+		sprintf(text + n, "%s%s", e->flags & VF_FSNOTIFY_SPLIT_RENAME ? " split" : "",
+			e->flags & VF_FSNOTIFY_FOR_PARENT ? " for parent" : "");
 	taker.read++;
 	return text;
 }

@@ -714,10 +714,15 @@ static void children_of_a_watched_directory(struct guest *g)
 	expect(events, "ATTRIB dir %llx", U(sub));
 	CHECK_EQ(fchmodat(host_fd, "dir", 0700, 0), 0);
 	expect(events, "ATTRIB dir %llx", U(dir));
+	/* Which a driver that knows of that is told. */
+	CHECK_EQ(vf_share_grant_events(g->share, ALL_FLAGS | VF_FSNOTIFY_PARENT, EVERYTHING), 0);
+	CHECK_EQ(fchmodat(host_fd, "dir/sub", 0755, 0), 0);
+	expect(events, "ATTRIB dir %llx for parent", U(sub));
+	CHECK_EQ(vf_share_grant_events(g->share, ALL_FLAGS, EVERYTHING), 0);
 	/* A watch without EVENT_ON_CHILD is for the directory alone. */
 	CHECK_EQ(watch(g, dir, VF_FS_ATTRIB), 0);
 	CHECK_EQ(fchmodat(host_fd, "dir/file", 0644, 0), 0);
-	CHECK_EQ(fchmodat(host_fd, "dir/sub", 0755, 0), 0);
+	CHECK_EQ(fchmodat(host_fd, "dir/sub", 0700, 0), 0);
 	expect_nothing(events);
 	CHECK_EQ(fchmodat(host_fd, "dir", 0755, 0), 0);
 	expect(events, "ATTRIB dir %llx", U(dir));

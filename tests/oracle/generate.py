@@ -128,7 +128,8 @@ class Generator:
                 self._emit(
                     self._random.choice(("file", "file", "file", "mkdir", "symlink")), f"{directory}/{name}"
                 )
-        for source in self._random.sample(self._tree.of("f"), 1):
+        files = self._tree.of("f")
+        for source in self._random.sample(files, min(len(files), 1)):
             self._emit("link", source, self._new_path())
         self._first_watches()
         self._done = 0

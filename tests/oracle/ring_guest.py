@@ -18,13 +18,13 @@ from tests.oracle.streams import In, Seen, event_words
 from tests.ring.events import NOTIFYING
 from tests.ring.share import Share
 from vhostfs.frontend import NotificationQueue
-from vhostfs.frontend.fsnotify import ALL_EVENTS, Element, Event, Granted
+from vhostfs.frontend.fsnotify import ALL_EVENTS, Element, ElementFlag, Event, Granted
 
 Key = tuple[int, int]
 """nodeid and generation."""
 _ENTRY = Event.CREATE | Event.DELETE | Event.MOVED_FROM | Event.MOVED_TO
 _SELF = Event.DELETE_SELF | Event.MOVE_SELF
-_WANTED = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD
+_WANTED = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD | Granted.PARENT
 _FENCE = ".fence"
 TIMEOUT_S = 10.0
 """For all that happened to arrive."""
@@ -167,7 +167,7 @@ class RingGuest:
             taken.append(last)
 
     def _raised(self, element: Element) -> list[list[Seen]]:
-        kind, is_dir = element.mask & ~Event.ISDIR, bool(element.mask & Event.ISDIR)
+        kind = element.mask & ~Event.ISDIR
         if kind == Event.Q_OVERFLOW:
             return [[Seen("", In.Q_OVERFLOW)]]
         key: Key = element.nodeid, element.generation
@@ -182,7 +182,7 @@ class RingGuest:
             return raised
         if element.name:
             return [self._delivered(key, words, element.name), self._delivered(child, words)]
-        parent = self._places.get(key) if is_dir else None
+        parent = self._places.get(key) if element.flags & ElementFlag.FOR_PARENT else None
         above = self._delivered(parent[0], words, parent[1]) if parent is not None else []
         return [above, self._delivered(key, words)]
 

@@ -128,7 +128,7 @@ def test_only_what_was_wanted_is_granted(share: Share) -> None:
 
 def test_unknown_flags_and_mask_bits_are_left_out(share: Share) -> None:
     answer = share.mount(NOTIFYING).fsnotify_init((1 << 64) - 1, (1 << 64) - 1)
-    known = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD | Granted.WATCH_FILESYSTEM
+    known = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD | Granted.WATCH_FILESYSTEM | Granted.PARENT
     assert not answer.flags & ~known
     assert not answer.mask & ~int(ALL_EVENTS | Event.RENAME)
 

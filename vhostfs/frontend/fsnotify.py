@@ -81,6 +81,7 @@ class Granted(enum.IntFlag):
     CHILD = 1 << 4
     INVALIDATE = 1 << 5
     WATCH_FILESYSTEM = 1 << 6
+    PARENT = 1 << 7
 
 
 class WatchFlag(enum.IntFlag):
@@ -89,6 +90,7 @@ class WatchFlag(enum.IntFlag):
 
 class ElementFlag(enum.IntFlag):
     SPLIT_RENAME = 1
+    FOR_PARENT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,7 @@ def unpack_element(data: bytes) -> Element:
         (f"namelen {namelen} is what follows", namelen == len(name)),
         (f"namelen {namelen} is at most {NAME_MAX}", namelen <= NAME_MAX),
         ("the name is one component", not {0, ord("/")} & set(name) and name not in (b".", b"..")),
-        (f"flags {flags:#x} are known", not flags & ~ElementFlag.SPLIT_RENAME),
+        (f"flags {flags:#x} are known", not flags & ~(ElementFlag.SPLIT_RENAME | ElementFlag.FOR_PARENT)),
         ("an unknown child has generation 0", bool(child) or not child_generation),
     ):
         if not kept:
@@ -190,9 +192,16 @@ def _check_form(element: Element) -> None:
         sound = False
     elif kind & ENTRY_EVENTS:
         sound = bool(element.name) and (bool(kind & halves) or not element.cookie)
-        sound = sound and (not element.flags or bool(kind & halves and element.cookie))
+        split = ElementFlag.SPLIT_RENAME
+        sound = sound and (
+            not element.flags or bool(element.flags == split and kind & halves and element.cookie)
+        )
     elif kind & SELF_EVENTS or not element.name:
-        sound = not (element.name or element.cookie or element.flags or element.child_nodeid)
+        for_parent = (
+            element.flags == ElementFlag.FOR_PARENT and kind & CHILD_EVENTS and element.mask & Event.ISDIR
+        )
+        sound = not (element.name or element.cookie or element.child_nodeid)
+        sound = sound and (not element.flags or bool(for_parent))
     else:
         sound = not (element.cookie or element.flags)
     if not sound:

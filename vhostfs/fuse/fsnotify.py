@@ -46,6 +46,8 @@ class FsnotifyFlag(enum.IntFlag):
     """Every change to an inode that the guest holds is reported, watched or not."""
     WATCH_FILESYSTEM = 1 << 6
     """FUSE_FSNOTIFY_WATCH knows FILESYSTEM: one mask for everything that the guest holds."""
+    PARENT = 1 << 7
+    """A directory's own event is for its parent's watchers only where the element says so."""
 
 
 TRANSPORTS = FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED
