@@ -186,6 +186,13 @@ int vf_share_start_events(vf_share *share, const struct vf_events_config *config
  * driver can raise.  Ends with the session.  -ENOSYS: no events were started.
  */
 int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask);
+/*
+ * The largest element that the session's guest takes, in bytes with fuse_out_header; before
+ * vf_share_grant_events(), and until the session ends.  Without it: notify_buf_size.
+ */
+int vf_share_limit_elements(vf_share *share, uint32_t size);
+/* Has the host's source failed, so that nothing comes of it any more? */
+bool vf_share_events_failed(vf_share *share);
 
 struct vf_events_stats {
 	uint64_t received;  /* events read from the host; a merged record counts as its parts */

@@ -116,6 +116,7 @@ static int start_thread(struct vf_events *events)
 
 void vf_events_source_failed(struct vf_events *events, const char *what, int error)
 {
+	atomic_store(&events->failed, true);
 	vf_events_notice(events, "%s: %s; no more changes on the host reach the guest", what,
 			 strerror(error));
 	epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, events->config.source_fd, NULL);
@@ -170,6 +171,7 @@ static struct vf_events *events_new(vf_share *share, const struct vf_events_conf
 	events->share = share;
 	events->config = *config;
 	atomic_store(&events->filesystem_mask, config->filesystem_mask);
+	atomic_store(&events->max_element, config->notify_buf_size);
 	events->ops =
 	    config->source == VF_EVENTS_INOTIFY ? &vf_inotify_source : &vf_fanotify_source;
 	events->pid = getpid();
@@ -262,6 +264,21 @@ int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask)
 	return 0;
 }
 
+int vf_share_limit_elements(vf_share *share, uint32_t size)
+{
+	if (!share->events)
+		return -ENOSYS;
+	if (size < VF_ELEMENT_MIN)
+		return -EINVAL;
+	atomic_store(&share->events->max_element, size);
+	return 0;
+}
+
+bool vf_share_events_failed(vf_share *share)
+{
+	return share->events && atomic_load(&share->events->failed);
+}
+
 /* Holds the source's thread up between two turns. */
 static void lock_source(struct vf_events *events)
 {
@@ -291,6 +308,7 @@ void vf_events_end_session(struct vf_events *events)
 	}
 	vf_outbox_clear(events->outbox);
 	vf_outbox_use(events->outbox, NULL);
+	atomic_store(&events->max_element, events->config.notify_buf_size);
 }
 
 /* ---- what people are told --------------------------------------------------------- */

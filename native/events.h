@@ -148,6 +148,8 @@ struct vf_events {
 	/* Granted to the session; 0: none, and nothing is reported. */
 	atomic_uint_fast64_t flags;
 	atomic_uint_fast64_t mask;
+	atomic_uint max_element; /* that its guest takes, in bytes with fuse_out_header */
+	atomic_bool failed;	 /* the source has */
 	/* What the guest watches on everything that it holds of the share; 0: nothing. */
 	atomic_uint_fast64_t everywhere;
 	struct vf_announced *announced; /* watch_share.c */

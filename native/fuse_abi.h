@@ -91,6 +91,7 @@ struct vf_fuse_copy_file_range_out {
 #define VF_FSNOTIFY_INVALIDATE (1ULL << 5)
 #define VF_FSNOTIFY_WATCH_FILESYSTEM (1ULL << 6)
 #define VF_FSNOTIFY_PARENT (1ULL << 7)
+#define VF_FSNOTIFY_DIRECTORY_LOSS (1ULL << 8)
 
 struct vf_fsnotify_watch_in {
 	uint64_t mask; /* FS_* bits; 0: no longer watched */
@@ -106,6 +107,10 @@ struct vf_fsnotify_watch_in {
 #define VF_FSNOTIFY_FOR_PARENT 2u /* PARENT */
 
 #define VF_NAME_MAX 255u
+
+/* The least that any element takes, and the most that one can take, with fuse_out_header. */
+#define VF_ELEMENT_MIN ((uint32_t)(sizeof(struct fuse_out_header) + sizeof(struct vf_fsnotify_out)))
+#define VF_ELEMENT_MAX (VF_ELEMENT_MIN + VF_NAME_MAX)
 
 /* The notification element, behind fuse_out_header; name[namelen] follows, without NUL. */
 struct vf_fsnotify_out {

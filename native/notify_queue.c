@@ -19,8 +19,8 @@
 struct vf_notifier {
 	struct vf_sink sink;
 	struct vf_queue *queue;
-	struct vf_outbox *outbox; /* NULL: events are off */
-	uint32_t buffer_size;	  /* notify_buf_size: the least that a buffer must hold */
+	struct vf_events *events; /* NULL: events are off */
+	struct vf_outbox *outbox; /* theirs */
 	struct vf_req buffer;
 	bool kicks;   /* were asked for */
 	bool stopped; /* the guest's fault */
@@ -64,6 +64,7 @@ static bool put(struct vf_sink *sink, const struct vf_fsnotify_out *element, con
 	struct fuse_out_header header = {.error = VF_FUSE_NOTIFY_FSNOTIFY};
 	struct vf_queue *q = n->queue;
 	const char *why;
+	uint32_t least;
 	int taken;
 
 	if (n->stopped)
@@ -77,13 +78,14 @@ static bool put(struct vf_sink *sink, const struct vf_fsnotify_out *element, con
 		stop(n);
 		return false;
 	}
-	if (n->buffer.in_size || n->buffer.out_size < n->buffer_size) {
+	least = atomic_load(&n->events->max_element);
+	if (n->buffer.in_size || n->buffer.out_size < least) {
 		q->ring.next_avail--;
 		vf_faults_add(&q->device->faults, (int32_t)q->index,
 			      "queue %u stopped: a notification buffer of %u readable and %u "
 			      "writable bytes, where none and at least %u (notify_buf_size) were "
 			      "expected",
-			      q->index, n->buffer.in_size, n->buffer.out_size, n->buffer_size);
+			      q->index, n->buffer.in_size, n->buffer.out_size, least);
 		stop(n);
 		return false;
 	}
@@ -126,7 +128,7 @@ int vf_notifier_attach(struct vf_queue *q)
 	n->queue = q;
 	vf_ring_disable_kicks(&q->ring);
 	if (events) {
-		n->buffer_size = events->config.notify_buf_size;
+		n->events = events;
 		n->outbox = events->outbox;
 		error = vf_outbox_attach(n->outbox, &n->sink);
 	}

@@ -160,10 +160,11 @@ static void count_delivery(struct vf_outbox *outbox, const struct record *record
 
 	outbox->latency[i < N_LATENCIES ? i : N_LATENCIES - 1]++;
 	outbox->delivered++;
-	if (overflow) {
+	if (overflow)
 		outbox->overflows++;
+	/* One that is about a single directory may come beside the one. */
+	if (overflow && !record->element.nodeid)
 		outbox->overflow_waits = false;
-	}
 	vf_trace_add(outbox->trace, &record->element, record->name,
 		     overflow ? VF_EVENT_OVERFLOW : VF_EVENT_DELIVERED, record->pid);
 }

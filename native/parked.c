@@ -21,7 +21,12 @@ struct vf_parked {
 };
 
 /* What the answer to each takes at most. */
-#define LARGEST (sizeof(struct fuse_out_header) + sizeof(struct vf_fsnotify_out) + VF_NAME_MAX)
+static uint32_t largest(const struct vf_events *events)
+{
+	uint32_t agreed = atomic_load(&events->max_element);
+
+	return agreed < VF_ELEMENT_MAX ? agreed : VF_ELEMENT_MAX;
+}
 
 static struct vf_req *take_first(struct vf_parked *parked)
 {
@@ -150,7 +155,7 @@ int32_t vf_op_fsnotify_park(struct vf_thread *t, struct vf_req *r)
 	pthread_mutex_lock(&parked->lock);
 	if (!parked->open) {
 		result = -ENOSYS;
-	} else if (r->out_size < LARGEST) {
+	} else if (r->out_size < largest(events)) {
 		result = -EINVAL;
 	} else if (parked->n >= parked->max) {
 		result = -ENOSPC;

@@ -39,7 +39,7 @@ static bool watched_as_child(struct vf_events *events, const struct vf_inode *di
 }
 
 /*
- * What happened to a directory itself, without its parent, which nothing else tells of it.  Somebody
+ * What happened to a directory itself, without its parent, which nothing else tells of it. Somebody
  * may watch the parent when anybody watches any directory's children for this.
  */
 static bool parent_may_be_watched(struct vf_events *events, uint64_t flags,
@@ -156,6 +156,45 @@ static void report_end(struct vf_events *events, uint64_t flags, const struct vf
 	vf_outbox_push(events->outbox, &out, 1);
 }
 
+/* ---- names that do not fit ------------------------------------------------------------- */
+
+static bool fits(struct vf_events *events, const struct vf_outgoing *out)
+{
+	return VF_ELEMENT_MIN + out->element.namelen <= atomic_load(&events->max_element);
+}
+
+/*
+ * The guest takes no element as long as this change's, with its name.  Watchers of the object
+ * itself need no name; those of its directory are told that something about it was lost.
+ */
+static void report_nameless(struct vf_events *events, uint64_t flags,
+			    const struct vf_change *change)
+{
+	uint64_t event = change->mask & ~VF_FS_ISDIR;
+	bool everywhere = watched_everywhere(events, event);
+	struct vf_change own = *change;
+	struct vf_outgoing out;
+
+	if ((event & VF_FS_CHILD_EVENTS) && change->child &&
+	    (everywhere || watched(events, change->child, event))) {
+		own.dir = NULL;
+		out = element_of(flags, &own);
+		vf_outbox_push(events->outbox, &out, 1);
+		if (!everywhere && !watched_as_child(events, change->dir, event))
+			return;
+	}
+	if (!(flags & VF_FSNOTIFY_DIRECTORY_LOSS)) {
+		vf_outbox_push_overflow(events->outbox);
+		return;
+	}
+	own = (struct vf_change){.mask = VF_FS_Q_OVERFLOW,
+				 .dir = change->dir,
+				 .pid = change->pid,
+				 .seen_ns = change->seen_ns};
+	out = element_of(flags, &own);
+	vf_outbox_push(events->outbox, &out, 1);
+}
+
 /* ---- reports ------------------------------------------------------------------------ */
 
 void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n)
@@ -179,7 +218,11 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 			trace(events, flags, change, VF_EVENT_UNWATCHED);
 			continue;
 		}
-		out[wanted_n++] = element_of(flags, change);
+		out[wanted_n] = element_of(flags, change);
+		if (fits(events, &out[wanted_n]))
+			wanted_n++;
+		else
+			report_nameless(events, flags, change);
 	}
 	if (wanted_n == 1 && n == 2) {
 		/* The other half of the rename is not sent. */

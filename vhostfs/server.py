@@ -23,10 +23,10 @@ from .control.report import ServerState, stats_message
 from .control.server import ControlServer
 from .events.feed import EventFeed
 from .events.paths import NodePaths
+from .fuse.forced import Forced
 from .fuse.fsnotify import (
-    MAX_PARKED,
+    ELEMENT_MIN_BYTES,
     NO_NOTIFICATION_QUEUE,
-    NOTIFY_BUF_SIZE_BYTES,
     EventAbilities,
     FsnotifyFlag,
 )
@@ -71,6 +71,7 @@ class EventOptions:
     reason: str
     proc_fd_dir: int
     root: str
+    forced: Forced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,9 @@ def device_options(options: ServerOptions) -> DeviceOptions:
     config = b""
     notification = offers_queue(options)
     if options.tag is not None:
-        notify_buf_size_bytes = NOTIFY_BUF_SIZE_BYTES if notification else 0
+        notify_buf_size_bytes = 0
+        if options.events is not None and notification:
+            notify_buf_size_bytes = options.events.forced.notify_buf_size
         config = FsConfig(options.tag, options.num_request_queues, notify_buf_size_bytes).pack()
     return DeviceOptions(
         max_queues=max(MIN_QUEUES, 2 + options.num_request_queues), config=config, notification=notification
@@ -115,31 +118,82 @@ def device_options(options: ServerOptions) -> DeviceOptions:
 def offers_queue(options: ServerOptions) -> bool:
     """Whether VIRTIO_FS_F_NOTIFICATION is offered, which takes a configuration space and so a tag."""
     events = options.events
-    return events is not None and bool(events.transports & FsnotifyFlag.VIRTQUEUE) and options.tag is not None
+    if events is None or options.tag is None or not events.forced.feature_bit:
+        return False
+    return bool(events.transports & FsnotifyFlag.VIRTQUEUE)
 
 
-def event_abilities(options: ServerOptions, features_acked: int) -> EventAbilities:
-    """What can be done for a driver that has acked these virtio features; there are events."""
+NOTIFICATION_QUEUE = 1
+
+
+def event_abilities(
+    options: ServerOptions, features_acked: int, *, has_queue: bool = True, source_failed: bool = False
+) -> EventAbilities:
+    """What can be done for a driver that has acked these virtio features; there are events.
+
+    has_queue: the front end has set queue 1 up. source_failed: no more events come from the host.
+    """
     events = options.events
     assert events is not None
+    force = events.forced
     flags = FsnotifyFlag.CHILD | FsnotifyFlag.WATCH_FILESYSTEM | FsnotifyFlag.PARENT
-    flags |= events.transports & FsnotifyFlag.PARKED
+    flags |= FsnotifyFlag.DIRECTORY_LOSS
+    withheld = dict.fromkeys(FsnotifyFlag, _SWITCHED_OFF)
     if events.joins_renames:
         flags |= FsnotifyFlag.RENAME
-    no_queue = NO_NOTIFICATION_QUEUE
-    if not events.transports & FsnotifyFlag.VIRTQUEUE:
-        no_queue = "the notification queue is switched off by --delivery"
-    elif options.tag is None:
-        no_queue = "no --tag is given, without which there is no notification queue"
-    elif features_acked & VirtioFeature.FS_NOTIFICATION:
+    else:
+        withheld[FsnotifyFlag.RENAME] = "the host does not tell which halves belong together"
+    for flag in (FsnotifyFlag.WATCH_ALL, FsnotifyFlag.INVALIDATE):
+        withheld[flag] = "this server does not do it"
+    no_queue = _no_queue(options, features_acked, has_queue)
+    no_parking = None
+    if not events.transports & FsnotifyFlag.PARKED:
+        no_parking = "parked requests are switched off by --delivery"
+    elif not force.max_parked:
+        no_parking = "no request may be parked (max_parked is 0)"
+    elif force.flags_off & FsnotifyFlag.PARKED:
+        no_parking = f"parked requests are {_SWITCHED_OFF}"
+    if source_failed:
+        no_queue = no_parking = "the host's source of events has failed"
+    elif force.notify_buf_size < ELEMENT_MIN_BYTES:
+        no_queue = no_parking = f"notify_buf_size is {force.notify_buf_size}, which holds no element"
+    if no_queue is None:
         flags |= FsnotifyFlag.VIRTQUEUE
+    if no_parking is None:
+        flags |= FsnotifyFlag.PARKED
     return EventAbilities(
-        flags=int(flags),
-        mask=events.mask,
+        flags=int(flags & ~force.flags_off),
+        mask=events.mask & force.mask,
         max_watches=events.max_watches,
-        max_parked=MAX_PARKED if flags & FsnotifyFlag.PARKED else 0,
-        no_queue=no_queue,
+        notify_buf_size_bytes=force.notify_buf_size,
+        max_parked=0 if no_parking else force.max_parked,
+        no_queue=no_queue or "",
+        no_parking=no_parking or "",
+        withheld=withheld,
+        major=force.major,
+        minor=force.minor,
+        reply_bytes=force.reply_bytes,
     )
+
+
+_SWITCHED_OFF = "switched off by --negotiate"
+
+
+def _no_queue(options: ServerOptions, features_acked: int, has_queue: bool) -> str | None:
+    """Why the notification queue cannot be used; None: it can."""
+    events = options.events
+    assert events is not None
+    if not events.transports & FsnotifyFlag.VIRTQUEUE:
+        return "the notification queue is switched off by --delivery"
+    if events.forced.flags_off & FsnotifyFlag.VIRTQUEUE or not events.forced.feature_bit:
+        return f"the notification queue is {_SWITCHED_OFF}"
+    if options.tag is None:
+        return "no --tag is given, without which there is no notification queue"
+    if not features_acked & VirtioFeature.FS_NOTIFICATION:
+        return NO_NOTIFICATION_QUEUE
+    if not has_queue:
+        return "VIRTIO_FS_F_NOTIFICATION is accepted, but the VMM has not set queue 1 up"
+    return None
 
 
 async def serve(
@@ -155,11 +209,20 @@ async def serve(
     """
     offer = device_options(options)
     events = options.events
+
+    def abilities() -> EventAbilities:
+        return event_abilities(
+            options,
+            listener.features_acked,
+            has_queue=listener.has_vring(NOTIFICATION_QUEUE),
+            source_failed=share.events_failed,
+        )
+
     operations = Operations(
         share,
         options.session,
         readonly=options.readonly,
-        event_abilities=None if events is None else lambda: event_abilities(options, listener.features_acked),
+        event_abilities=None if events is None else abilities,
     )
     listener = Listener(
         listen_socket,

@@ -635,6 +635,7 @@ static void with_driver(const char *what, void (*test)(struct driver *), struct 
 		shape.indirect ? ", indirect" : "");
 	memset(&events, 0, sizeof(events));
 	events.config.notify_buf_size = BUFFER;
+	atomic_store(&events.max_element, BUFFER);
 	events.trace = vf_trace_new(&error);
 	events.outbox = vf_outbox_new(100000, events.trace, &error);
 	CHECK(events.trace && events.outbox);

@@ -39,7 +39,7 @@ def test_the_request_is_laid_out_as_specified() -> None:
 
 
 def test_the_answer_is_laid_out_as_specified() -> None:
-    data = FsnotifyInitOut(0, 0x19, 0x1FFF, 320, 500, 8).pack()
+    data = FsnotifyInitOut(1, 0, 0x19, 0x1FFF, 320, 500, 8).pack()
     assert len(data) == FSNOTIFY_INIT_OUT_BYTES == 40
     assert data == bytes.fromhex(
         "01000000 00000000 1900000000000000 ff1f000000000000 40010000 f4010000 08000000 00000000"
@@ -71,11 +71,45 @@ def test_another_major_is_refused_whatever_follows(major: int) -> None:
     assert negotiate_events(offer, ABLE).error == errno.EPROTO
 
 
-@pytest.mark.parametrize("size", [0, 16, 319])
-def test_buffers_that_do_not_hold_every_element_are_refused(size: int) -> None:
+@pytest.mark.parametrize("size", [0, 16, 63])
+def test_buffers_that_hold_no_element_at_all_are_refused(size: int) -> None:
     answer = negotiate_events(replace(OFFER, buf_size_bytes=size), ABLE)
     assert answer.error == errno.EINVAL
-    assert "320 are needed" in answer.note
+    assert "the smallest element takes 64" in answer.note
+
+
+@pytest.mark.parametrize("size", [64, 128, 318])
+def test_buffers_that_hold_some_elements_are_taken_and_it_is_said_which_are_too_long(size: int) -> None:
+    answer = negotiate_events(replace(OFFER, buf_size_bytes=size), ABLE)
+    assert answer.error == 0
+    assert answer.reply.notify_buf_size_bytes == size
+    text = f"names of more than {size - 64} bytes are told as a loss of everything: its driver's buffers hold"
+    assert any(text in line for line in answer.reductions)
+
+
+def test_buffers_for_the_longest_element_are_no_reduction() -> None:
+    assert negotiate_events(replace(OFFER, buf_size_bytes=319), ABLE).reductions == ()
+
+
+def test_a_loss_may_be_about_one_directory_where_the_driver_knows_that() -> None:
+    flags = FsnotifyFlag(ABLE.flags) | FsnotifyFlag.DIRECTORY_LOSS
+    offer = replace(OFFER, flags=int(flags), buf_size_bytes=100)
+    (line,) = negotiate_events(offer, replace(ABLE, flags=int(flags))).reductions
+    assert line.endswith("told as a loss of their directory: its driver's buffers hold 100 bytes")
+
+
+def test_each_thing_that_is_missing_has_a_line_that_says_whose_it_is() -> None:
+    able = replace(ABLE, withheld={FsnotifyFlag.RENAME: "because"}, flags=int(FsnotifyFlag.VIRTQUEUE | 0x10))
+    offer = replace(OFFER, flags=int(FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.RENAME) | 1 << 40, mask=0x17F)
+    assert [
+        line.removeprefix("events for the guest: less: ")
+        for line in negotiate_events(offer, replace(able, mask=0xFFF)).reductions
+    ] == [
+        "renames come as plain halves: RENAME is not granted, because",
+        "names come without their objects: its driver does not ask for CHILD",
+        "not known here: BIT40",
+        "its driver cannot raise MOVED_TO, DELETE, DELETE_SELF, MOVE_SELF",
+    ]
 
 
 def test_larger_buffers_are_fine() -> None:

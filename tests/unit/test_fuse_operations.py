@@ -25,6 +25,7 @@ class FakeRequest:
     opcode: int
     args: bytes = b""
     nodeid: int = 1
+    reply_room_bytes: int = 4096
 
 
 class FakeTree:
@@ -32,7 +33,7 @@ class FakeTree:
 
     def __init__(self, file: Path | None = None) -> None:
         self.sessions: list[tuple[int, int] | None] = []
-        self.grants: list[tuple[int, int]] = []
+        self.grants: list[tuple[int, int, int]] = []
         self._file = file
 
     def start_session(self, init_flags: int, max_write_bytes: int) -> None:
@@ -41,8 +42,8 @@ class FakeTree:
     def end_session(self) -> None:
         self.sessions.append(None)
 
-    def grant_events(self, flags: int, mask: int) -> None:
-        self.grants.append((flags, mask))
+    def grant_events(self, flags: int, mask: int, element_bytes: int) -> None:
+        self.grants.append((flags, mask, element_bytes))
 
     def open_file(self, nodeid: int, fh: int) -> int:
         if fh != 5 or self._file is None:
@@ -186,7 +187,7 @@ def test_a_driver_that_asks_for_events_is_granted_them_once_in_a_session() -> No
     server.call(Opcode.INIT, init_args())
     reply = server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
     assert struct.unpack_from("<IIQQII", reply) == (1, 0, VIRTQUEUE, 0x1FFF, 320, 10)
-    assert server.tree.grants == [(VIRTQUEUE, 0xFFF)]
+    assert server.tree.grants == [(VIRTQUEUE, 0xFFF, 320)]
     with pytest.raises(OSError) as again:
         server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
     assert again.value.errno == errno.EALREADY
@@ -224,7 +225,7 @@ def test_without_a_way_for_events_to_travel_the_driver_is_answered_and_none_are_
         (b"", errno.EINVAL),
         (FSNOTIFY_ARGS[:31], errno.EINVAL),
         (struct.pack("<II", 2, 0), errno.EPROTO),
-        (struct.pack("<IIQQII", 1, 0, VIRTQUEUE, 0xFFF, 100, 0), errno.EINVAL),
+        (struct.pack("<IIQQII", 1, 0, VIRTQUEUE, 0xFFF, 63, 0), errno.EINVAL),
     ],
 )
 def test_an_offer_about_events_that_is_refused_leaves_the_next_one_possible(args: bytes, error: int) -> None:
@@ -235,6 +236,32 @@ def test_an_offer_about_events_that_is_refused_leaves_the_next_one_possible(args
     assert caught.value.errno == error
     assert server.tree.grants == []
     assert server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+
+
+def test_an_answer_for_which_there_is_no_room_grants_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    server = EventServer()
+    server.call(Opcode.INIT, init_args())
+    with pytest.raises(OSError) as caught:
+        server.operations.table[Opcode.FSNOTIFY_INIT](
+            FakeRequest(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS, reply_room_bytes=39)
+        )
+    assert caught.value.errno == errno.EINVAL
+    assert server.tree.grants == []
+    assert "room for 39 bytes of the answer, which has 40" in caplog.text
+
+
+def test_a_driver_that_never_asked_for_events_is_named_when_it_leaves(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = EventServer()
+    with caplog.at_level("INFO"):
+        server.call(Opcode.INIT, init_args())
+        server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+        server.call(Opcode.DESTROY)
+        assert "never asked" not in caplog.text
+        server.call(Opcode.INIT, init_args())
+        server.call(Opcode.DESTROY)
+        assert caplog.text.count("its driver never asked for them") == 1
 
 
 def test_a_guest_that_goes_on_offering_nonsense_does_not_fill_the_log(

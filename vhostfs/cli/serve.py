@@ -21,6 +21,7 @@ from .serve_options import ignored_options, options_from
 if TYPE_CHECKING:
     from ..events.records import EventsConfig
     from ..events.source import EventSource
+    from ..fuse.forced import Forced
     from ..fuse.init import SessionOptions
     from ..server import EventOptions
     from ..share.limits import DescriptorBudget
@@ -115,8 +116,9 @@ def _serve(
     import concurrent.futures.thread  # noqa: F401 (asyncio looks it up when the first thread is wanted)
     import encodings.idna  # noqa: F401 (socket's, for any address)
 
-    from ..events.kernel import RunningKernel
+    from ..events.kernel import KernelWithoutTargets, RunningKernel
     from ..events.source import choose_source
+    from ..fuse.forced import forced
     from ..server import ControlOptions, ServerOptions, run_server
     from ..share.capabilities import Capability
     from ..share.limits import (
@@ -129,8 +131,9 @@ def _serve(
     )
     from ..share.native_share import Share
     from ..share.options import HandleMode, SandboxMode
-    from ..share.sandbox import enter_sandbox, needs_user_namespace
+    from ..share.sandbox import enter_sandbox, give_up_sys_admin, needs_user_namespace
 
+    force = forced(options.negotiate)
     limit, warning = raise_nofile_limit(options.rlimit_nofile)
     if warning is not None:
         _log.info("%s", warning)
@@ -146,10 +149,12 @@ def _serve(
         _log.info("%s", describe_inodes(options.inode_file_handles, mode, probe, budget))
         source = None
         if options.events_wanted:
+            if not force.sys_admin:
+                give_up_sys_admin()
             source = choose_source(
                 options.events,
                 root_fd,
-                RunningKernel(),
+                RunningKernel() if force.target_fid else KernelWithoutTargets(),
                 use_rename=options.fan_rename,
             )
             _log.info("%s", source)
@@ -177,7 +182,7 @@ def _serve(
         num_request_queues=options.num_request_queues,
         readonly=options.readonly,
         once=options.once,
-        events=None if source is None else _event_options(options, source, walls.proc_fd_dir, root),
+        events=None if source is None else _event_options(options, source, walls.proc_fd_dir, root, force),
     )
     control_options = None
     if control is not None:
@@ -186,7 +191,7 @@ def _serve(
         )
     if source is not None:
         try:
-            share.start_events(_events_config(options, source))
+            share.start_events(_events_config(options, source, force))
         except OSError as error:
             raise UserError(f"events cannot be read: {error.strerror}; --events=off does without") from None
     place = options.socket_path or f"descriptor {options.listen_fd}"
@@ -197,27 +202,40 @@ def _serve(
         share.close()
 
 
-def _events_config(options: ServeOptions, source: EventSource) -> EventsConfig:
+def _events_config(options: ServeOptions, source: EventSource, force: Forced) -> EventsConfig:
     from ..events.records import EventsConfig, NativeSource
-    from ..fuse.fsnotify import MAX_PARKED, NOTIFY_BUF_SIZE_BYTES
     from ..share.options import EventsMode
 
     is_inotify = source.mode is EventsMode.INOTIFY
     return EventsConfig(
         source=NativeSource.INOTIFY if is_inotify else NativeSource.FANOTIFY,
-        source_fd=source.fd,
+        source_fd=source.fd if force.source_works else _failing(source.fd),
         order_fd=source.order_fd,
         next_fd=source.next_fd,
         filesystem_mask=source.filesystem_mask,
         host_mask=source.host_mask,
         max_queued=options.event_queue,
-        max_watches=options.max_watches,
-        notify_buf_size_bytes=NOTIFY_BUF_SIZE_BYTES,
-        max_parked=MAX_PARKED,
+        max_watches=_max_watches(options, force),
+        notify_buf_size_bytes=force.notify_buf_size,
+        max_parked=force.max_parked,
     )
 
 
-def _event_options(options: ServeOptions, source: EventSource, proc_fd_dir: int, root: str) -> EventOptions:
+def _max_watches(options: ServeOptions, force: Forced) -> int:
+    return options.max_watches if force.max_watches is None else force.max_watches
+
+
+def _failing(fd: int) -> int:
+    """In the place of a source, which is closed: the first look at it finds the end."""
+    os.close(fd)
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.close(write_end)
+    return read_end
+
+
+def _event_options(
+    options: ServeOptions, source: EventSource, proc_fd_dir: int, root: str, force: Forced
+) -> EventOptions:
     from ..events.masks import DELIVERABLE
     from ..fuse.fsnotify import TRANSPORTS, FsnotifyFlag
     from ..server import EventOptions
@@ -232,11 +250,12 @@ def _event_options(options: ServeOptions, source: EventSource, proc_fd_dir: int,
         mask=source.host_mask & DELIVERABLE,
         joins_renames=source.joins_renames,
         transports=transports[options.delivery],
-        max_watches=options.max_watches,
+        max_watches=_max_watches(options, force),
         reason=source.reason,
         source=source.mode.value,
         proc_fd_dir=proc_fd_dir,
         root=root,
+        forced=force,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
+from ..fuse.forced import KEYS, parse_pair
 from ..share.capabilities import parse_modcaps
 from ..share.idmap import parse_namespace_range, parse_translation
 from ..share.options import (
@@ -98,6 +99,7 @@ def add_arguments(parser: Parser) -> None:
     _add_ids(parser)
     _add_walls(parser)
     _add_logging(parser)
+    _add_experiments(parser)
     _add_hidden(parser)
 
 
@@ -305,6 +307,17 @@ def _add_logging(parser: Parser) -> None:
         help="off, error, warn, info, debug or trace (default: info)",
     )
     add("--syslog", action="store_true", help="log to syslog instead of stderr")
+
+
+def _add_experiments(parser: Parser) -> None:
+    add = _adder(parser, "experiments (docs/lab.md)")
+    add(
+        "--negotiate",
+        metavar="KEY=VALUE",
+        action=Collect,
+        type=checked(parse_pair),
+        help=f"behave as a server that is less able, or another version: {', '.join(KEYS)}; may be repeated",
+    )
 
 
 def _add_hidden(parser: Parser) -> None:

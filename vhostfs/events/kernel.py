@@ -11,6 +11,8 @@ import os
 from .._native import lib
 from ..share.limits import encode_handle
 
+FAN_REPORT_TARGET_FID = 0x1000
+
 
 class RunningKernel:
     """fanotify_init(2), fanotify_mark(2), inotify_init1(2): a descriptor or 0, or a negative errno."""
@@ -34,3 +36,10 @@ class RunningKernel:
 
     def close(self, fd: int) -> None:
         os.close(fd)
+
+
+class KernelWithoutTargets(RunningKernel):
+    """As before Linux 5.17, where a record does not name the child of an event; for experiments."""
+
+    def fanotify_init(self, flags: int) -> int:
+        return -errno.EINVAL if flags & FAN_REPORT_TARGET_FID else super().fanotify_init(flags)

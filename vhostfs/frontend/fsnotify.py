@@ -82,6 +82,7 @@ class Granted(enum.IntFlag):
     INVALIDATE = 1 << 5
     WATCH_FILESYSTEM = 1 << 6
     PARENT = 1 << 7
+    DIRECTORY_LOSS = 1 << 8
 
 
 class WatchFlag(enum.IntFlag):
@@ -187,7 +188,8 @@ def _check_form(element: Element) -> None:
     kind = element.mask & ~Event.ISDIR
     halves = Event.MOVED_FROM | Event.MOVED_TO
     if kind == Event.Q_OVERFLOW:
-        sound = element == OVERFLOW
+        # Of the share, or with DIRECTORY_LOSS granted of one directory.
+        sound = element in (OVERFLOW, Element(element.nodeid or 1, element.generation, Event.Q_OVERFLOW))
     elif kind.bit_count() != 1 or not kind & ALL_EVENTS or not element.nodeid:
         sound = False
     elif kind & ENTRY_EVENTS:

@@ -10,13 +10,19 @@ from __future__ import annotations
 import enum
 import errno
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ..events.masks import DELIVERABLE, event_names
 
 FSNOTIFY_MAJOR = 1
 FSNOTIFY_MINOR = 0
 
 NOTIFY_BUF_SIZE_BYTES = 320
 """Largest element: fuse_out_header (16), the fixed part (48) and a name of 255 bytes, rounded up to 8."""
+ELEMENT_MIN_BYTES = 64
+"""Smallest element: one without a name."""
+NAME_MAX_BYTES = 255
 
 MAX_PARKED = 64
 """Requests that a guest may keep waiting for events: a driver takes fewer where its ring is small."""
@@ -48,6 +54,8 @@ class FsnotifyFlag(enum.IntFlag):
     """FUSE_FSNOTIFY_WATCH knows FILESYSTEM: one mask for everything that the guest holds."""
     PARENT = 1 << 7
     """A directory's own event is for its parent's watchers only where the element says so."""
+    DIRECTORY_LOSS = 1 << 8
+    """A loss may be about one directory: what happened there has a name that does not fit."""
 
 
 TRANSPORTS = FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED
@@ -72,14 +80,14 @@ class FsnotifyInitIn:
     """Size of the buffers in which the driver takes elements, fuse_out_header included."""
 
     @classmethod
-    def unpack(cls, data: bytes) -> FsnotifyInitIn:
+    def unpack(cls, data: bytes, known_major: int = FSNOTIFY_MAJOR) -> FsnotifyInitIn:
         """Raises ValueError when it is too short. Of another major only the version is read."""
         if len(data) < _VERSION.size:
             raise ValueError(
                 f"FUSE_FSNOTIFY_INIT of {len(data)} bytes, at least {_VERSION.size} hold a version"
             )
         major, minor = _VERSION.unpack_from(data)
-        if major != FSNOTIFY_MAJOR:
+        if major != known_major:
             return cls(major, minor)
         if len(data) < _INIT_IN.size:
             raise ValueError(f"FUSE_FSNOTIFY_INIT of {len(data)} bytes, at least {_INIT_IN.size} are needed")
@@ -91,17 +99,19 @@ class FsnotifyInitIn:
 class FsnotifyInitOut:
     """The answer, 40 bytes."""
 
+    major: int = FSNOTIFY_MAJOR
     minor: int = FSNOTIFY_MINOR
     flags: int = 0
     mask: int = 0
     """FS_* bits that the host can report."""
     notify_buf_size_bytes: int = NOTIFY_BUF_SIZE_BYTES
+    """The longest element of the session."""
     max_watches: int = 0
     max_parked: int = 0
 
     def pack(self) -> bytes:
         return _INIT_OUT.pack(
-            FSNOTIFY_MAJOR,
+            self.major,
             self.minor,
             self.flags,
             self.mask,
@@ -116,8 +126,9 @@ class FsnotifyInitOut:
 class EventAbilities:
     """What the server can do for the session that asks.
 
-    flags: granted if wanted, of VIRTQUEUE and PARKED only the first; VIRTQUEUE is among them only when the
-    driver acked the feature bit. no_queue: why it is not.
+    flags: granted if wanted, of VIRTQUEUE and PARKED only the first. no_queue, no_parking: why VIRTQUEUE and
+    PARKED are not among them. withheld: why others are not, where more is known than that this server does
+    not have them. reply_bytes: of the answer.
     """
 
     flags: int
@@ -126,6 +137,11 @@ class EventAbilities:
     notify_buf_size_bytes: int = NOTIFY_BUF_SIZE_BYTES
     max_parked: int = 0
     no_queue: str = NO_NOTIFICATION_QUEUE
+    no_parking: str = "this server parks no requests"
+    withheld: Mapping[FsnotifyFlag, str] = field(default_factory=dict)
+    major: int = FSNOTIFY_MAJOR
+    minor: int = FSNOTIFY_MINOR
+    reply_bytes: int = FSNOTIFY_INIT_OUT_BYTES
 
     @property
     def can_deliver(self) -> bool:
@@ -137,29 +153,31 @@ class EventAbilities:
 class FsnotifyAnswer:
     """error: 0 or a positive errno, and then reply means nothing. note: one line for the log.
 
-    driver_mask: FS_* bits that both sides know, of which elements are made.
+    driver_mask: FS_* bits that both sides know, of which elements are made. reductions: what the guest does
+    not get that it could have from another server, VMM or driver; a line for the log each.
     """
 
     error: int
     reply: FsnotifyInitOut
     note: str
     driver_mask: int = 0
+    reductions: tuple[str, ...] = ()
 
 
 def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> FsnotifyAnswer:
     """
     Answers FUSE_FSNOTIFY_INIT.
 
-    Another major: EPROTO, for no field but the version means the same. A smaller buffer than the largest
-    element: EINVAL, and not events that are missing when a name happens to be long. An older minor is
-    answered with its own number, a newer one with ours; what either lacks is not used.
+    Another major: EPROTO, for no field but the version means the same. Buffers that hold no element at all:
+    EINVAL; buffers for some: elements are no longer than these, and what has a longer name is told as a loss.
+    An older minor is answered with its own number, a newer one with ours; what either lacks is not used.
     """
-    if offer.major != FSNOTIFY_MAJOR:
-        seen = f"version {offer.major}.{offer.minor}, expected {FSNOTIFY_MAJOR}.x"
+    if offer.major != abilities.major:
+        seen = f"version {offer.major}.{offer.minor}, expected {abilities.major}.x"
         return _refused(errno.EPROTO, seen)
-    if offer.buf_size_bytes < abilities.notify_buf_size_bytes:
-        needed = abilities.notify_buf_size_bytes
-        return _refused(errno.EINVAL, f"its buffers hold {offer.buf_size_bytes} bytes, {needed} are needed")
+    if offer.buf_size_bytes < ELEMENT_MIN_BYTES:
+        needed = f"the smallest element takes {ELEMENT_MIN_BYTES}"
+        return _refused(errno.EINVAL, f"its buffers hold {offer.buf_size_bytes} bytes, {needed}")
     granted = FsnotifyFlag(offer.flags & abilities.flags)
     if granted & FsnotifyFlag.VIRTQUEUE:
         granted &= ~FsnotifyFlag.PARKED
@@ -167,18 +185,22 @@ def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> Fsnoti
     if not mask:
         return _refused(errno.EINVAL, f"it can raise no event that the host can report ({offer.mask:#x})")
     reply = FsnotifyInitOut(
-        minor=min(offer.minor, FSNOTIFY_MINOR),
+        major=abilities.major,
+        minor=min(offer.minor, abilities.minor),
         flags=int(granted),
         mask=abilities.mask,
-        notify_buf_size_bytes=abilities.notify_buf_size_bytes,
+        notify_buf_size_bytes=min(offer.buf_size_bytes, abilities.notify_buf_size_bytes),
         max_watches=abilities.max_watches,
         max_parked=abilities.max_parked if granted & FsnotifyFlag.PARKED else 0,
     )
-    return FsnotifyAnswer(0, reply, _describe(offer, granted, abilities), mask)
+    reductions = tuple(
+        f"events for the guest: less: {text}" for text in _reductions(offer, granted, abilities)
+    )
+    return FsnotifyAnswer(0, reply, _describe(offer, granted, abilities), mask, reductions)
 
 
 def _refused(error: int, seen: str) -> FsnotifyAnswer:
-    note = f"events for the guest: its driver's offer is refused: {seen} ({errno.errorcode[error]})"
+    note = f"its driver's offer is refused: {seen} ({errno.errorcode[error]})"
     return FsnotifyAnswer(error, FsnotifyInitOut(), note)
 
 
@@ -199,10 +221,63 @@ def _describe(offer: FsnotifyInitIn, granted: FsnotifyFlag, abilities: EventAbil
         missing = abilities.no_queue
     if granted & FsnotifyFlag.PARKED:
         return f"events for the guest: by parked requests ({details}): {missing}"
-    if abilities.flags & FsnotifyFlag.PARKED:
+    both = offer.flags & FsnotifyFlag.VIRTQUEUE and offer.flags & FsnotifyFlag.PARKED
+    if both:
+        missing = f"{missing}; {abilities.no_parking}"
+    elif offer.flags & FsnotifyFlag.PARKED:
+        missing = abilities.no_parking
+    elif abilities.flags & FsnotifyFlag.PARKED:
         missing = (
             "its driver asked for neither way that there is"
             if missing != abilities.no_queue
             else f"{missing}, and its driver did not ask for parked requests"
         )
     return f"events for the guest: none ({details}): {missing}"
+
+
+_WITHOUT = {
+    FsnotifyFlag.RENAME: "renames come as plain halves",
+    FsnotifyFlag.CHILD: "names come without their objects",
+    FsnotifyFlag.WATCH_FILESYSTEM: "the share cannot be watched as a whole",
+    FsnotifyFlag.PARENT: "whether an event of a directory is for its parent's watchers is not told",
+    FsnotifyFlag.WATCH_ALL: "watches are needed",
+    FsnotifyFlag.INVALIDATE: "changes of what is not watched are not told",
+}
+"""What it means when a flag is not granted."""
+_BEYOND = FsnotifyFlag.WATCH_ALL | FsnotifyFlag.INVALIDATE
+"""What a driver that does not want it does not miss."""
+
+
+def _reductions(offer: FsnotifyInitIn, granted: int, abilities: EventAbilities) -> Iterator[str]:
+    """What the guest has less than it could; nothing when it has no events at all, which is said already."""
+    if not granted & TRANSPORTS:
+        return
+    for flag, loss in _WITHOUT.items():
+        if granted & flag:
+            continue
+        if offer.flags & flag:
+            why = abilities.withheld.get(flag, "this server does not do it")
+            yield f"{loss}: {flag.name} is not granted, {why}"
+        elif not flag & _BEYOND and abilities.flags & flag:
+            yield f"{loss}: its driver does not ask for {flag.name}"
+    unknown = offer.flags & ~sum(FsnotifyFlag)
+    if unknown:
+        yield f"not known here: {', '.join(flag_list(unknown))}"
+    for text, lacking in (
+        ("its driver cannot raise", abilities.mask & ~offer.mask & DELIVERABLE),
+        ("the host does not report", offer.mask & ~abilities.mask & DELIVERABLE),
+    ):
+        if lacking:
+            yield f"{text} {', '.join(event_names(lacking))}"
+    size = min(offer.buf_size_bytes, abilities.notify_buf_size_bytes)
+    longest = size - ELEMENT_MIN_BYTES
+    if longest < NAME_MAX_BYTES:
+        where = "of their directory" if granted & FsnotifyFlag.DIRECTORY_LOSS else "of everything"
+        whose = (
+            f"its driver's buffers hold {size} bytes"
+            if offer.buf_size_bytes < abilities.notify_buf_size_bytes
+            else f"notify_buf_size is {size} here"
+        )
+        yield f"events on names of more than {longest} bytes are told as a loss {where}: {whose}"
+    if not abilities.max_watches:
+        yield "nothing can be watched: max_watches is 0"

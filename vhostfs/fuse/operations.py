@@ -47,7 +47,7 @@ class Tree(Protocol):
     def start_session(self, init_flags: int, max_write_bytes: int) -> None: ...
     def end_session(self) -> None: ...
     def open_file(self, nodeid: int, fh: int) -> int: ...
-    def grant_events(self, flags: int, mask: int) -> None: ...
+    def grant_events(self, flags: int, mask: int, element_bytes: int) -> None: ...
 
 
 class Request(Protocol):
@@ -59,6 +59,8 @@ class Request(Protocol):
     def nodeid(self) -> int: ...
     @property
     def args(self) -> bytes: ...
+    @property
+    def reply_room_bytes(self) -> int: ...
 
 
 Operation = Callable[[Request], bytes]
@@ -84,6 +86,7 @@ class Operations:
         self.event_answer: FsnotifyAnswer | None = None
         """What was agreed about events in this session; None: nothing."""
         self._event_refusal_said = False
+        self._events_are_missed = False
         self.table: Mapping[int, Operation] = {
             Opcode.INIT: self.init,
             Opcode.DESTROY: self.destroy,
@@ -104,8 +107,10 @@ class Operations:
         if answer.error:
             raise OSError(answer.error, "FUSE_INIT")
         if answer.max_write_bytes:
+            self._say_unasked()
             self.event_answer = None
             self._event_refusal_said = False
+            self._events_are_missed = self._event_abilities is not None
             self._tree.start_session(answer.reply.flags, answer.max_write_bytes)
             _log.info("guest mounted the share (FUSE 7.%d)", offer.minor)
             if self._event_abilities is not None:
@@ -120,30 +125,42 @@ class Operations:
 
     def end_session(self) -> None:
         """The guest is gone or has unmounted: what it held and what was agreed with it is forgotten."""
+        self._say_unasked()
         self.event_answer = None
+        self._events_are_missed = False
         self._tree.end_session()
 
     def fsnotify_init(self, request: Request) -> bytes:
         """What driver and server agree on about events, once in a session."""
         if self._event_abilities is None:
             raise OSError(errno.ENOSYS, "FUSE_FSNOTIFY_INIT")
+        self._events_are_missed = False
         if self.event_answer is not None:
+            self._say_refused("its driver asks for the second time in this session (EALREADY)")
             raise OSError(errno.EALREADY, "FUSE_FSNOTIFY_INIT")
+        abilities = self._event_abilities()
         try:
-            offer = FsnotifyInitIn.unpack(request.args)
+            offer = FsnotifyInitIn.unpack(request.args, abilities.major)
         except ValueError as error:
-            self._say_refused(str(error))
+            self._say_refused(f"its driver's offer is refused: {error} (EINVAL)")
             raise OSError(errno.EINVAL, "FUSE_FSNOTIFY_INIT") from None
-        answer = negotiate_events(offer, self._event_abilities())
+        answer = negotiate_events(offer, abilities)
         if answer.error:
             self._say_refused(answer.note)
             raise OSError(answer.error, "FUSE_FSNOTIFY_INIT")
-        _log.info("%s", answer.note)
+        reply = answer.reply.pack()[: abilities.reply_bytes].ljust(abilities.reply_bytes, b"\0")
+        if request.reply_room_bytes < len(reply):
+            room = f"it has room for {request.reply_room_bytes} bytes of the answer, which has {len(reply)}"
+            self._say_refused(f"its driver's offer is refused: {room} (EINVAL)")
+            raise OSError(errno.EINVAL, "FUSE_FSNOTIFY_INIT")
+        for line in (answer.note, *answer.reductions):
+            _log.info("%s", line)
         # Without a way for events to travel none are made.
         if answer.reply.flags & TRANSPORTS:
-            self._tree.grant_events(answer.reply.flags, answer.driver_mask)
+            size_bytes = answer.reply.notify_buf_size_bytes
+            self._tree.grant_events(answer.reply.flags, answer.driver_mask, size_bytes)
         self.event_answer = answer
-        return answer.reply.pack()
+        return reply
 
     def _say_what_is_missing(self, abilities: EventAbilities) -> None:
         """A driver that knows nothing of events sends nothing that could be answered."""
@@ -155,8 +172,13 @@ class Operations:
     def _say_refused(self, note: str) -> None:
         """Once in a session: a guest may go on offering nonsense for ever."""
         if not self._event_refusal_said:
-            _log.warning("%s", note)
+            _log.warning("events for the guest: %s", note)
             self._event_refusal_said = True
+
+    def _say_unasked(self) -> None:
+        """Known for certain only when the session ends."""
+        if self._events_are_missed:
+            _log.info("events for the guest: there were none: its driver never asked for them")
 
     def ioctl(self, request: Request) -> bytes:
         """Attribute flags and project ids of files; anything else is for devices, which the guest has."""

@@ -168,8 +168,12 @@ class Share:
         native.max_parked = config.max_parked
         _checked(lib.vf_share_start_events(self.native, native))
 
-    def grant_events(self, flags: int, mask: int) -> None:
-        """What FUSE_FSNOTIFY_INIT granted for this session: FsnotifyFlag and FS_* bits."""
+    def grant_events(self, flags: int, mask: int, element_bytes: int) -> None:
+        """What FUSE_FSNOTIFY_INIT granted for this session: FsnotifyFlag and FS_* bits.
+
+        element_bytes: the largest element that the guest takes, fuse_out_header included.
+        """
+        _checked(lib.vf_share_limit_elements(self.native, element_bytes))
         _checked(lib.vf_share_grant_events(self.native, flags, mask))
 
     def events_stats(self) -> EventsStats:
@@ -178,6 +182,11 @@ class Share:
         lib.vf_share_get_events_stats(self.native, native)
         counters = {name: getattr(native, name) for name in COUNTERS}
         return EventsStats(**counters, latency=tuple(native.latency))
+
+    @property
+    def events_failed(self) -> bool:
+        """Whether the host's source has failed, so that no more events come."""
+        return bool(lib.vf_share_events_failed(self.native))
 
     def events_moved(self) -> str | None:
         """Why the source went over from one mark to marks on inodes; None: it has not."""

@@ -146,6 +146,7 @@ class ServeOptions:
     event_queue: int = 131072  # elements that wait for a slow guest
     max_watches: int = 524288  # what systems that watch large trees allow inotify
     fan_rename: bool = True  # False: as if the kernel had none
+    negotiate: tuple[tuple[str, int], ...] = ()  # fuse.forced: for experiments
     control_socket: str | None = None  # None: CONTROL_SUFFIX behind socket_path
     control_socket_wanted: bool = True
 

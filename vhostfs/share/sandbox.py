@@ -418,6 +418,14 @@ def _log_exception(
     _log.error("%s", "".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
+def give_up_sys_admin() -> None:
+    """For experiments: as a server that never had CAP_SYS_ADMIN. Of what comes later nothing needs it."""
+    _check(
+        lib.vf_keep_capabilities(capability_mask(frozenset(Capability) - {Capability.SYS_ADMIN})),
+        "cannot drop CAP_SYS_ADMIN",
+    )
+
+
 def _drop_capabilities(keep: frozenset[Capability]) -> None:
     _check(lib.vf_keep_capabilities(capability_mask(keep)), "cannot drop capabilities")
 

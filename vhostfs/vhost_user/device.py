@@ -239,6 +239,10 @@ class Device:
         """Virtio feature bits that the driver has acked; 0 before SET_FEATURES and after a reset."""
         return self._features
 
+    def is_placed(self, index: int) -> bool:
+        """Whether the front end has said where in guest memory this vring lies."""
+        return self._vrings[index].address is not None
+
     @property
     def negotiated(self) -> Negotiated:
         """A snapshot of what was agreed."""

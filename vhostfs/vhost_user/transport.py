@@ -104,6 +104,11 @@ class Listener:
         connection = self.connection
         return 0 if connection is None else connection.device.features_acked
 
+    def has_vring(self, index: int) -> bool:
+        """Whether the front end has placed this vring in guest memory."""
+        connection = self.connection
+        return connection is not None and connection.device.is_placed(index)
+
     def stop(self) -> None:
         """Ends the connection in order, then run() returns."""
         self._stop.set()
