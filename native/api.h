@@ -170,6 +170,11 @@ struct vf_events_config {
 	 * that is marked inode by inode.
 	 */
 	uint64_t filesystem_mask;
+	/*
+	 * From vf_marker_start(), which was given that mask: the mark is set only while somebody
+	 * wants to hear; taken over likewise.  -1: it is there all the time, or never.
+	 */
+	int marker_fd;
 	uint64_t host_mask;  /* FS_* bits that the host can report; others are not asked of it */
 	uint32_t max_queued; /* elements that wait for the guest; more are lost, and announced */
 	uint32_t max_watches;
@@ -254,6 +259,12 @@ int vf_share_events_fd(vf_share *share);
 /* fanotify_init(2), fanotify_mark(2), inotify_init1(2): a descriptor or 0, or a negative errno. */
 int vf_fanotify_init(uint32_t flags, uint32_t event_f_flags);
 int vf_fanotify_mark(int group_fd, uint32_t flags, uint64_t mask, int dir_fd, const char *path);
+/*
+ * A process that keeps CAP_SYS_ADMIN and sets and removes the mark with this mask on the file system
+ * of dir_fd for the group, when it is told to; it ends with the last copy of the descriptor that is
+ * returned.  Before there are threads.  Negative errno.
+ */
+int vf_marker_start(int group_fd, int dir_fd, uint64_t mask);
 int vf_inotify_init(uint32_t flags);
 
 /* ---- the device: one vhost-user connection ------------------------------ */

@@ -14,6 +14,7 @@
 
 #include "events.h"
 #include "fanotify_move.h"
+#include "marker.h"
 #include "order.h"
 #include "own_changes.h"
 
@@ -156,6 +157,8 @@ static void close_all_groups(const struct vf_events_config *config)
 	close_groups(config);
 	if (config->next_fd >= 0)
 		close(config->next_fd);
+	if (config->marker_fd >= 0)
+		close(config->marker_fd);
 }
 
 static struct vf_events *events_new(vf_share *share, const struct vf_events_config *config,
@@ -177,6 +180,7 @@ static struct vf_events *events_new(vf_share *share, const struct vf_events_conf
 	events->pid = getpid();
 	events->stop_fd = events->epoll_fd = -1;
 	pthread_mutex_init(&events->busy, NULL);
+	pthread_mutex_init(&events->marker_lock, NULL);
 	*error = 0;
 	if (config->next_fd >= 0)
 		events->move = vf_fanotify_move_new(config->next_fd, error);
@@ -234,12 +238,14 @@ void vf_events_free(struct vf_events *events)
 	vf_watch_share_free(events);
 	vf_own_changes_free(events->own_changes);
 	vf_trace_free(events->trace);
+	vf_marker_end(events);
 	close_groups(&events->config);
 	vf_fanotify_move_free(events->move);
 	if (events->epoll_fd >= 0)
 		close(events->epoll_fd);
 	if (events->stop_fd >= 0)
 		close(events->stop_fd);
+	pthread_mutex_destroy(&events->marker_lock);
 	pthread_mutex_destroy(&events->busy);
 	free(events->buffer);
 	free(events);
@@ -255,6 +261,8 @@ int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask)
 	if (!events)
 		return -ENOSYS;
 	error = vf_handle_index_start(share);
+	if (!error && (flags & VF_FSNOTIFY_INVALIDATE))
+		error = vf_marker_want(events, VF_MARK_INVALIDATE, true);
 	if (error)
 		return error;
 	if (flags & VF_FSNOTIFY_PARKED)
@@ -298,6 +306,7 @@ void vf_events_end_session(struct vf_events *events)
 	/* What the source's thread was reporting has come as far as the outbox. */
 	lock_source(events);
 	pthread_mutex_unlock(&events->busy);
+	vf_marker_want(events, VF_MARK_WATCHES | VF_MARK_INVALIDATE, false);
 	vf_handle_index_stop(events->share);
 	vf_watch_share_end(events);
 	vf_watches_clear(events->watches);
@@ -344,8 +353,10 @@ void vf_share_get_events_stats(vf_share *share, struct vf_events_stats *stats)
 
 void vf_share_trace_events(vf_share *share, bool on)
 {
-	if (share->events)
-		vf_trace_set(share->events->trace, on);
+	if (!share->events)
+		return;
+	vf_trace_set(share->events->trace, on);
+	vf_marker_want(share->events, VF_MARK_PEOPLE, on);
 }
 
 int vf_share_next_event_trace(vf_share *share, struct vf_event_trace *trace)

@@ -165,6 +165,9 @@ struct vf_events {
 	pthread_mutex_t busy; /* held while records are read and reported; outermost of all */
 	atomic_uint waiting;  /* for busy, besides the source's thread */
 	int stop_fd, epoll_fd;
+	/* marker.c */
+	pthread_mutex_t marker_lock;
+	uint32_t mark_wishes;
 	uint8_t *buffer; /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
 	/* From the first watch by inotify on; NULL: own changes are told apart otherwise. */
 	struct vf_own_changes *_Atomic own_changes;

@@ -30,6 +30,7 @@
 
 #include "fanotify_move.h"
 #include "fanotify_source.h"
+#include "marker.h"
 #include "proc_name.h"
 
 #define SECOND_NS 1000000000u
@@ -465,6 +466,8 @@ static void become_source(struct vf_events *events)
 	epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, first, NULL);
 	if (epoll_ctl(events->epoll_fd, EPOLL_CTL_ADD, events->config.source_fd, &source))
 		vf_events_source_failed(events, "epoll_ctl", errno);
+	/* It has the first group open, too. */
+	vf_marker_end(events);
 	close(first);
 	/* Since the move began: what happened before these marks is lost. */
 	if (atomic_load(&events->everywhere)) {

@@ -3,7 +3,7 @@
  * FUSE_FSNOTIFY_WATCH: what the guest's processes watch, told by its driver.
  * docs/protocol.md; FUSE_FSNOTIFY_INIT is Python's.
  */
-#include "events.h"
+#include "marker.h"
 
 int32_t vf_op_fsnotify_watch(struct vf_thread *t, struct vf_req *r)
 {
@@ -16,6 +16,8 @@ int32_t vf_op_fsnotify_watch(struct vf_thread *t, struct vf_req *r)
 		return -ENOSYS;
 	if (!in || in->flags & ~VF_FSNOTIFY_WATCH_ON_FILESYSTEM)
 		return -EINVAL;
+	if (in->mask && vf_marker_want(events, VF_MARK_WATCHES, true))
+		return -EIO;
 	if (in->flags) {
 		if (!(atomic_load(&events->flags) & VF_FSNOTIFY_WATCH_FILESYSTEM) ||
 		    r->header.nodeid != FUSE_ROOT_ID || in->generation)

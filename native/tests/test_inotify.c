@@ -12,6 +12,7 @@ static struct vf_events *start_events(struct guest *g, uint64_t flags)
 	    .source = VF_EVENTS_INOTIFY,
 	    .order_fd = -1,
 	    .next_fd = -1,
+	    .marker_fd = -1,
 	    .source_fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC),
 	    .host_mask = IN_ALL_EVENTS,
 	    .max_queued = 1000,

@@ -36,6 +36,7 @@ static struct vf_events *start_events(struct guest *g, int next_fd)
 	    .source_fd = new_group(),
 	    .order_fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC),
 	    .next_fd = next_fd,
+	    .marker_fd = -1,
 	    .host_mask = HOST_MASK,
 	    .filesystem_mask = MARKED,
 	    .max_queued = 1000,

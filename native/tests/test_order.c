@@ -24,6 +24,7 @@ static struct vf_events *start_events(struct guest *g)
 				       O_RDONLY | O_CLOEXEC),
 	    .order_fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC),
 	    .next_fd = -1,
+	    .marker_fd = -1,
 	    .host_mask = HOST_MASK,
 	    .filesystem_mask = MARKED,
 	    .max_queued = 1000,

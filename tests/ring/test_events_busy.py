@@ -266,6 +266,8 @@ def cpu_s(share: Share) -> float:
 
 def test_what_was_asked_for_by_name_does_not_move(make_share: MakeShare, tmp_path: Path) -> None:
     share = busy_share(make_share, tmp_path, source=FILESYSTEM_MARK)
+    guest = EventGuest(share)
+    guest.fs.watch(guest.node("").nodeid, WATCHED, guest.node("").generation)
     with in_children(Flood(tmp_path / "flood")):
         started = time.monotonic()
         received = 0

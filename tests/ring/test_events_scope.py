@@ -374,6 +374,9 @@ def host_marks(share: Share, kinds: tuple[str, ...] = ("fanotify", "inotify")) -
     """Marks and inotify watches of the server, as the kernel lists them."""
     marks = 0
     for pid in share.server.pids():
+        # The process that sets the mark on the file system has the same group.
+        if Path(f"/proc/{pid}/comm").read_text() == "vhostfs-mark\n":
+            continue
         for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
             with contextlib.suppress(OSError):
                 for line in entry.read_text().splitlines():

@@ -38,6 +38,7 @@ class FakeKernel:
     inode_mark: int = 0
     inotify: int = 0
     handles: int = 0
+    marker: int = 0
     open_fds: set[int] = field(default_factory=set)
     marks: dict[tuple[str, int], int] = field(default_factory=dict)
     group_flags: dict[int, int] = field(default_factory=dict)
@@ -73,6 +74,11 @@ class FakeKernel:
             self.marks[kind, group_fd] = mask
         return 0
 
+    def start_marker(self, group_fd: int, directory_fd: int, mask: int) -> int:
+        assert self.marks["filesystem", group_fd] == mask
+        assert directory_fd == ROOT_FD
+        return -self.marker if self.marker else self._opened()
+
     def inotify_init(self, flags: int) -> int:
         return -self.inotify if self.inotify else self._opened()
 
@@ -87,10 +93,10 @@ def test_with_all_rights_one_mark_covers_the_file_system() -> None:
     kernel = FakeKernel()
     source = choose_source(EventsMode.AUTO, ROOT_FD, kernel)
     assert source.mode is EventsMode.FANOTIFY_FILESYSTEM
-    assert kernel.open_fds == {source.fd, source.order_fd, source.next_fd}
+    assert kernel.open_fds == {source.fd, source.order_fd, source.next_fd, source.marker_fd}
     assert kernel.group_flags[source.fd] & FAN_UNLIMITED_QUEUE
     assert kernel.group_flags[source.next_fd] == kernel.group_flags[source.fd]
-    assert kernel.marks == {("filesystem", source.fd): source.filesystem_mask}
+    assert kernel.marks == {}
     assert source.filesystem_mask & FsEvent.RENAME
     assert not source.filesystem_mask & (FsEvent.MOVED_FROM | FsEvent.OPEN | FsEvent.ACCESS)
     assert source.host_mask == DELIVERABLE | FsEvent.RENAME
@@ -109,7 +115,15 @@ def test_where_inodes_cannot_be_marked_the_mark_on_the_file_system_is_final() ->
     source = choose_source(EventsMode.AUTO, ROOT_FD, kernel)
     assert source.mode is EventsMode.FANOTIFY_FILESYSTEM
     assert source.next_fd == -1
-    assert kernel.open_fds == {source.fd, source.order_fd}
+    assert kernel.open_fds == {source.fd, source.order_fd, source.marker_fd}
+
+
+def test_where_no_process_can_be_made_for_it_the_mark_on_the_file_system_is_there_all_the_time() -> None:
+    kernel = FakeKernel(marker=errno.EAGAIN)
+    source = choose_source(EventsMode.AUTO, ROOT_FD, kernel)
+    assert source.mode is EventsMode.FANOTIFY_FILESYSTEM
+    assert source.marker_fd == -1
+    assert kernel.marks == {("filesystem", source.fd): source.filesystem_mask}
 
 
 def test_without_rights_inodes_are_marked_one_by_one_and_the_probe_leaves_no_mark() -> None:
@@ -239,10 +253,16 @@ def test_the_running_kernel_gives_what_it_reports(root_fd: int, tmp_path: Path) 
         assert not os.get_blocking(source.fd)
         if source.mode is not EventsMode.FANOTIFY_FILESYSTEM:
             pytest.skip(f"this machine only allows: {source.reason}")
+        (tmp_path / "before-anybody-asked").touch()
+        os.write(source.marker_fd, b"+")
+        assert os.read(source.marker_fd, 4) == bytes(4)
         (tmp_path / "seen-by-the-mark").touch()
-        assert b"seen-by-the-mark" in os.read(source.fd, 65536)
+        records = os.read(source.fd, 65536)
+        assert b"seen-by-the-mark" in records
+        assert b"before-anybody-asked" not in records
     finally:
         os.close(source.fd)
+        os.close(source.marker_fd)
 
 
 def test_the_running_kernel_gives_inotify(root_fd: int) -> None:

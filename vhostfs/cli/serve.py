@@ -212,6 +212,7 @@ def _events_config(options: ServeOptions, source: EventSource, force: Forced) ->
         source_fd=source.fd if force.source_works else _failing(source.fd),
         order_fd=source.order_fd,
         next_fd=source.next_fd,
+        marker_fd=source.marker_fd,
         filesystem_mask=source.filesystem_mask,
         host_mask=source.host_mask,
         max_queued=options.event_queue,

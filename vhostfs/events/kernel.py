@@ -24,6 +24,9 @@ class RunningKernel:
         # By "." and not by the descriptor itself, which may be O_PATH.
         return lib.vf_fanotify_mark(group_fd, flags, mask, directory_fd, b".")
 
+    def start_marker(self, group_fd: int, directory_fd: int, mask: int) -> int:
+        return lib.vf_marker_start(group_fd, directory_fd, mask)
+
     def inotify_init(self, flags: int) -> int:
         return lib.vf_inotify_init(flags)
 

@@ -20,12 +20,13 @@ class NativeSource(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventsConfig:
-    """struct vf_events_config; source_fd, order_fd and next_fd (-1: none) are handed over."""
+    """struct vf_events_config; the descriptors (-1: none) are handed over."""
 
     source: NativeSource
     source_fd: int
     order_fd: int
     next_fd: int
+    marker_fd: int
     filesystem_mask: int
     host_mask: int
     max_queued: int

@@ -57,6 +57,7 @@ class Kernel(Protocol):
 
     def fanotify_init(self, flags: int) -> int: ...
     def fanotify_mark(self, group_fd: int, flags: int, mask: int, directory_fd: int) -> int: ...
+    def start_marker(self, group_fd: int, directory_fd: int, mask: int) -> int: ...
     def inotify_init(self, flags: int) -> int: ...
     def encode_handle(self, directory_fd: int) -> int: ...
     def close(self, fd: int) -> None: ...
@@ -75,6 +76,8 @@ class EventSource:
     order_fd: int = -1  # fanotify: an inotify instance that keeps the order of events; -1: none
     # A group without marks, for marks on inodes when the file system turns out busy; -1: none
     next_fd: int = -1
+    # Sets and removes the mark on the file system when it is told to; -1: it is there, or there is none
+    marker_fd: int = -1
 
     @property
     def joins_renames(self) -> bool:
@@ -149,6 +152,11 @@ def _fanotify(wanted: EventsMode, root_fd: int, kernel: Kernel, use_rename: bool
             if not refusal:
                 reason = "fanotify, one mark on the file system of the share"
                 source = _fanotify_source(EventsMode.FANOTIFY_FILESYSTEM, fd, mask, mask, knows_child, reason)
+                marker_fd = kernel.start_marker(fd, root_fd, mask)
+                if marker_fd >= 0:
+                    # While nobody wants to hear, nobody shall pay for it.
+                    mark(FAN_MARK_REMOVE | FAN_MARK_FILESYSTEM, mask)
+                    source = replace(source, marker_fd=marker_fd)
                 if wanted is EventsMode.FANOTIFY_FILESYSTEM:
                     return source
                 return replace(source, next_fd=_next_group(source, root_fd, kernel, use_rename))

@@ -153,13 +153,14 @@ class Share:
     def start_events(self, config: EventsConfig) -> None:
         """Begins to read the host's events, until close(). Once, before the first session.
 
-        source_fd, order_fd and next_fd are handed over, also when this fails.
+        source_fd, order_fd, next_fd and marker_fd are handed over, also when this fails.
         """
         native = ffi.new("struct vf_events_config *")
         native.source = int(config.source)
         native.source_fd = config.source_fd
         native.order_fd = config.order_fd
         native.next_fd = config.next_fd
+        native.marker_fd = config.marker_fd
         native.filesystem_mask = config.filesystem_mask
         native.host_mask = config.host_mask
         native.max_queued = config.max_queued
