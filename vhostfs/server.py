@@ -19,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from .control.negotiated import NegotiatedState, negotiated_message
 from .control.report import ServerState, stats_message
 from .control.server import ControlServer
 from .events.feed import EventFeed
@@ -27,15 +28,17 @@ from .fuse.forced import Forced
 from .fuse.fsnotify import (
     ELEMENT_MIN_BYTES,
     NO_NOTIFICATION_QUEUE,
+    QUEUE_NOT_PASSED,
     EventAbilities,
     FsnotifyFlag,
 )
 from .fuse.init import SessionOptions
-from .fuse.operations import Operations
+from .fuse.operations import AgreedSession, Operations
 from .fuse.upcalls import Upcalls
 from .share.native_share import Share
 from .share.options import EventsMode
 from .vhost_user.device import DeviceOptions
+from .vhost_user.messages import ProtocolFeature
 from .vhost_user.transport import Listener
 from .virtio.config import FsConfig
 from .virtio.features import VirtioFeature
@@ -45,6 +48,9 @@ _log = logging.getLogger("vhostfs.server")
 
 MIN_QUEUES = 66
 """hiprio, notification and 64 request queues: the VMM chooses how many of them it uses."""
+
+DRIVER_WAIT_S = 2.0
+"""After the mount, for the guest's driver to ask for events, before the log says that it does not."""
 
 GRACE_S = 10.0
 """After a stop signal, for requests under way (a dead network file system may hold one for ever)."""
@@ -78,11 +84,13 @@ class EventOptions:
 class ServerOptions:
     """What one server offers.
 
-    tag: for a VMM that fetches the configuration space; None: the VMM has its own, and
-    VHOST_USER_PROTOCOL_F_CONFIG is not offered. num_request_queues is what that space says.
+    shared_dir, sandbox: for people. tag: for a VMM that fetches the configuration space; None: the VMM has
+    its own, and VHOST_USER_PROTOCOL_F_CONFIG is not offered. num_request_queues is what that space says.
     """
 
     session: SessionOptions
+    shared_dir: str = ""
+    sandbox: str = ""
     tag: str | None = None
     num_request_queues: int = 1
     readonly: bool = False
@@ -103,16 +111,22 @@ class ControlOptions:
 
 def device_options(options: ServerOptions) -> DeviceOptions:
     """What a front end is offered."""
-    config = b""
-    notification = offers_queue(options)
-    if options.tag is not None:
-        notify_buf_size_bytes = 0
-        if options.events is not None and notification:
-            notify_buf_size_bytes = options.events.forced.notify_buf_size
-        config = FsConfig(options.tag, options.num_request_queues, notify_buf_size_bytes).pack()
+    config = config_space(options)
     return DeviceOptions(
-        max_queues=max(MIN_QUEUES, 2 + options.num_request_queues), config=config, notification=notification
+        max_queues=max(MIN_QUEUES, 2 + options.num_request_queues),
+        config=b"" if config is None else config.pack(),
+        notification=offers_queue(options),
     )
+
+
+def config_space(options: ServerOptions) -> FsConfig | None:
+    """What a front end may fetch; None: it has its own."""
+    if options.tag is None:
+        return None
+    notify_buf_size_bytes = 0
+    if options.events is not None and offers_queue(options):
+        notify_buf_size_bytes = options.events.forced.notify_buf_size
+    return FsConfig(options.tag, options.num_request_queues, notify_buf_size_bytes)
 
 
 def offers_queue(options: ServerOptions) -> bool:
@@ -127,11 +141,17 @@ NOTIFICATION_QUEUE = 1
 
 
 def event_abilities(
-    options: ServerOptions, features_acked: int, *, has_queue: bool = True, source_failed: bool = False
+    options: ServerOptions,
+    features_acked: int,
+    *,
+    fetches_config: bool = True,
+    has_queue: bool = True,
+    source_failed: bool = False,
 ) -> EventAbilities:
     """What can be done for a driver that has acked these virtio features; there are events.
 
-    has_queue: the front end has set queue 1 up. source_failed: no more events come from the host.
+    fetches_config: the VMM's device has no configuration space of its own. has_queue: the front end has set
+    queue 1 up. source_failed: no more events come from the host.
     """
     events = options.events
     assert events is not None
@@ -145,7 +165,7 @@ def event_abilities(
         withheld[FsnotifyFlag.RENAME] = "the host does not tell which halves belong together"
     for flag in (FsnotifyFlag.WATCH_ALL, FsnotifyFlag.INVALIDATE):
         withheld[flag] = "this server does not do it"
-    no_queue = _no_queue(options, features_acked, has_queue)
+    no_queue = _no_queue(options, features_acked, fetches_config, has_queue)
     no_parking = None
     if not events.transports & FsnotifyFlag.PARKED:
         no_parking = "parked requests are switched off by --delivery"
@@ -179,7 +199,9 @@ def event_abilities(
 _SWITCHED_OFF = "switched off by --negotiate"
 
 
-def _no_queue(options: ServerOptions, features_acked: int, has_queue: bool) -> str | None:
+def _no_queue(
+    options: ServerOptions, features_acked: int, fetches_config: bool, has_queue: bool
+) -> str | None:
     """Why the notification queue cannot be used; None: it can."""
     events = options.events
     assert events is not None
@@ -190,7 +212,8 @@ def _no_queue(options: ServerOptions, features_acked: int, has_queue: bool) -> s
     if options.tag is None:
         return "no --tag is given, without which there is no notification queue"
     if not features_acked & VirtioFeature.FS_NOTIFICATION:
-        return NO_NOTIFICATION_QUEUE
+        # The space says how large buffers must be: no device has the queue without passing that on.
+        return NO_NOTIFICATION_QUEUE if fetches_config else QUEUE_NOT_PASSED
     if not has_queue:
         return "VIRTIO_FS_F_NOTIFICATION is accepted, but the VMM has not set queue 1 up"
     return None
@@ -210,19 +233,27 @@ async def serve(
     offer = device_options(options)
     events = options.events
 
+    loop = asyncio.get_running_loop()
+
     def abilities() -> EventAbilities:
         return event_abilities(
             options,
             listener.features_acked,
+            fetches_config=bool(listener.protocol_features_acked & ProtocolFeature.CONFIG),
             has_queue=listener.has_vring(NOTIFICATION_QUEUE),
             source_failed=share.events_failed,
         )
+
+    def when_mounted(session: AgreedSession) -> None:
+        # On another thread; a driver that knows events asks as soon as it is mounted.
+        loop.call_soon_threadsafe(loop.call_later, DRIVER_WAIT_S, operations.say_if_silent, session)
 
     operations = Operations(
         share,
         options.session,
         readonly=options.readonly,
         event_abilities=None if events is None else abilities,
+        when_mounted=when_mounted,
     )
     listener = Listener(
         listen_socket,
@@ -236,8 +267,13 @@ async def serve(
     if events is not None:
         feed = EventFeed(share, NodePaths(share, events.proc_fd_dir, events.root, time.monotonic))
     if control is not None:
-        state = _state_of(share, options, listener, operations)
-        console = ControlServer(control.listen_socket, control.allowed_uids, feed, state)
+        console = ControlServer(
+            control.listen_socket,
+            control.allowed_uids,
+            feed,
+            stats=_state_of(share, options, listener, operations),
+            negotiated=_agreements_of(share, options, listener, operations),
+        )
     relay = asyncio.ensure_future(stop.wait())
     relay.add_done_callback(lambda _task: listener.stop())
     try:
@@ -257,14 +293,11 @@ def _state_of(
 ) -> Callable[[], Mapping[str, Any]]:
     """What `vhostfs stats` is answered with, at the moment of the call."""
     started_s = time.monotonic()
-    events = options.events
 
     def state() -> Mapping[str, Any]:
         connection = listener.connection
-        source, reason = ("off", "off") if events is None else (events.source, events.reason)
-        moved = share.events_moved()
-        if moved is not None:
-            source, reason = EventsMode.FANOTIFY_INODES.value, moved
+        source, reason = _source_now(share, options)
+        delivery, missing = operations.delivery
         return stats_message(
             ServerState(
                 uptime_s=time.monotonic() - started_s,
@@ -275,10 +308,60 @@ def _state_of(
                 events=share.events_stats(),
                 front_end=None if connection is None else connection.device.negotiated,
                 agreed=operations.event_answer,
+                delivery=delivery,
+                missing=missing,
             )
         )
 
     return state
+
+
+def _agreements_of(
+    share: Share, options: ServerOptions, listener: Listener, operations: Operations
+) -> Callable[[], Mapping[str, Any]]:
+    """What `vhostfs caps` is answered with, at the moment of the call."""
+    events = options.events
+    config = config_space(options)
+    max_queues = device_options(options).max_queues
+
+    def agreements() -> Mapping[str, Any]:
+        connection = listener.connection
+        source, reason = _source_now(share, options)
+        delivery, missing = operations.delivery
+        transports = FsnotifyFlag(0)
+        if events is not None:
+            transports = events.transports & ~events.forced.flags_off
+        if not offers_queue(options):
+            transports &= ~FsnotifyFlag.VIRTQUEUE
+        return negotiated_message(
+            NegotiatedState(
+                shared_dir=options.shared_dir,
+                sandbox=options.sandbox,
+                tag=options.tag,
+                source=source,
+                reason=reason,
+                host_mask=0 if events is None else events.mask,
+                transports=int(transports),
+                config=config,
+                max_queues=max_queues,
+                delivery=delivery,
+                missing=missing,
+                front_end=None if connection is None else connection.device.negotiated,
+                session=operations.session,
+                events=operations.event_answer or operations.event_refusal,
+            )
+        )
+
+    return agreements
+
+
+def _source_now(share: Share, options: ServerOptions) -> tuple[str, str]:
+    """Where events come from, and why from there."""
+    moved = share.events_moved()
+    if moved is not None:
+        return EventsMode.FANOTIFY_INODES.value, moved
+    events = options.events
+    return ("off", "off") if events is None else (events.source, events.reason)
 
 
 def run_server(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running server counts, asked for over its control socket.
+"""What a running server tells of itself, asked for over its control socket.
 
-Must not know what the numbers should be. Specification: docs/events.md, "The control socket".
+Must not know what the numbers should be. Specification: docs/events.md, "The control socket"; docs/caps.md.
 """
 
 from __future__ import annotations
@@ -15,18 +15,28 @@ from tests.ring.share import Share
 TIMEOUT_S = 10.0
 
 
-def stats(share: Share) -> dict[str, Any]:
-    """One `stats` message: the server greets, is asked, and answers, each in a line of JSON."""
+def asked(share: Share, command: str) -> dict[str, Any]:
+    """One message: the server greets, is asked, and answers, each in a line of JSON."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(TIMEOUT_S)
         connection.connect(f"{share.server.socket_path}.ctl")
         with connection.makefile("rw") as lines:
             assert json.loads(lines.readline())["type"] == "hello"
-            lines.write('{"command": "stats"}\n')
+            lines.write(json.dumps({"command": command}) + "\n")
             lines.flush()
             answer: dict[str, Any] = json.loads(lines.readline())
-    assert answer["type"] == "stats", answer
+    assert answer["type"] == command, answer
     return answer
+
+
+def stats(share: Share) -> dict[str, Any]:
+    """What was counted."""
+    return asked(share, "stats")
+
+
+def negotiated(share: Share) -> dict[str, Any]:
+    """What server, VMM and guest have agreed on."""
+    return asked(share, "negotiated")
 
 
 def event_counters(share: Share) -> dict[str, int]:

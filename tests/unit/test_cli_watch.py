@@ -134,21 +134,17 @@ def test_statistics_are_a_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "agreed", "text"),
+    ("chosen", "missing", "agreed", "text"),
     [
-        ([], None, "VIRTIO_FS_F_NOTIFICATION is not negotiated"),
-        (["fs_notification"], None, "its driver has not asked for them"),
-        (
-            ["fs_notification"],
-            {"flags": ["VIRTQUEUE", "RENAME"]},
-            "events by the notification queue (rename)",
-        ),
-        ([], {"flags": ["RENAME"]}, "no way for them to travel"),
-        ([], {"flags": ["PARKED"]}, "events by parked requests"),
+        ("none", "its driver has not asked", None, "connected; no events: its driver has not asked"),
+        ("none", "no queue", {"flags": ["RENAME"]}, "connected; no events: no queue"),
+        ("virtqueue", "", {"flags": ["VIRTQUEUE", "RENAME"]}, "events by the notification queue (rename)"),
+        ("parked", "no queue", {"flags": ["PARKED"]}, "connected; events by parked requests"),
     ],
 )
-def test_one_line_says_how_events_reach_the_guest(features: list[str], agreed: Any, text: str) -> None:
-    assert text in guest_text({"virtio_features": features, "fsnotify": agreed})
+def test_one_line_says_how_events_reach_the_guest(chosen: str, missing: str, agreed: Any, text: str) -> None:
+    delivery = {"chosen": chosen, "missing": missing}
+    assert text in guest_text({"delivery": delivery, "fsnotify": agreed})
 
 
 def test_quantities_have_units() -> None:

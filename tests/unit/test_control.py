@@ -18,7 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vhostfs.caps import names
 from vhostfs.control.client import ControlClient, ControlError, find_control_socket
+from vhostfs.control.negotiated import NegotiatedState, negotiated_message
 from vhostfs.control.protocol import (
     MAX_LINE_BYTES,
     MAX_WAITING_BYTES,
@@ -32,9 +34,14 @@ from vhostfs.control.server import MAX_CLIENTS, ControlServer
 from vhostfs.events.feed import SeenEvent, Watcher
 from vhostfs.events.masks import FsEvent
 from vhostfs.events.records import EventFate, EventsStats, EventTrace
-from vhostfs.fuse.fsnotify import FsnotifyAnswer, FsnotifyInitOut
+from vhostfs.fuse.abi import InitIn, InitOut
+from vhostfs.fuse.fsnotify import Delivery, FsnotifyAnswer, FsnotifyInitIn, FsnotifyInitOut
+from vhostfs.fuse.operations import AgreedSession
 from vhostfs.share.native_share import ShareStats
 from vhostfs.vhost_user.device import Device, DeviceOptions
+from vhostfs.vhost_user.messages import MemoryRegion
+from vhostfs.virtio.config import FsConfig
+from vhostfs.virtio.features import DeviceStatus
 
 T = TypeVar("T")
 
@@ -98,9 +105,9 @@ def test_commands_are_understood_however_their_bytes_arrive(step: int) -> None:
         (b"\xff\xfe", "not a line of JSON"),
         (b"[" * 4000, "not a line of JSON"),
         (b"[]", "not a JSON object"),
-        (b'{"command":"reboot"}', "use stats or watch"),
-        (b'{"command":["stats"]}', "use stats or watch"),
-        (b"{}", "use stats or watch"),
+        (b'{"command":"reboot"}', "use stats, negotiated or watch"),
+        (b'{"command":["stats"]}', "use stats, negotiated or watch"),
+        (b"{}", "use stats, negotiated or watch"),
         (b'{"command":"watch","fates":[]}', "fates is not"),
         (b'{"command":"watch","fates":["gone"]}', "fates is not"),
         (b'{"command":"watch","fates":{"lost":1}}', "fates is not"),
@@ -252,6 +259,121 @@ def test_statistics_say_what_was_negotiated() -> None:
     assert fsnotify["max_watches"] == 7
 
 
+AGREED = NegotiatedState(
+    shared_dir="/srv/data",
+    sandbox="namespace",
+    tag="data",
+    source="inotify",
+    reason="inotify (asked for)",
+    host_mask=0x102,
+    transports=3,
+    config=FsConfig("data", 1, 320),
+    max_queues=66,
+    delivery=Delivery.NONE,
+    missing="the guest has not mounted the share",
+    front_end=None,
+    session=None,
+    events=None,
+)
+
+
+def test_what_is_not_agreed_yet_is_null() -> None:
+    told = negotiated_message(AGREED)
+    assert [told[key] for key in ("vmm", "fuse", "fsnotify")] == [None] * 3
+    assert told["server"]["config"] == {"tag": "data", "num_request_queues": 1, "notify_buf_size_bytes": 320}
+    assert told["source"]["reports"] == ["MODIFY", "CREATE"]
+    assert told["delivery"] == {
+        "chosen": "none",
+        "missing": "the guest has not mounted the share",
+        "offered": ["virtqueue", "parked"],
+    }
+    assert negotiated_message(replace(AGREED, transports=2))["delivery"]["offered"] == ["parked"]
+    assert negotiated_message(replace(AGREED, config=None))["server"]["config"] is None
+    json.dumps(told)
+
+
+def test_what_was_agreed_has_the_names_of_the_specifications() -> None:
+    device = Device(DeviceOptions(max_queues=3, notification=True)).negotiated
+    region = MemoryRegion(0, 1 << 20, 0x7000_0000, 0)
+    front_end = replace(
+        device,
+        features_acked=1 | 1 << 32,
+        protocol_features_acked=1 << 3,
+        status=DeviceStatus.DRIVER_OK,
+        queue_sizes={2: 128, 0: 16, 1: 64},
+        regions=(region, region),
+    )
+    session = AgreedSession(InitIn(7, 41, 131072, 1 | 1 << 36), InitOut(41, flags=1, max_write_bytes=1 << 20))
+    offer = FsnotifyInitIn(1, 3, 0x1B, 0x1FFF, 512)
+    answer = FsnotifyAnswer(
+        0,
+        FsnotifyInitOut(flags=9, mask=0x103, max_watches=7),
+        "",
+        0x100,
+        ("events for the guest: less: x",),
+        offer,
+    )
+    told = negotiated_message(replace(AGREED, front_end=front_end, session=session, events=answer))
+    assert told["vmm"] == {
+        "state": "new",
+        "features_offered": [
+            "VIRTIO_FS_F_NOTIFICATION",
+            "VIRTIO_F_INDIRECT_DESC",
+            "VIRTIO_F_EVENT_IDX",
+            "VHOST_USER_F_PROTOCOL_FEATURES",
+            "VIRTIO_F_VERSION_1",
+        ],
+        "features_acked": ["VIRTIO_FS_F_NOTIFICATION", "VIRTIO_F_VERSION_1"],
+        "protocol_features_offered": names.protocol_feature_names(device.protocol_features_offered),
+        "protocol_features_acked": ["VHOST_USER_PROTOCOL_F_REPLY_ACK"],
+        "device_status": ["DRIVER_OK"],
+        "memory_regions": 2,
+        "memory_bytes": 2 << 20,
+        "queues": [
+            {"index": 0, "role": "hiprio", "size": 16},
+            {"index": 1, "role": "notification", "size": 64},
+            {"index": 2, "role": "request", "size": 128},
+        ],
+    }
+    assert told["fuse"] == {
+        "guest_version": "7.41",
+        "version": "7.41",
+        "flags_offered": ["FUSE_ASYNC_READ", "FUSE_DIRECT_IO_ALLOW_MMAP"],
+        "flags_granted": ["FUSE_ASYNC_READ"],
+        "max_write_bytes": 1 << 20,
+        "max_readahead_bytes": 0,
+        "max_background": 0,
+        "max_pages": 0,
+    }
+    assert told["fsnotify"] == {
+        "refused": None,
+        "driver_version": "1.3",
+        "flags_wanted": [
+            "FUSE_FSNOTIFY_VIRTQUEUE",
+            "FUSE_FSNOTIFY_PARKED",
+            "FUSE_FSNOTIFY_RENAME",
+            "FUSE_FSNOTIFY_CHILD",
+        ],
+        "driver_can_raise": names.event_bit_names(0x1FFF),
+        "driver_buf_size_bytes": 512,
+        "flags_granted": ["FUSE_FSNOTIFY_VIRTQUEUE", "FUSE_FSNOTIFY_RENAME"],
+        "host_can_report": ["ACCESS", "MODIFY", "CREATE"],
+        "events": ["CREATE"],
+        "notify_buf_size_bytes": 320,
+        "max_watches": 7,
+        "max_parked": 0,
+        "reductions": ["x"],
+    }
+
+
+def test_an_offer_that_was_refused_is_told_with_the_reason() -> None:
+    offer = FsnotifyInitIn(2, 0)
+    answer = FsnotifyAnswer(71, FsnotifyInitOut(), "", 0, (), offer, "version 2.0")
+    told = negotiated_message(replace(AGREED, events=answer))["fsnotify"]
+    assert told["refused"] == "version 2.0"
+    assert "flags_granted" not in told
+
+
 # ---- over sockets
 
 
@@ -275,11 +397,15 @@ class Console:
         self.listen_socket = socket.socket(socket.AF_UNIX)
         self.listen_socket.bind(path)
         self.listen_socket.listen()
-        self.server = ControlServer(self.listen_socket, uids, feed, self.stats)
+        self.server = ControlServer(self.listen_socket, uids, feed, self.stats, self.negotiated)
 
     @staticmethod
     def stats() -> Mapping[str, Any]:
         return stats_message(STATE)
+
+    @staticmethod
+    def negotiated() -> Mapping[str, Any]:
+        return negotiated_message(AGREED)
 
     async def client(self, body: Callable[[ControlClient], T]) -> T:
         def run() -> T:
@@ -313,6 +439,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_statistics_are_asked_for_and_come(console: Console) -> None:
     assert (await console.client(lambda client: client.stats()))["events"]["counters"]["received"] == 9
+
+
+async def test_what_was_negotiated_is_asked_for_and_comes(console: Console) -> None:
+    told = await console.client(lambda client: client.negotiated())
+    assert told["server"]["shared_dir"] == "/srv/data"
 
 
 async def test_a_watcher_gets_what_it_asked_for_until_the_server_ends(console: Console) -> None:

@@ -15,7 +15,9 @@ from vhostfs.events.masks import DELIVERABLE, FsEvent
 from vhostfs.fuse.fsnotify import (
     FSNOTIFY_INIT_IN_BYTES,
     FSNOTIFY_INIT_OUT_BYTES,
+    QUEUE_NOT_PASSED,
     TRANSPORTS,
+    Delivery,
     EventAbilities,
     FsnotifyFlag,
     FsnotifyInitIn,
@@ -152,12 +154,13 @@ def test_the_log_says_what_was_agreed() -> None:
 
 
 def test_the_log_says_when_there_is_no_way_for_events_to_travel_and_why() -> None:
-    without = replace(ABLE, flags=ABLE.flags & ~FsnotifyFlag.VIRTQUEUE)
+    without = replace(ABLE, flags=ABLE.flags & ~FsnotifyFlag.VIRTQUEUE, no_queue=QUEUE_NOT_PASSED)
     assert not without.can_deliver
     refused = negotiate_events(OFFER, without)
     assert refused.error == 0
     assert not refused.reply.flags & TRANSPORTS
-    assert "VIRTIO_FS_F_NOTIFICATION is not accepted" in refused.note
+    assert QUEUE_NOT_PASSED in refused.note
+    assert "this server parks no requests" in refused.note
     unasked = negotiate_events(replace(OFFER, flags=int(FsnotifyFlag.CHILD)), ABLE)
     assert "did not ask for the notification queue" in unasked.note
 
@@ -169,14 +172,16 @@ def test_parked_requests_are_the_second_choice_and_the_log_says_what_the_first_l
     first = negotiate_events(offer, able)
     assert first.reply.flags & both == FsnotifyFlag.VIRTQUEUE
     assert first.reply.max_parked == 0
-    second = negotiate_events(offer, replace(able, flags=able.flags & ~FsnotifyFlag.VIRTQUEUE))
+    no_queue = replace(able, flags=able.flags & ~FsnotifyFlag.VIRTQUEUE, no_queue=QUEUE_NOT_PASSED)
+    second = negotiate_events(offer, no_queue)
     assert second.reply.flags & both == FsnotifyFlag.PARKED
     assert second.reply.max_parked == 8
     assert second.note == (
         "events for the guest: by parked requests (driver 1.0, rename, child): "
-        "VIRTIO_FS_F_NOTIFICATION is not accepted: "
-        "the VMM does not pass it or the guest's driver does not know it"
+        "this VMM does not pass VIRTIO_FS_F_NOTIFICATION (QEMU: needs vhost-user-test-device-pci of 10.1 "
+        "or later, or the patch for vhost-user-fs-pci)"
     )
+    assert (second.delivery, second.missing) == (Delivery.PARKED, QUEUE_NOT_PASSED)
     chosen = negotiate_events(replace(offer, flags=int(FsnotifyFlag.PARKED)), able)
     assert chosen.reply.flags == FsnotifyFlag.PARKED
     assert "did not ask for the notification queue" in chosen.note
@@ -187,3 +192,30 @@ def test_the_log_says_when_the_driver_knows_neither_way() -> None:
     neither = negotiate_events(replace(OFFER, flags=int(FsnotifyFlag.CHILD)), able)
     assert not neither.reply.flags & TRANSPORTS
     assert "neither way" in neither.note
+
+
+def test_a_driver_that_wants_neither_way_is_told_of_both() -> None:
+    able = replace(
+        ABLE, flags=int(FsnotifyFlag.PARKED | FsnotifyFlag.CHILD), max_parked=8, no_queue=QUEUE_NOT_PASSED
+    )
+    answer = negotiate_events(replace(OFFER, flags=int(FsnotifyFlag.CHILD)), able)
+    assert (
+        answer.note == "events for the guest: none (driver 1.0, child): "
+        f"{QUEUE_NOT_PASSED}, and its driver did not ask for parked requests"
+    )
+
+
+def test_an_offer_that_is_refused_delivers_nothing_and_says_why() -> None:
+    answer = negotiate_events(replace(OFFER, buf_size_bytes=16), ABLE)
+    assert answer.delivery is Delivery.NONE
+    assert answer.offer is not None
+    assert answer.offer.buf_size_bytes == 16
+    assert answer.missing == answer.note
+    assert answer.note == (
+        "its driver's offer is refused: its buffers hold 16 bytes, the smallest element takes 64 (EINVAL)"
+    )
+
+
+def test_what_is_best_lacks_nothing() -> None:
+    answer = negotiate_events(OFFER, ABLE)
+    assert (answer.delivery, answer.missing) == (Delivery.VIRTQUEUE, "")

@@ -15,9 +15,9 @@ import pytest
 
 from vhostfs.fuse import operations
 from vhostfs.fuse.abi import Opcode
-from vhostfs.fuse.fsnotify import EventAbilities, FsnotifyFlag
+from vhostfs.fuse.fsnotify import NO_NOTIFICATION_QUEUE, Delivery, EventAbilities, FsnotifyFlag
 from vhostfs.fuse.init import SessionOptions
-from vhostfs.fuse.operations import Operations
+from vhostfs.fuse.operations import EVENTS_OFF, NOT_ASKED, NOT_MOUNTED, AgreedSession, Operations
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class EventServer:
 
     def __init__(self, flags: int = VIRTQUEUE) -> None:
         self.tree = FakeTree()
+        self.mounted: list[AgreedSession] = []
         self.flags = flags
         abilities = EventAbilities(flags=0, mask=0x1FFF, max_watches=10)
         self.operations = Operations(
@@ -76,6 +77,7 @@ class EventServer:
             SessionOptions(),
             readonly=False,
             event_abilities=lambda: replace(abilities, flags=self.flags),
+            when_mounted=lambda session: self.mounted.append(session),
         )
 
     def call(self, opcode: int, args: bytes = b"") -> bytes:
@@ -280,12 +282,50 @@ def test_with_events_off_the_driver_carries_on_without() -> None:
     assert failure(FakeTree(), Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS) == errno.ENOSYS
 
 
-def test_a_guest_without_the_notification_queue_is_one_line_in_the_log(
+def test_a_driver_that_says_nothing_of_events_is_one_line_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    EventServer(flags=0).call(Opcode.INIT, init_args())
-    assert "events for the guest: none: VIRTIO_FS_F_NOTIFICATION is not accepted" in caplog.text
-    caplog.clear()
-    EventServer().call(Opcode.INIT, init_args())
-    assert "events for the guest" not in caplog.text
+    for flags, text in (
+        (VIRTQUEUE, NOT_ASKED),
+        (0, f"{NO_NOTIFICATION_QUEUE}; this server parks no requests; {NOT_ASKED}"),
+    ):
+        caplog.clear()
+        server = EventServer(flags=flags)
+        server.call(Opcode.INIT, init_args())
+        assert "events for the guest" not in caplog.text
+        (session,) = server.mounted
+        server.operations.say_if_silent(session)
+        assert f"events for the guest: none: {text}" in caplog.text
+
+
+def test_one_line_is_enough_for_a_session(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    server = EventServer()
+    server.call(Opcode.INIT, init_args())
+    server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+    server.operations.say_if_silent(server.mounted[0])
+    server.call(Opcode.INIT, init_args())
+    server.operations.say_if_silent(server.mounted[0])
+    assert caplog.text.count("events for the guest: by") == 1
+    assert caplog.text.count("events for the guest: none") == 0
+
+
+def test_what_is_delivered_and_what_a_better_way_lacks_can_be_asked_for_at_any_time() -> None:
+    off = Operations(FakeTree(), SessionOptions(), readonly=False)
+    assert off.delivery == (Delivery.NONE, EVENTS_OFF)
+    server = EventServer()
+    operations = server.operations
+    assert operations.delivery == (Delivery.NONE, NOT_MOUNTED)
+    server.call(Opcode.INIT, init_args())
+    assert operations.delivery == (Delivery.NONE, NOT_ASKED)
+    with pytest.raises(OSError):
+        server.call(Opcode.FSNOTIFY_INIT, struct.pack("<II", 2, 0))
+    assert operations.delivery == (
+        Delivery.NONE,
+        "its driver's offer is refused: version 2.0, expected 1.x (EPROTO)",
+    )
+    server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
+    assert operations.delivery == (Delivery.VIRTQUEUE, "")
+    server.call(Opcode.DESTROY)
+    assert operations.delivery == (Delivery.NONE, NOT_MOUNTED)

@@ -9,7 +9,9 @@ import enum
 
 from ..events.masks import FsEvent
 from ..fuse.abi import InitFlag
+from ..fuse.fsnotify import Delivery as Delivery
 from ..fuse.fsnotify import FsnotifyFlag
+from ..fuse.fsnotify import delivery_of as delivery_of
 from ..share.options import EventsMode
 from ..vhost_user.messages import ProtocolFeature
 from ..virtio.features import DeviceStatus, VirtioFeature
@@ -51,26 +53,6 @@ class FanMark(enum.IntFlag):
 
 HOST_SOURCES = (EventsMode.FANOTIFY_FILESYSTEM, EventsMode.FANOTIFY_INODES, EventsMode.INOTIFY)
 """Where a server can learn of changes, best first; the values are those of `--events=`."""
-
-
-class Delivery(enum.Enum):
-    """How events travel to a guest, as it was settled for one session; best first."""
-
-    VIRTQUEUE = "virtqueue"
-    PARKED = "parked"
-    NONE = "none"
-
-    @property
-    def words(self) -> str:
-        """For a line that people read."""
-        return {"virtqueue": "the notification queue", "parked": "parked requests"}.get(self.value, "none")
-
-
-def delivery_of(flags: int) -> Delivery:
-    """What granted flags of FUSE_FSNOTIFY_INIT mean."""
-    if flags & FsnotifyFlag.VIRTQUEUE:
-        return Delivery.VIRTQUEUE
-    return Delivery.PARKED if flags & FsnotifyFlag.PARKED else Delivery.NONE
 
 
 _VIRTIO_NAMES = {

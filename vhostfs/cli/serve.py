@@ -178,6 +178,8 @@ def _serve(
     root = shared_dir if options.sandbox is SandboxMode.NONE else "/"
     server_options = ServerOptions(
         session=_session_options(options),
+        shared_dir=shared_dir,
+        sandbox=options.sandbox.value,
         tag=options.tag,
         num_request_queues=options.num_request_queues,
         readonly=options.readonly,

@@ -101,18 +101,14 @@ def guest_text(guest: Mapping[str, Any] | None) -> str:
     """One line: connected or not, and how events reach it."""
     if guest is None:
         return "no VMM is connected"
-    agreed = guest["fsnotify"]
-    if agreed is None:
-        if "fs_notification" not in guest["virtio_features"]:
-            return "connected; no events: VIRTIO_FS_F_NOTIFICATION is not negotiated"
-        return "connected; no events: its driver has not asked for them"
+    agreed = guest["fsnotify"] or {"flags": []}
     flags = [flag.lower() for flag in agreed["flags"]]
     ways = {"virtqueue": "the notification queue", "parked": "parked requests"}
-    way = next((text for flag, text in ways.items() if flag in flags), None)
-    if way is None:
-        return "connected; its driver asked for events, but there is no way for them to travel"
+    chosen, missing = guest["delivery"]["chosen"], printable(guest["delivery"]["missing"])
+    if chosen not in ways:
+        return f"connected; no events: {missing}"
     extras = ", ".join(flag for flag in flags if flag not in ways)
-    return f"connected; events by {way}{f' ({extras})' if extras else ''}"
+    return f"connected; events by {ways[chosen]}{f' ({extras})' if extras else ''}"
 
 
 def _table(values: Mapping[str, int], texts: Mapping[str, str], width: int) -> Iterator[str]:

@@ -38,7 +38,7 @@ def find_control_socket(given: str | None) -> str:
     if given is not None:
         beside = given + CONTROL_SUFFIX
         return beside if not given.endswith(CONTROL_SUFFIX) and _is_socket(beside) else given
-    found = _running_servers()
+    found = running_servers()
     if len(found) == 1:
         return found[0]
     if not found:
@@ -55,7 +55,7 @@ def _is_socket(path: str) -> bool:
         return False
 
 
-def _running_servers() -> list[str]:
+def running_servers() -> list[str]:
     """Control sockets at their default place: PATH.ctl where something listens at PATH too."""
     try:
         lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]
@@ -77,15 +77,20 @@ def _running_servers() -> list[str]:
 class ControlClient:
     """One connection. Raises ControlError."""
 
-    def __init__(self, path: str) -> None:
-        """The server speaks first, so that nothing is said to a socket that is something else."""
+    def __init__(self, path: str, *, timeout_s: float | None = None) -> None:
+        """The server speaks first, so that nothing is said to a socket that is something else.
+
+        timeout_s: for the greeting and for each answer, where the usual times are too long.
+        """
         self.path = path
+        self._hello_timeout_s = HELLO_TIMEOUT_S if timeout_s is None else timeout_s
+        self._answer_timeout_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
         self._socket = socket.socket(socket.AF_UNIX)
         self._input = bytearray()
         self._scanned_bytes = 0
         try:
             self._connect()
-            hello = self._message(HELLO_TIMEOUT_S)
+            hello = self._message(self._hello_timeout_s)
             if hello is None or hello.get("type") != "hello" or "control" not in hello:
                 raise ControlError(f"{path} is not a control socket of vhostfs{self._hint()}")
             if hello["control"] != PROTOCOL_VERSION:
@@ -114,6 +119,11 @@ class ControlClient:
         self._send({"command": "stats"})
         return self._answer("stats")
 
+    def negotiated(self) -> dict[str, Any]:
+        """What server, VMM and guest have agreed on, as docs/caps.md lays it out."""
+        self._send({"command": "negotiated"})
+        return self._answer("negotiated")
+
     def watch(self, fates: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
         """Messages of type event and skipped, as they come, until the server ends."""
         self._send({"command": "watch"} | ({} if fates is None else {"fates": list(fates)}))
@@ -123,7 +133,7 @@ class ControlClient:
 
     def _connect(self) -> None:
         try:
-            self._socket.settimeout(HELLO_TIMEOUT_S)
+            self._socket.settimeout(self._hello_timeout_s)
             self._socket.connect(self.path)
         except OSError as error:
             raise ControlError(_refusal(self.path, error)) from None
@@ -142,7 +152,7 @@ class ControlClient:
             raise ControlError(f"{self.path}: {os.strerror(error.errno or errno.EIO)}") from None
 
     def _answer(self, kind: str) -> dict[str, Any]:
-        message = self._message(ANSWER_TIMEOUT_S)
+        message = self._message(self._answer_timeout_s)
         if message is None:
             raise ControlError(f"{self.path}: the server has ended")
         if message.get("type") == "error":

@@ -36,7 +36,12 @@ class WatchCommand:
     fates: frozenset[EventFate]
 
 
-Command = StatsCommand | WatchCommand
+@dataclass(frozen=True, slots=True)
+class NegotiatedCommand:
+    """{"command": "negotiated"}: one object with what server, VMM and guest have agreed on."""
+
+
+Command = StatsCommand | WatchCommand | NegotiatedCommand
 
 
 class CommandError(ValueError):
@@ -59,10 +64,12 @@ def parse_command(line: bytes) -> Command:
     match message.get("command"):
         case "stats":
             return StatsCommand()
+        case "negotiated":
+            return NegotiatedCommand()
         case "watch":
             return WatchCommand(_fates(message.get("fates")))
         case _:
-            raise CommandError("unknown command; use stats or watch")
+            raise CommandError("unknown command; use stats, negotiated or watch")
 
 
 def _fates(names: object) -> frozenset[EventFate]:

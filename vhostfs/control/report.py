@@ -14,7 +14,7 @@ from .. import __version__
 from ..events.feed import SeenEvent
 from ..events.masks import FsEvent, event_names
 from ..events.records import COUNTERS, EventsStats
-from ..fuse.fsnotify import FsnotifyAnswer, flag_list
+from ..fuse.fsnotify import Delivery, FsnotifyAnswer, flag_list
 from ..share.native_share import ShareStats
 from ..vhost_user.device import Negotiated
 from ..vhost_user.messages import ProtocolFeature
@@ -62,6 +62,8 @@ class ServerState:
     events: EventsStats
     front_end: Negotiated | None
     agreed: FsnotifyAnswer | None
+    delivery: Delivery = Delivery.NONE
+    missing: str = ""
 
 
 def stats_message(state: ServerState) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def stats_message(state: ServerState) -> dict[str, Any]:
             "counters": {name: getattr(state.events, name) for name in COUNTERS},
             "latency": _latency(state.events),
         },
-        "guest": None if state.front_end is None else _guest(state.front_end, state.agreed),
+        "guest": None if state.front_end is None else _guest(state, state.front_end),
     }
 
 
@@ -89,12 +91,14 @@ def _latency(stats: EventsStats) -> dict[str, Any]:
     }
 
 
-def _guest(front_end: Negotiated, agreed: FsnotifyAnswer | None) -> Mapping[str, Any]:
+def _guest(state: ServerState, front_end: Negotiated) -> Mapping[str, Any]:
+    agreed = state.agreed
     return {
         "virtio_features_offered": _names(front_end.features_offered, VirtioFeature),
         "virtio_features": _names(front_end.features_acked, VirtioFeature),
         "protocol_features": _names(front_end.protocol_features_acked, ProtocolFeature),
         "queue_sizes": {str(index): size for index, size in sorted(front_end.queue_sizes.items())},
+        "delivery": {"chosen": state.delivery.value, "missing": state.missing},
         "fsnotify": None
         if agreed is None
         else {

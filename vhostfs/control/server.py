@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..events.feed import SeenEvent, Watcher
-from .protocol import ControlSession, StatsCommand, WatchCommand, encode_line
+from .protocol import Command, ControlSession, NegotiatedCommand, StatsCommand, WatchCommand, encode_line
 from .report import event_message
 
 _log = logging.getLogger("vhostfs.control")
@@ -40,6 +40,7 @@ class ControlServer:
         allowed_uids: Collection[int],
         feed: Feed | None,
         stats: Callable[[], Mapping[str, Any]],
+        negotiated: Callable[[], Mapping[str, Any]],
     ) -> None:
         """allowed_uids: of clients, as this process sees them. feed: None when events are off."""
         self._allowed_uids = allowed_uids
@@ -47,6 +48,7 @@ class ControlServer:
         self._listen_socket.setblocking(False)
         self._feed = feed
         self._stats = stats
+        self._negotiated = negotiated
         self._loop = asyncio.get_running_loop()
         self._clients: set[_Client] = set()
         self._loop.add_reader(listen_socket, self._accept)
@@ -85,10 +87,12 @@ class ControlServer:
         if self._feed is not None and client.watcher is not None:
             self._feed.remove_watcher(client.watcher)
 
-    def _serve(self, client: _Client, command: StatsCommand | WatchCommand) -> None:
+    def _serve(self, client: _Client, command: Command) -> None:
         match command:
             case StatsCommand():
                 client.session.send(self._stats())
+            case NegotiatedCommand():
+                client.session.send(self._negotiated())
             case WatchCommand() if self._feed is None:
                 client.session.send({"type": "error", "error": "events are off in this server"})
             case WatchCommand() if client.watcher is None:
@@ -110,7 +114,7 @@ class _Client:
         self,
         peer: socket.socket,
         loop: asyncio.AbstractEventLoop,
-        serve: Callable[[_Client, StatsCommand | WatchCommand], None],
+        serve: Callable[[_Client, Command], None],
         forget: Callable[[_Client], None],
     ) -> None:
         self.session = ControlSession()

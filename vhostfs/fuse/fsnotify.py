@@ -61,10 +61,36 @@ class FsnotifyFlag(enum.IntFlag):
 TRANSPORTS = FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED
 """The ways for events to travel; without one of them none are made."""
 
-NO_NOTIFICATION_QUEUE = (
-    "VIRTIO_FS_F_NOTIFICATION is not accepted: "
-    "the VMM does not pass it or the guest's driver does not know it"
+QUEUE_NOT_PASSED = (
+    "this VMM does not pass VIRTIO_FS_F_NOTIFICATION "
+    "(QEMU: needs vhost-user-test-device-pci of 10.1 or later, or the patch for vhost-user-fs-pci)"
 )
+NO_NOTIFICATION_QUEUE = (
+    "VIRTIO_FS_F_NOTIFICATION is not accepted: the guest's driver does not know it, or its device has it "
+    "switched off"
+)
+REDUCTION = "events for the guest: less: "
+"""Before each line about what the guest has less than it could."""
+
+
+class Delivery(enum.Enum):
+    """How events travel to a guest, as it was settled for one session; best first."""
+
+    VIRTQUEUE = "virtqueue"
+    PARKED = "parked"
+    NONE = "none"
+
+    @property
+    def words(self) -> str:
+        """For a line that people read."""
+        return {"virtqueue": "the notification queue", "parked": "parked requests"}.get(self.value, "none")
+
+
+def delivery_of(flags: int) -> Delivery:
+    """What granted flags mean."""
+    if flags & FsnotifyFlag.VIRTQUEUE:
+        return Delivery.VIRTQUEUE
+    return Delivery.PARKED if flags & FsnotifyFlag.PARKED else Delivery.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +180,8 @@ class FsnotifyAnswer:
     """error: 0 or a positive errno, and then reply means nothing. note: one line for the log.
 
     driver_mask: FS_* bits that both sides know, of which elements are made. reductions: what the guest does
-    not get that it could have from another server, VMM or driver; a line for the log each.
+    not get that it could have from another server, VMM or driver; a line for the log each. missing: why
+    events do not travel in a better way, or why the offer was refused; "": there is nothing better.
     """
 
     error: int
@@ -162,6 +189,13 @@ class FsnotifyAnswer:
     note: str
     driver_mask: int = 0
     reductions: tuple[str, ...] = ()
+    offer: FsnotifyInitIn | None = None
+    missing: str = ""
+
+    @property
+    def delivery(self) -> Delivery:
+        """How events travel."""
+        return Delivery.NONE if self.error else delivery_of(self.reply.flags)
 
 
 def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> FsnotifyAnswer:
@@ -174,16 +208,17 @@ def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> Fsnoti
     """
     if offer.major != abilities.major:
         seen = f"version {offer.major}.{offer.minor}, expected {abilities.major}.x"
-        return _refused(errno.EPROTO, seen)
+        return refused(offer, errno.EPROTO, seen)
     if offer.buf_size_bytes < ELEMENT_MIN_BYTES:
         needed = f"the smallest element takes {ELEMENT_MIN_BYTES}"
-        return _refused(errno.EINVAL, f"its buffers hold {offer.buf_size_bytes} bytes, {needed}")
+        return refused(offer, errno.EINVAL, f"its buffers hold {offer.buf_size_bytes} bytes, {needed}")
     granted = FsnotifyFlag(offer.flags & abilities.flags)
     if granted & FsnotifyFlag.VIRTQUEUE:
         granted &= ~FsnotifyFlag.PARKED
     mask = offer.mask & abilities.mask
     if not mask:
-        return _refused(errno.EINVAL, f"it can raise no event that the host can report ({offer.mask:#x})")
+        seen = f"it can raise no event that the host can report ({offer.mask:#x})"
+        return refused(offer, errno.EINVAL, seen)
     reply = FsnotifyInitOut(
         major=abilities.major,
         minor=min(offer.minor, abilities.minor),
@@ -193,15 +228,15 @@ def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> Fsnoti
         max_watches=abilities.max_watches,
         max_parked=abilities.max_parked if granted & FsnotifyFlag.PARKED else 0,
     )
-    reductions = tuple(
-        f"events for the guest: less: {text}" for text in _reductions(offer, granted, abilities)
-    )
-    return FsnotifyAnswer(0, reply, _describe(offer, granted, abilities), mask, reductions)
+    reductions = tuple(f"{REDUCTION}{text}" for text in _reductions(offer, granted, abilities))
+    missing = _missing(offer, granted, abilities)
+    return FsnotifyAnswer(0, reply, _note(offer, granted, missing), mask, reductions, offer, missing)
 
 
-def _refused(error: int, seen: str) -> FsnotifyAnswer:
-    note = f"its driver's offer is refused: {seen} ({errno.errorcode[error]})"
-    return FsnotifyAnswer(error, FsnotifyInitOut(), note)
+def refused(offer: FsnotifyInitIn | None, error: int, seen: str) -> FsnotifyAnswer:
+    """The answer to an offer that cannot be taken; None: it could not even be read."""
+    missing = f"its driver's offer is refused: {seen} ({errno.errorcode[error]})"
+    return FsnotifyAnswer(error, FsnotifyInitOut(), missing, offer=offer, missing=missing)
 
 
 def flag_list(flags: int) -> list[str]:
@@ -210,29 +245,32 @@ def flag_list(flags: int) -> list[str]:
     return [known.get(1 << bit) or f"BIT{bit}" for bit in range(flags.bit_length()) if flags >> bit & 1]
 
 
-def _describe(offer: FsnotifyInitIn, granted: FsnotifyFlag, abilities: EventAbilities) -> str:
+def log_line(delivery: Delivery, missing: str = "", details: str = "") -> str:
+    """The one line for the log of each session: how its events travel, and why in no better way."""
+    way = delivery.words if delivery is Delivery.NONE else f"by {delivery.words}"
+    return (
+        f"events for the guest: {way}{f' ({details})' if details else ''}{f': {missing}' if missing else ''}"
+    )
+
+
+def _note(offer: FsnotifyInitIn, granted: FsnotifyFlag, missing: str) -> str:
     version = f"driver {offer.major}.{offer.minor}"
     extras = [name.lower() for name in flag_list(granted & ~TRANSPORTS)]
-    details = ", ".join([version, *extras])
+    return log_line(delivery_of(granted), missing, ", ".join([version, *extras]))
+
+
+def _missing(offer: FsnotifyInitIn, granted: FsnotifyFlag, abilities: EventAbilities) -> str:
     if granted & FsnotifyFlag.VIRTQUEUE:
-        return f"events for the guest: by the notification queue ({details})"
-    missing = "its driver did not ask for the notification queue"
-    if offer.flags & FsnotifyFlag.VIRTQUEUE:
-        missing = abilities.no_queue
+        return ""
+    can_queue = bool(abilities.flags & FsnotifyFlag.VIRTQUEUE)
+    missing = "its driver did not ask for the notification queue" if can_queue else abilities.no_queue
     if granted & FsnotifyFlag.PARKED:
-        return f"events for the guest: by parked requests ({details}): {missing}"
-    both = offer.flags & FsnotifyFlag.VIRTQUEUE and offer.flags & FsnotifyFlag.PARKED
-    if both:
-        missing = f"{missing}; {abilities.no_parking}"
-    elif offer.flags & FsnotifyFlag.PARKED:
-        missing = abilities.no_parking
-    elif abilities.flags & FsnotifyFlag.PARKED:
-        missing = (
-            "its driver asked for neither way that there is"
-            if missing != abilities.no_queue
-            else f"{missing}, and its driver did not ask for parked requests"
-        )
-    return f"events for the guest: none ({details}): {missing}"
+        return missing
+    if not abilities.flags & FsnotifyFlag.PARKED:
+        return f"{missing}; {abilities.no_parking}"
+    if can_queue:
+        return "its driver asked for neither way that there is"
+    return f"{missing}, and its driver did not ask for parked requests"
 
 
 _WITHOUT = {

@@ -13,16 +13,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
-from .abi import InitIn, IoctlIn, Opcode, pack_ioctl
+from .abi import InitIn, InitOut, IoctlIn, Opcode, pack_ioctl
 from .fsnotify import (
     TRANSPORTS,
+    Delivery,
     EventAbilities,
     FsnotifyAnswer,
-    FsnotifyFlag,
     FsnotifyInitIn,
+    log_line,
     negotiate_events,
+    refused,
 )
 from .init import SessionOptions, negotiate
 
@@ -67,6 +70,19 @@ Operation = Callable[[Request], bytes]
 """Returns the reply's payload or raises OSError with the errno to answer. May block."""
 
 
+EVENTS_OFF = "events are off in this server (--events=off)"
+NOT_MOUNTED = "the guest has not mounted the share"
+NOT_ASKED = "its driver has not asked for them; the kernel's own does not, vhostfs_virtiofs (qemu/guest) does"
+
+
+@dataclass(frozen=True, slots=True)
+class AgreedSession:
+    """What FUSE_INIT has settled."""
+
+    offer: InitIn
+    reply: InitOut
+
+
 class Operations:
     """The table of operations for one share."""
 
@@ -77,14 +93,23 @@ class Operations:
         *,
         readonly: bool,
         event_abilities: Callable[[], EventAbilities] | None = None,
+        when_mounted: Callable[[AgreedSession], None] | None = None,
     ) -> None:
-        """event_abilities: what can be offered to the driver that asks now; None: events are off."""
+        """event_abilities: what can be offered to the driver that asks now; None: events are off.
+
+        when_mounted: told of each session, on its thread, before the guest is.
+        """
         self._tree = tree
         self._options = options
         self._readonly = readonly
         self._event_abilities = event_abilities
+        self._when_mounted = when_mounted
+        self.session: AgreedSession | None = None
+        """None: the guest has not mounted the share."""
         self.event_answer: FsnotifyAnswer | None = None
         """What was agreed about events in this session; None: nothing."""
+        self.event_refusal: FsnotifyAnswer | None = None
+        """The first offer that was refused in this session."""
         self._event_refusal_said = False
         self._events_are_missed = False
         self.table: Mapping[int, Operation] = {
@@ -107,14 +132,13 @@ class Operations:
         if answer.error:
             raise OSError(answer.error, "FUSE_INIT")
         if answer.max_write_bytes:
-            self._say_unasked()
-            self.event_answer = None
-            self._event_refusal_said = False
+            self._forget_session()
             self._events_are_missed = self._event_abilities is not None
             self._tree.start_session(answer.reply.flags, answer.max_write_bytes)
+            self.session = AgreedSession(offer, answer.reply)
             _log.info("guest mounted the share (FUSE 7.%d)", offer.minor)
-            if self._event_abilities is not None:
-                self._say_what_is_missing(self._event_abilities())
+            if self._when_mounted is not None:
+                self._when_mounted(self.session)
         return answer.reply.pack()
 
     def destroy(self, request: Request) -> bytes:
@@ -125,10 +149,14 @@ class Operations:
 
     def end_session(self) -> None:
         """The guest is gone or has unmounted: what it held and what was agreed with it is forgotten."""
-        self._say_unasked()
-        self.event_answer = None
-        self._events_are_missed = False
+        self._forget_session()
         self._tree.end_session()
+
+    def _forget_session(self) -> None:
+        self._say_unasked()
+        self.session = self.event_answer = self.event_refusal = None
+        self._event_refusal_said = False
+        self._events_are_missed = False
 
     def fsnotify_init(self, request: Request) -> bytes:
         """What driver and server agree on about events, once in a session."""
@@ -142,17 +170,14 @@ class Operations:
         try:
             offer = FsnotifyInitIn.unpack(request.args, abilities.major)
         except ValueError as error:
-            self._say_refused(f"its driver's offer is refused: {error} (EINVAL)")
-            raise OSError(errno.EINVAL, "FUSE_FSNOTIFY_INIT") from None
+            raise self._refusal(refused(None, errno.EINVAL, str(error))) from None
         answer = negotiate_events(offer, abilities)
         if answer.error:
-            self._say_refused(answer.note)
-            raise OSError(answer.error, "FUSE_FSNOTIFY_INIT")
+            raise self._refusal(answer)
         reply = answer.reply.pack()[: abilities.reply_bytes].ljust(abilities.reply_bytes, b"\0")
         if request.reply_room_bytes < len(reply):
             room = f"it has room for {request.reply_room_bytes} bytes of the answer, which has {len(reply)}"
-            self._say_refused(f"its driver's offer is refused: {room} (EINVAL)")
-            raise OSError(errno.EINVAL, "FUSE_FSNOTIFY_INIT")
+            raise self._refusal(refused(offer, errno.EINVAL, room))
         for line in (answer.note, *answer.reductions):
             _log.info("%s", line)
         # Without a way for events to travel none are made.
@@ -162,12 +187,31 @@ class Operations:
         self.event_answer = answer
         return reply
 
-    def _say_what_is_missing(self, abilities: EventAbilities) -> None:
-        """A driver that knows nothing of events sends nothing that could be answered."""
-        if abilities.flags & FsnotifyFlag.VIRTQUEUE:
-            return
-        way = "only if its driver parks requests" if abilities.can_deliver else "none"
-        _log.info("events for the guest: %s: %s", way, abilities.no_queue)
+    @property
+    def delivery(self) -> tuple[Delivery, str]:
+        """How events travel to the guest now, and why in no better way ("": there is none)."""
+        answer = self.event_answer or self.event_refusal
+        if answer is not None:
+            return answer.delivery, answer.missing
+        if self._event_abilities is None:
+            return Delivery.NONE, EVENTS_OFF
+        if self.session is None:
+            return Delivery.NONE, NOT_MOUNTED
+        abilities = self._event_abilities()
+        if abilities.can_deliver:
+            return Delivery.NONE, NOT_ASKED
+        return Delivery.NONE, f"{abilities.no_queue}; {abilities.no_parking}; {NOT_ASKED}"
+
+    def say_if_silent(self, session: AgreedSession) -> None:
+        """One line when the session goes on and nothing was said about its events: its driver knows none."""
+        if self.session is session and self.event_answer is None and not self._event_refusal_said:
+            self._events_are_missed = False
+            _log.info("%s", log_line(*self.delivery))
+
+    def _refusal(self, answer: FsnotifyAnswer) -> OSError:
+        self.event_refusal = self.event_refusal or answer
+        self._say_refused(answer.note)
+        return OSError(answer.error, "FUSE_FSNOTIFY_INIT")
 
     def _say_refused(self, note: str) -> None:
         """Once in a session: a guest may go on offering nonsense for ever."""
@@ -176,7 +220,7 @@ class Operations:
             self._event_refusal_said = True
 
     def _say_unasked(self) -> None:
-        """Known for certain only when the session ends."""
+        """Of a session that was too short for say_if_silent()."""
         if self._events_are_missed:
             _log.info("events for the guest: there were none: its driver never asked for them")
 

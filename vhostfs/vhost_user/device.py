@@ -244,6 +244,11 @@ class Device:
         return self._vrings[index].address is not None
 
     @property
+    def protocol_features_acked(self) -> int:
+        """vhost-user protocol features that the front end has set."""
+        return self._protocol_features
+
+    @property
     def negotiated(self) -> Negotiated:
         """A snapshot of what was agreed."""
         return Negotiated(

@@ -109,6 +109,12 @@ class Listener:
         connection = self.connection
         return connection is not None and connection.device.is_placed(index)
 
+    @property
+    def protocol_features_acked(self) -> int:
+        """vhost-user protocol features likewise."""
+        connection = self.connection
+        return 0 if connection is None else connection.device.protocol_features_acked
+
     def stop(self) -> None:
         """Ends the connection in order, then run() returns."""
         self._stop.set()
