@@ -200,8 +200,10 @@ static void report_nameless(struct vf_events *events, uint64_t flags,
 void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n)
 {
 	uint64_t flags = atomic_load(&events->flags);
+	const struct vf_change *source[2];
 	struct vf_outgoing out[2];
 	uint32_t wanted_n = 0;
+	bool all_fit = true;
 
 	if (!flags || n > 2) {
 		vf_count_n(&events->unwatched, n);
@@ -218,19 +220,25 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 			trace(events, flags, change, VF_EVENT_UNWATCHED);
 			continue;
 		}
+		source[wanted_n] = change;
 		out[wanted_n] = element_of(flags, change);
-		if (fits(events, &out[wanted_n]))
-			wanted_n++;
-		else
-			report_nameless(events, flags, change);
+		all_fit &= fits(events, &out[wanted_n++]);
 	}
-	if (wanted_n == 1 && n == 2) {
+	if (n == 2 && (wanted_n == 1 || !all_fit)) {
 		/* The other half of the rename is not sent. */
-		out[0].element.flags &= ~VF_FSNOTIFY_SPLIT_RENAME;
-		out[0].element.cookie = 0;
+		for (uint32_t i = 0; i < wanted_n; i++) {
+			out[i].element.flags &= ~VF_FSNOTIFY_SPLIT_RENAME;
+			out[i].element.cookie = 0;
+		}
 	}
-	if (wanted_n)
+	if (wanted_n && all_fit)
 		vf_outbox_push(events->outbox, out, wanted_n);
+	for (uint32_t i = 0; i < wanted_n && !all_fit; i++) {
+		if (fits(events, &out[i]))
+			vf_outbox_push(events->outbox, &out[i], 1);
+		else
+			report_nameless(events, flags, source[i]);
+	}
 	if (n == 1 && (changes->mask & VF_FS_ATTRIB) && !changes->dir)
 		report_end(events, flags, changes);
 	if (n == 1 && (changes->mask & VF_FS_CREATE) && changes->child)

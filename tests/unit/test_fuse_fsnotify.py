@@ -109,7 +109,7 @@ def test_each_thing_that_is_missing_has_a_line_that_says_whose_it_is() -> None:
     ] == [
         "renames come as plain halves: RENAME is not granted, because",
         "names come without their objects: its driver does not ask for CHILD",
-        "not known here: BIT40",
+        "not known here: flags 0x10000000000",
         "its driver cannot raise MOVED_TO, DELETE, DELETE_SELF, MOVE_SELF",
     ]
 

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from vhostfs.frontend.fsnotify import NOTIFY_FSNOTIFY, Element, park, unpack_element
+from vhostfs.frontend.fsnotify import NOTIFY_BUF_BYTES, NOTIFY_FSNOTIFY, Element, park, unpack_element
 from vhostfs.frontend.fuse_abi import OUT_HEADER
 from vhostfs.frontend.session import Pending, Session
 from vhostfs.frontend.vhost_user import DEFAULT_TIMEOUT_S
@@ -23,8 +23,12 @@ class ParkedRequests:
     `give_back`: off for a driver that is stuck or slow.
     """
 
-    def __init__(self, session: Session, *, count: int = 16) -> None:
+    def __init__(
+        self, session: Session, *, count: int = 16, room_bytes: int = NOTIFY_BUF_BYTES - OUT_HEADER.size
+    ) -> None:
+        """room_bytes: of each for an element, behind fuse_out_header."""
         self.session = session
+        self.room_bytes = room_bytes
         self.give_back = True
         self.received = 0
         self.last_bytes = b""
@@ -41,7 +45,7 @@ class ParkedRequests:
     def offer(self, count: int = 1) -> None:
         """Parks this many more, with one kick at most."""
         queue = self.session.vmm.request_queue()
-        new = [self.session.submit(park(), publish=False, queue=queue) for _ in range(count)]
+        new = [self.session.submit(park(self.room_bytes), publish=False, queue=queue) for _ in range(count)]
         if new:
             queue.publish(*(pending.head for pending in new))
         self.pending.extend(new)

@@ -266,6 +266,8 @@ def _missing(offer: FsnotifyInitIn, granted: FsnotifyFlag, abilities: EventAbili
     missing = "its driver did not ask for the notification queue" if can_queue else abilities.no_queue
     if granted & FsnotifyFlag.PARKED:
         return missing
+    if missing == abilities.no_parking:
+        return missing
     if not abilities.flags & FsnotifyFlag.PARKED:
         return f"{missing}; {abilities.no_parking}"
     if can_queue:
@@ -300,7 +302,7 @@ def _reductions(offer: FsnotifyInitIn, granted: int, abilities: EventAbilities) 
             yield f"{loss}: its driver does not ask for {flag.name}"
     unknown = offer.flags & ~sum(FsnotifyFlag)
     if unknown:
-        yield f"not known here: {', '.join(flag_list(unknown))}"
+        yield f"not known here: flags {unknown:#x}"
     for text, lacking in (
         ("its driver cannot raise", abilities.mask & ~offer.mask & DELIVERABLE),
         ("the host does not report", offer.mask & ~abilities.mask & DELIVERABLE),
