@@ -6,6 +6,7 @@ Must not fetch or build anything. Specification: vhostfs/vm/equipment.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def test_with_events_come_a_qemu_that_passes_them_the_driver_and_the_device() ->
     assert (found.qemu, found.image, found.device) == (NEW, DRIVER_IMAGE, ShareDevice.PASS_THROUGH)
     assert found.events_missing is None
     assert found.delivery is DeliveryMode.VIRTQUEUE
+
+
+def test_a_qemu_with_our_patch_has_the_queue_at_its_usual_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched = replace(OLD, has_queue_property=True)
+    monkeypatch.setattr(equipment, "find_qemu", lambda *_, **__: patched)
+    found = equip(SPEC, "patched", Events.REQUIRED, NOWHERE, delivery=DeliveryMode.VIRTQUEUE)
+    assert (found.qemu, found.device, found.queue_missing) == (patched, ShareDevice.QUEUE, None)
 
 
 def test_without_events_nothing_unusual_is_taken() -> None:

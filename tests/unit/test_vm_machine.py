@@ -34,8 +34,16 @@ from vhostfs.vm.kernel import (
     vmlinuz_banner,
 )
 from vhostfs.vm.lifeline import Lifeline
-from vhostfs.vm.machine import Accelerator, Machine, Share, ShareDevice, kernel_command_line, qemu_command
-from vhostfs.vm.qemu import Qemu, kit_place, parse_devices, parse_version
+from vhostfs.vm.machine import (
+    Accelerator,
+    Machine,
+    Share,
+    ShareDevice,
+    kernel_command_line,
+    qemu_command,
+    queue_device,
+)
+from vhostfs.vm.qemu import Qemu, find_qemu, inspect_qemu, kit_place, parse_devices, parse_version
 from vhostfs.vm.server import ServerSpec, server_command
 
 QEMU = Qemu(("/bin/qemu",), (7, 2, 0), has_fs_device=True, has_test_device=False, is_kit=False)
@@ -81,6 +89,22 @@ def test_a_device_that_qemu_lacks_is_refused_with_advice() -> None:
     )
 
 
+def test_the_queue_comes_by_the_usual_device_where_qemu_has_our_patch() -> None:
+    tested = replace(QEMU, has_test_device=True)
+    both = replace(tested, has_queue_property=True)
+    assert [queue_device(qemu) for qemu in (QEMU, tested, both)] == [
+        None,
+        ShareDevice.PASS_THROUGH,
+        ShareDevice.QUEUE,
+    ]
+    share = Share("t", Path("/s"), device=ShareDevice.QUEUE, request_queues=2)
+    word = next(w for w in arguments(replace(MACHINE, qemu=both, shares=(share,))) if "tag=t" in w)
+    assert word.startswith("vhost-user-fs-pci,notification=on,chardev=share0,")
+    assert "num-request-queues=2" in word
+    with pytest.raises(VmError, match="--qemu kit"):
+        arguments(replace(MACHINE, qemu=tested, shares=(share,)))
+
+
 def test_too_little_memory_and_impossible_tags_are_refused() -> None:
     with pytest.raises(VmError, match="too little"):
         arguments(replace(MACHINE, memory_bytes=64 << 20))
@@ -109,6 +133,29 @@ def test_qemus_devices_are_read() -> None:
         'Storage devices:\nname "vhost-user-fs-pci", bus PCI\nname "virtio-serial-pci", bus PCI, alias "x"\n'
     )
     assert parse_devices(text) == {"vhost-user-fs-pci", "virtio-serial-pci"}
+
+
+def test_a_patched_qemu_is_known_by_its_devices_property_and_not_by_its_version(tmp_path: Path) -> None:
+    program = tmp_path / "qemu-system-x86_64"
+    for patched in (True, False):
+        line = "  notification=<OnOffAuto> - on/off/auto (default: off)" if patched else ""
+        program.write_text(
+            f"""#!/bin/sh
+case "$*" in
+-version) echo 'QEMU emulator version 7.2.22' ;;
+'-device help') echo 'name "vhost-user-fs-pci", bus PCI' ;;
+'-device vhost-user-fs-pci,help') echo '  notify_on_empty=<bool> - on/off (default: on)'; echo '{line}' ;;
+esac
+"""
+        )
+        program.chmod(0o755)
+        qemu = inspect_qemu(program)
+        assert (qemu.has_fs_device, qemu.has_queue_property, qemu.passes_queue) == (True, patched, patched)
+
+
+def test_a_patched_qemu_that_was_never_built_is_asked_for_in_vain(tmp_path: Path) -> None:
+    with pytest.raises(VmError, match="scripts/qemu-patched"):
+        find_qemu("patched", tmp_path)
 
 
 @pytest.mark.parametrize(

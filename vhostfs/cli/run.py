@@ -35,7 +35,7 @@ from vhostfs.vm.image import ImageSpec
 from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 from vhostfs.vm.lifeline import Lifeline
 from vhostfs.vm.machine import Accelerator, Machine, Share, smallest_memory_bytes
-from vhostfs.vm.qemu import KIT, SYSTEM
+from vhostfs.vm.qemu import KIT, PATCHED, SYSTEM
 from vhostfs.vm.server import TEMPLATE_VARIABLE, ServerSpec, ShareServer, template_from_environment
 from vhostfs.vm.terminal import (
     OutputWriter,
@@ -162,8 +162,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qemu",
         metavar="PATH",
         help=f"QEMU to use; '{KIT}': a recent one from Debian, fetched and kept in the cache; "
-        f"'{SYSTEM}': the machine's own (default: the machine's own newest that passes events, "
-        "else the kit)",
+        f"'{SYSTEM}': the machine's own; '{PATCHED}': what scripts/qemu-patched has built (default: the "
+        "machine's own newest that passes events, else the kit)",
     )
     machine.add_argument(
         "--qemu-arg",

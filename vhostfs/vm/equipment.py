@@ -17,7 +17,7 @@ from vhostfs.vm.driver import build_driver
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.image import Image, ImageSpec, build_image
 from vhostfs.vm.kernel import find_kernel
-from vhostfs.vm.machine import ShareDevice
+from vhostfs.vm.machine import ShareDevice, queue_device
 from vhostfs.vm.qemu import KIT, Qemu, find_qemu
 
 
@@ -81,7 +81,8 @@ def _with_events(
     wants_queue = delivery is not DeliveryMode.PARKED
     qemu = find_qemu(qemu_choice, cache, progress, notifications=wants_queue)
     queue_missing = None if wants_queue else "asked for"
-    if wants_queue and not qemu.has_test_device:
+    device = queue_device(qemu) if wants_queue else None
+    if wants_queue and device is None:
         queue_missing = (
             f"QEMU {qemu.version_text} has no device that passes the notification queue "
             f"({ShareDevice.PASS_THROUGH.value}, since 10.1; --qemu {KIT} has it)"
@@ -90,8 +91,8 @@ def _with_events(
             raise VmError(queue_missing)
     build_driver(kernel, cache, progress)
     image = build_image(replace(spec, driver=True), cache, progress)
-    if queue_missing is None:
-        return Equipment(qemu, image, ShareDevice.PASS_THROUGH, None)
+    if device is not None:
+        return Equipment(qemu, image, device, None)
     return Equipment(qemu, image, ShareDevice.STOCK, None, DeliveryMode.PARKED, queue_missing)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.frames import PORT_NAME
 from vhostfs.vm.image import Image
-from vhostfs.vm.qemu import Qemu
+from vhostfs.vm.qemu import FS_DEVICE, QUEUE_PROPERTY, TEST_DEVICE, Qemu
 
 _QUEUE_SIZE = 1024
 _VIRTIO_ID_FS = 26
@@ -33,10 +33,26 @@ class Accelerator(Enum):
 class ShareDevice(Enum):
     """The device that QEMU puts before a share's server."""
 
-    STOCK = "vhost-user-fs-pci"
+    STOCK = FS_DEVICE
     """Of every QEMU; no notification queue."""
-    PASS_THROUGH = "vhost-user-test-device-pci"
+    QUEUE = f"{FS_DEVICE},{QUEUE_PROPERTY}=on"
+    """The same with our patch: with the notification queue."""
+    PASS_THROUGH = TEST_DEVICE
     """QEMU 10.1 and later: features and config space are the server's, the notification queue included."""
+
+    def is_of(self, qemu: Qemu) -> bool:
+        """`qemu` has it."""
+        if self is ShareDevice.STOCK:
+            return qemu.has_fs_device
+        return qemu.has_queue_property if self is ShareDevice.QUEUE else qemu.has_test_device
+
+
+def queue_device(qemu: Qemu) -> ShareDevice | None:
+    """What passes the notification queue best with `qemu`, None when nothing does.
+
+    The file system's own device before the one for tests: it has an interrupt for each queue.
+    """
+    return next((d for d in (ShareDevice.QUEUE, ShareDevice.PASS_THROUGH) if d.is_of(qemu)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +60,7 @@ class Share:
     """A virtio-fs share of the guest."""
 
     tag: str
-    """At most 36 bytes; what the guest mounts. With PASS_THROUGH the server must announce it."""
+    """At most 36 bytes; what the guest mounts. With the notification queue the server must announce it."""
     socket_path: Path
     """Where the share's vhost-user server listens."""
     mount_point: str = "/share"
@@ -127,20 +143,19 @@ def qemu_command(machine: Machine, *, agent_fd: int, console_path: Path) -> list
 def _share_arguments(qemu: Qemu, number: int, share: Share) -> list[str]:
     if not 0 < len(share.tag.encode()) <= 36:
         raise VmError(f"the tag {share.tag!r} must have 1 to 36 bytes")
-    has_device = qemu.has_fs_device if share.device is ShareDevice.STOCK else qemu.has_test_device
-    if not has_device:
+    if not share.device.is_of(qemu):
         raise VmError(
             f"QEMU {qemu.version_text} ({qemu.command[-1]}) has no {share.device.value}; try --qemu kit"
         )
     chardev = f"share{number}"
-    if share.device is ShareDevice.STOCK:
+    if share.device is not ShareDevice.PASS_THROUGH:
         device = (
-            f"vhost-user-fs-pci,chardev={chardev},tag={_escaped(share.tag)},queue-size={_QUEUE_SIZE},"
+            f"{share.device.value},chardev={chardev},tag={_escaped(share.tag)},queue-size={_QUEUE_SIZE},"
             f"num-request-queues={share.request_queues}"
         )
     else:
         device = (
-            f"vhost-user-test-device-pci,chardev={chardev},virtio-id={_VIRTIO_ID_FS},vq_size={_QUEUE_SIZE},"
+            f"{TEST_DEVICE},chardev={chardev},virtio-id={_VIRTIO_ID_FS},vq_size={_QUEUE_SIZE},"
             f"num_vqs={_QUEUES_BESIDE_REQUESTS + share.request_queues},"
             f"config_size={_FS_CONFIG_SIZE_WITH_NOTIFICATION}"
         )

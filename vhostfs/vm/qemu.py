@@ -3,7 +3,7 @@
 libraries.
 
 Must not know how a guest is put together.
-Specification: docs/guest.md; QEMU docs/system/devices/vhost-user.rst for the devices.
+Specification: docs/guest.md; qemu/README.md; QEMU docs/system/devices/vhost-user.rst for the devices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ KIT = "kit"
 """The value of --qemu that asks for the provided QEMU whatever the machine has."""
 SYSTEM = "system"
 """The value of --qemu that asks for the machine's own."""
-_NAME = "qemu-system-x86_64"
+PATCHED = "patched"
+"""The value of --qemu that asks for the one that scripts/qemu-patched has built."""
+FS_DEVICE = "vhost-user-fs-pci"
+TEST_DEVICE = "vhost-user-test-device-pci"
+QUEUE_PROPERTY = "notification"
+"""Of FS_DEVICE, where QEMU has our patch."""
+PROGRAM = "qemu-system-x86_64"
+"""Its name."""
 _PLACES = ("/usr/local/bin", "/usr/bin", "/opt/qemu/bin", "/usr/libexec")
 _FIRST_WITH_TEST_DEVICE = (10, 1, 0)
 _FIRST_WITH_FS_DEVICE = (4, 2, 0)
@@ -42,6 +49,13 @@ class Qemu:
     has_test_device: bool
     """vhost-user-test-device-pci: passes any feature of the back end, the notification queue's too."""
     is_kit: bool
+    has_queue_property: bool = False
+    """vhost-user-fs-pci has the property `notification` of our patch: it passes the queue when asked to."""
+
+    @property
+    def passes_queue(self) -> bool:
+        """Some device passes the notification queue."""
+        return self.has_queue_property or self.has_test_device
 
     @property
     def version_text(self) -> str:
@@ -55,17 +69,20 @@ def find_qemu(
     """The QEMU for `--qemu choice`.
 
     None: the newest of the machine that has a virtio-fs device, for `notifications` one that passes the
-    notification queue, else the kit. "kit": the kit. "system": the machine's own or an error. Anything else
-    is a path or name of a QEMU. A choice is followed even if that QEMU passes no notifications. Raises
-    VmError.
+    notification queue, else the kit. "kit": the kit. "system": the machine's own or an error. "patched": the
+    one with our patch, if it was built. Anything else is a path or name of a QEMU. A choice is followed even
+    if that QEMU passes no notifications. Raises VmError.
     """
     if choice == KIT:
         return provide_kit(cache, progress)
+    if choice == PATCHED:
+        return find_patched(cache)
     if choice is not None and choice != SYSTEM:
         found = shutil.which(choice)
         if found is None:
             raise VmError(
-                f"--qemu {choice}: no such program; give the path of a {_NAME}, '{SYSTEM}' or '{KIT}'"
+                f"--qemu {choice}: no such program; give the path of a {PROGRAM}, '{SYSTEM}', '{KIT}' or "
+                f"'{PATCHED}'"
             )
         return inspect_qemu(Path(found))
     candidates = []
@@ -76,34 +93,44 @@ def find_qemu(
             continue
     usable = [qemu for qemu in candidates if qemu.has_fs_device]
     if notifications and choice is None:
-        usable = [qemu for qemu in usable if qemu.has_test_device]
+        usable = [qemu for qemu in usable if qemu.passes_queue]
     if usable:
         return max(usable, key=lambda qemu: qemu.version)
     if choice == SYSTEM:
         raise VmError(
-            f"no {_NAME} with vhost-user-fs-pci is installed; install qemu-system-x86 or use --qemu {KIT}"
+            f"no {PROGRAM} with vhost-user-fs-pci is installed; install qemu-system-x86 or use --qemu {KIT}"
         )
     return provide_kit(cache, progress)
 
 
 def installed_qemus() -> list[Path]:
     """The QEMUs for x86-64 guests in PATH and the usual places, each once."""
-    found = [shutil.which(_NAME), *(shutil.which(_NAME, path=place) for place in _PLACES)]
+    found = [shutil.which(PROGRAM), *(shutil.which(PROGRAM, path=place) for place in _PLACES)]
     return list(dict.fromkeys(Path(path).resolve() for path in found if path))
 
 
 def inspect_qemu(path: Path) -> Qemu:
     """What the QEMU at `path` is. Raises VmError when it does not run or is not QEMU."""
-    command = (str(path),)
+    return inspect_command((str(path),))
+
+
+def inspect_command(command: tuple[str, ...]) -> Qemu:
+    """What the QEMU that is run by `command` is. Raises VmError when it does not run or is not QEMU."""
     version = parse_version(_ask(command, "-version"))
     devices = parse_devices(_ask(command, "-device", "help"))
+    has_fs_device = FS_DEVICE in devices
     return Qemu(
         command,
         version,
-        "vhost-user-fs-pci" in devices,
-        "vhost-user-test-device-pci" in devices,
+        has_fs_device,
+        TEST_DEVICE in devices,
         is_kit=False,
+        has_queue_property=has_fs_device and _has_queue_property(command),
     )
+
+
+def _has_queue_property(command: tuple[str, ...]) -> bool:
+    return QUEUE_PROPERTY in parse_properties(_ask(command, "-device", f"{FS_DEVICE},help"))
 
 
 def parse_version(text: str) -> tuple[int, int, int]:
@@ -117,6 +144,11 @@ def parse_version(text: str) -> tuple[int, int, int]:
 def parse_devices(text: str) -> frozenset[str]:
     """The device names in the output of `-device help`."""
     return frozenset(re.findall(r'^name "([^"]+)"', text, re.MULTILINE))
+
+
+def parse_properties(text: str) -> frozenset[str]:
+    """The property names in the output of `-device DEVICE,help`."""
+    return frozenset(re.findall(r"^\s*([A-Za-z0-9_-]+)=<", text, re.MULTILINE))
 
 
 def _ask(command: tuple[str, ...], *arguments: str) -> str:
@@ -150,11 +182,11 @@ def provide_kit(cache: Path, progress: Progress = quiet) -> Qemu:
                         (fresh / part).mkdir()
                     for deb in debs:
                         _take_kit_files(deb, fresh)
-                    for needed in (_NAME, "ld-linux-x86-64.so.2", *(f"share/{name}" for name in _FIRMWARE)):
+                    for needed in (PROGRAM, "ld-linux-x86-64.so.2", *(f"share/{name}" for name in _FIRMWARE)):
                         if not (fresh / needed).exists():
                             raise VmError(f"Debian's QEMU packages came without {needed}; use --qemu PATH")
-                    _ask(_kit_command(fresh), "-version")
-    command = _kit_command(folder)
+                    _ask(self_contained_command(fresh), "-version")
+    command = self_contained_command(folder)
     # Not asked for its devices: that makes QEMU load every module of the host's /usr/lib, made for another
     # QEMU.
     version = parse_version(_ask(command, "-version"))
@@ -163,16 +195,31 @@ def provide_kit(cache: Path, progress: Progress = quiet) -> Qemu:
     )
 
 
-def _kit_command(folder: Path) -> tuple[str, ...]:
+def find_patched(cache: Path) -> Qemu:
+    """The newest QEMU with our patch among those that were built. Raises VmError when there is none."""
+    built = [
+        inspect_command(self_contained_command(folder))
+        for folder in sorted((cache / "qemu").glob(f"{PATCHED}-*"))
+        if (folder / PROGRAM).exists()
+    ]
+    if not built:
+        raise VmError(
+            f"--qemu {PATCHED}: none has been built; scripts/qemu-patched does it (ten minutes, once)"
+        )
+    return max(built, key=lambda qemu: qemu.version)
+
+
+def self_contained_command(folder: Path) -> tuple[str, ...]:
+    """What runs the QEMU in `folder` by the loader, with the libraries and the firmware beside it."""
     loader = (str(folder / "ld-linux-x86-64.so.2"), "--library-path", str(folder / "lib"))
-    return (*loader, str(folder / _NAME), "-L", str(folder / "share"))
+    return (*loader, str(folder / PROGRAM), "-L", str(folder / "share"))
 
 
 def kit_place(path: str) -> str | None:
     """Where in the kit a package's file goes, None when it is of no use there."""
     pure = PurePosixPath("/", path)
-    if pure.name == _NAME:
-        return _NAME
+    if pure.name == PROGRAM:
+        return PROGRAM
     if pure.name == "ld-linux-x86-64.so.2":
         return pure.name
     if pure.name in _FIRMWARE:

@@ -29,7 +29,7 @@ from vhostfs.vm.guest import Guest
 from vhostfs.vm.image import ImageSpec
 from vhostfs.vm.kernel import DEFAULT_SERIES
 from vhostfs.vm.lifeline import Lifeline
-from vhostfs.vm.machine import Share, ShareDevice
+from vhostfs.vm.machine import Share, ShareDevice, queue_device
 from vhostfs.vm.qemu import Qemu, find_qemu
 from vhostfs.vm.server import ServerSpec, ShareServer
 
@@ -76,9 +76,11 @@ class Parts:
 @pytest.fixture(scope="package")
 def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Parts:
     try:
-        qemu = find_qemu(None, launchpad.cache, notifications=True)
+        qemu = find_qemu(os.environ.get("VHOSTFS_TEST_QEMU"), launchpad.cache, notifications=True)
     except VmError as error:
         lacking(f"a QEMU that passes the notification queue: {error}")
+    if not qemu.passes_queue:
+        lacking(f"a QEMU that passes the notification queue: {qemu.version_text} does not")
     folder = tmp_path_factory.mktemp("watchers")
     program = compile_static(Path(__file__).with_name("watch-events.c"), folder / "watch-events")
     follower = compile_static(Path(following.__file__).with_name("follow-events.c"), folder / "follow-events")
@@ -119,12 +121,12 @@ def start_share(
     return EventShare(tag, directory, server, Control(control_path))
 
 
-def as_share(share: EventShare, mount_point: str | None = None) -> Share:
-    """The guest's side of it."""
-    point = f"/{share.tag}" if mount_point is None else mount_point
+def as_share(share: EventShare, qemu: Qemu) -> Share:
+    """The guest's side of it, mounted at /TAG."""
     spec = share.server.spec
-    device = ShareDevice.STOCK if PARKED in spec.options else ShareDevice.PASS_THROUGH
-    return Share(share.tag, spec.socket_path, point, device=device)
+    device = ShareDevice.STOCK if PARKED in spec.options else queue_device(qemu)
+    assert device is not None
+    return Share(share.tag, spec.socket_path, f"/{share.tag}", device=device)
 
 
 def complaints_of(guest: Guest, shares: Sequence[EventShare]) -> list[str]:
@@ -173,7 +175,7 @@ def session(parts: Parts, real_directory: Path) -> Iterator[EventSession]:
             directory = real_directory / ("written" if tag in WRITTEN else tag)
             directory.mkdir(exist_ok=True)
             shares[tag] = start_share(lifeline, directory, tag, options)
-        places = tuple(as_share(share) for share in shares.values())
+        places = tuple(as_share(share, parts.qemu) for share in shares.values())
         guest = Guest(parts.launchpad.machine(image, places, qemu=parts.qemu), lifeline=lifeline)
         with guest:
             yield EventSession(guest, shares, parts)

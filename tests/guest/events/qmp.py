@@ -11,6 +11,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from vhostfs.vm.machine import ShareDevice
+from vhostfs.vm.qemu import FS_DEVICE, QUEUE_PROPERTY, TEST_DEVICE
+
 TIMEOUT_S = 30.0
 PORT = "port0"
 QUEUE_SIZE = 64
@@ -50,14 +53,24 @@ class Monitor:
             pass
         assert "return" in answer, f"{line}: {answer}"
 
-    def plug(self, socket_path: Path) -> None:
-        """A share whose server listens there."""
+    def plug(self, socket_path: Path, kind: ShareDevice) -> None:
+        """A share whose server listens there, and says that it is called "share"."""
         address = {"type": "unix", "data": {"path": str(socket_path)}}
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
         self.execute("chardev-add", id="share0", backend=backend)
-        device = {"driver": "vhost-user-test-device-pci", "id": "share0", "bus": PORT, "chardev": "share0"}
-        sizes = {"virtio-id": 26, "num_vqs": 3, "vq_size": QUEUE_SIZE, "config_size": 44}
-        self.execute("device_add", **device, **sizes)
+        device = {"driver": TEST_DEVICE, "id": "share0", "bus": PORT, "chardev": "share0"}
+        options: dict[str, object] = {
+            "virtio-id": 26,
+            "num_vqs": 3,
+            "vq_size": QUEUE_SIZE,
+            "config_size": 44,
+        }
+        if kind is not ShareDevice.PASS_THROUGH:
+            device["driver"] = FS_DEVICE
+            options = {"tag": "share", "queue-size": QUEUE_SIZE}
+        if kind is ShareDevice.QUEUE:
+            options[QUEUE_PROPERTY] = "on"
+        self.execute("device_add", **device, **options)
 
     def unplug(self) -> None:
         """Takes the share away; returns when the guest has let it go."""

@@ -146,7 +146,7 @@ def second(session: EventSession) -> Iterator[Second]:
     image = image_or_lacking(parts.launchpad, parts.image_spec(DEFAULT_SERIES))
     with Lifeline() as lifeline:
         share = start_share(lifeline, session.shares["auto"].directory, "second")
-        machine = parts.launchpad.machine(image, (as_share(share),), qemu=parts.qemu)
+        machine = parts.launchpad.machine(image, (as_share(share, parts.qemu),), qemu=parts.qemu)
         machine = replace(machine, allow_reboot=True)
         guest = Guest(machine, lifeline=lifeline)
         with guest:
@@ -232,7 +232,7 @@ def test_a_day_s_work_is_seen_by_guests_of_the_other_kernels(
         (directory / name).mkdir(parents=True)
     with Lifeline() as lifeline:
         share = start_share(lifeline, directory, "share")
-        machine = parts.launchpad.machine(image, (as_share(share),), qemu=parts.qemu)
+        machine = parts.launchpad.machine(image, (as_share(share, parts.qemu),), qemu=parts.qemu)
         guest = Guest(machine, lifeline=lifeline)
         with guest:
             release = guest.run("uname -r", 10).check().text

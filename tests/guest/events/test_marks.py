@@ -543,7 +543,7 @@ def test_guests_of_the_other_kernels_see_it_too(parts: Parts, real_directory: Pa
     make_tree(directory)
     with Lifeline() as lifeline:
         share = start_share(lifeline, directory, "share")
-        machine = parts.launchpad.machine(image, (as_share(share),), qemu=parts.qemu)
+        machine = parts.launchpad.machine(image, (as_share(share, parts.qemu),), qemu=parts.qemu)
         with Guest(machine, lifeline=lifeline) as guest:
             place = Place(guest, directory, "/share")
             names = Marked(place, share.control, parts.marker, CHANGES, NAMES)

@@ -59,7 +59,7 @@ def stock(request: pytest.FixtureRequest, parts: Parts, real_directory: Path) ->
     with Lifeline() as lifeline:
         share = start_share(lifeline, directory, "share", (PARKED,))
         monitor_path = lifeline.directory / "qmp.sock"
-        machine = parts.launchpad.machine(image, (as_share(share),))
+        machine = parts.launchpad.machine(image, (as_share(share, parts.launchpad.qemu),))
         machine = replace(machine, qemu_arguments=("-qmp", f"unix:{monitor_path},server=on,wait=off"))
         guest = Guest(machine, lifeline=lifeline)
         with guest:

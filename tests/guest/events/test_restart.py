@@ -23,6 +23,7 @@ from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES
 from vhostfs.vm.lifeline import Lifeline
+from vhostfs.vm.machine import queue_device
 
 pytestmark = pytest.mark.timeout(180, func_only=True)
 TIMEOUT_S = 30.0
@@ -35,6 +36,7 @@ class Plugged:
     def __init__(self, parts: Parts, directory: Path, lifeline: Lifeline) -> None:
         self._directory = directory
         self._lifeline = lifeline
+        self._device = queue_device(parts.qemu)
         self.share = self._start()
         kernel = os.environ.get("VHOSTFS_TEST_KERNEL", DEFAULT_SERIES)
         image = image_or_lacking(parts.launchpad, parts.image_spec(kernel))
@@ -44,11 +46,15 @@ class Plugged:
         self.guest = Guest(machine, lifeline=lifeline)
         self.guest.launch()
         self._monitor = Monitor(monitor_path)
-        self._monitor.plug(self.share.server.spec.socket_path)
+        self._plug()
         self.mount()
 
     def _start(self) -> EventShare:
         return start_share(self._lifeline, self._directory, "share")
+
+    def _plug(self) -> None:
+        assert self._device is not None
+        self._monitor.plug(self.share.server.spec.socket_path, self._device)
 
     def mount(self) -> None:
         """Waits for the guest's kernel to find the device."""
@@ -67,7 +73,7 @@ class Plugged:
         """On the same sockets; the guest gets the share as a new device."""
         self._monitor.unplug()
         self.share = self._start()
-        self._monitor.plug(self.share.server.spec.socket_path)
+        self._plug()
 
     def awaits_an_answer(self, command: RunningCommand) -> bool:
         """Waits until somebody in the guest's kernel waits for an answer of the server."""

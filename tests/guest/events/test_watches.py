@@ -98,7 +98,7 @@ def two_mounts(parts: Parts, real_directory: Path) -> Iterator[TwoMounts]:
     with Lifeline() as lifeline:
         few = start_share(lifeline, directory, "share", ["--max-watches=4"], name="few")
         other = start_share(lifeline, directory, "other", name="another")
-        places = (as_share(few), as_share(other))
+        places = (as_share(few, parts.qemu), as_share(other, parts.qemu))
         guest = Guest(parts.launchpad.machine(image, places, qemu=parts.qemu), lifeline=lifeline)
         with guest:
             yield TwoMounts(directory, Place(guest, directory, "/share"), few.control)
