@@ -24,6 +24,7 @@ from tests.oracle.scenarios import SCENARIOS
 from tests.oracle.script import Script, ScriptError, parse, step_by_step, written
 from tests.oracle.shrink import shrunk
 from tests.oracle.table import Table, write_document
+from vhostfs.share.options import DeliveryMode
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 
@@ -43,7 +44,8 @@ def _opened(options: argparse.Namespace, sources: Sequence[Source]) -> Iterator[
     """What opens each source at the level: a server each, or one guest for all."""
     with contextlib.ExitStack() as stack:
         if options.level == "guest":
-            session = GuestSession(sources, options.kernel, (f"--cache={options.cache}",))
+            server = (f"--cache={options.cache}",)
+            session = GuestSession(sources, options.kernel, server, DeliveryMode(options.delivery))
             started = stack.enter_context(session)
             yield lambda source: started.on(source, by_fanotify=options.watcher == "fanotify")
         else:
@@ -108,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--watcher", choices=("inotify", "fanotify"), default="inotify", help="with QEMU")
     parser.add_argument("--kernel", choices=SERIES, default=DEFAULT_SERIES, help="of the guest in QEMU")
     parser.add_argument("--cache", choices=("auto", "never", "always"), default="never", help="with QEMU")
+    parser.add_argument(
+        "--delivery",
+        choices=[mode.value for mode in DeliveryMode],
+        default=DeliveryMode.AUTO.value,
+        help="with QEMU; parked: under the machine's own, with its usual device",
+    )
     parser.add_argument("--source", choices=(*SOURCES, "all"), default="all", help="of events (default: all)")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="random runs (default: 20)")
     parser.add_argument("--operations", type=int, default=200, metavar="N", help="of a run (default: 200)")

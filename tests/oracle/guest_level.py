@@ -23,6 +23,7 @@ from tests.oracle.runner import Outcome, Source, run
 from tests.oracle.script import Script
 from tests.oracle.streams import In, differences, different_sets
 from tests.server import BAD_LOG
+from vhostfs.share.options import DeliveryMode
 from vhostfs.vm.agent import GuestError
 from vhostfs.vm.cache import cache_root
 from vhostfs.vm.equipment import Events, equip
@@ -46,10 +47,12 @@ class GuestSession:
         sources: Sequence[Source],
         kernel: str = DEFAULT_SERIES,
         options: Sequence[str] = ("--cache=never",),
+        delivery: DeliveryMode = DeliveryMode.AUTO,
     ) -> None:
         self._sources = sources
         self._kernel = kernel
         self._options = tuple(options)
+        self._delivery = delivery
         self._folder = Path(tempfile.mkdtemp(prefix="vhostfs-oracle-"))
         self._folder.chmod(0o755)
         self._numbers = itertools.count()
@@ -82,7 +85,7 @@ class GuestSession:
         source = Path(__file__).with_name("watcher.c")
         subprocess.run([os.environ.get("CC", "gcc"), *flags, "-o", str(program), str(source)], check=True)
         image = ImageSpec(self._kernel, files={_PROGRAM: program}, driver=True)
-        equipment = equip(image, None, Events.REQUIRED, cache_root())
+        equipment = equip(image, None, Events.REQUIRED, cache_root(), delivery=self._delivery)
         with ExitStack() as parts:
             lifeline = parts.enter_context(Lifeline())
             shares = []
@@ -90,7 +93,7 @@ class GuestSession:
                 directory = self._folder / f"share{number}"
                 directory.mkdir(exist_ok=True)
                 socket_path = lifeline.directory / f"{number}.sock"
-                options = (*served.options, *self._options)
+                options = (*served.options, *self._options, f"--delivery={equipment.delivery.value}")
                 spec = ServerSpec(directory, socket_path, f"share{number}", options=options)
                 self._servers[served.name] = ShareServer(spec, lifeline)
                 shares.append(
@@ -133,7 +136,7 @@ class GuestSession:
                 native = HostProgram(host, twin, more)
                 outcome = run(script, shared, twin, watcher, native, different_sets, with_ignored=True)
             else:
-                own = NativeWatcher(twin)
+                own = NativeWatcher(twin, all_end=True)
                 outcome = run(script, shared, twin, watcher, own, differences, with_ignored=True)
             watcher.close()
         except GuestError as error:

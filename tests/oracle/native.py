@@ -29,9 +29,13 @@ class NativeOverflowError(Exception):
 
 
 class NativeWatcher:
-    """One inotify group; watches have the names that the script gives them."""
+    """One inotify group; watches have the names that the script gives them.
 
-    def __init__(self, root: Path) -> None:
+    `all_end`: what loses its last name ends for all who watch it; else for those who ask for DELETE_SELF.
+    """
+
+    def __init__(self, root: Path, *, all_end: bool = False) -> None:
+        self._all_end = all_end
         self._root = root
         self._fd = self._checked(_LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
         self._watch_of_name: dict[str, int] = {}
@@ -75,11 +79,13 @@ class NativeWatcher:
     def end_of(self, identity: tuple[int, int]) -> list[Seen]:
         """Ends the watch of an object that lost its last name and still lives: what its end tells."""
         for number, watched in self._identities.items():
-            # Who does not ask for DELETE_SELF is not told of the end, and goes on until it is natively there.
-            if watched == identity and self._masks[number] & In.DELETE_SELF:
+            # Who does not ask for DELETE_SELF is not told of the end. At the ring nobody else says that it
+            # has come, and the watch goes on until it is natively there.
+            asked = bool(self._masks[number] & In.DELETE_SELF)
+            if watched == identity and (asked or self._all_end):
                 name = self._name_of_watch[number]
                 self._end(number)
-                return [Seen(name, In.DELETE_SELF), Seen(name, In.IGNORED)]
+                return [Seen(name, In.DELETE_SELF)] * asked + [Seen(name, In.IGNORED)]
         return []
 
     def read(self) -> list[Seen]:

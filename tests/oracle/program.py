@@ -7,7 +7,9 @@ Must not know how it was started. Specification: watcher.c.
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import stat
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
@@ -25,6 +27,23 @@ _FENCE = ".fence"
 def _plain(entry: str) -> str:
     # An object that nobody watches has no name here; in a guest it often has no handle either.
     return without_number(entry.removesuffix("=?"))
+
+
+def _without(entry: str, ended: set[str]) -> str:
+    name, equals, target = entry.rpartition("=")
+    return name if equals and target in ended else entry
+
+
+def _is_of(event: Seen, ended: set[str]) -> bool:
+    """Does only who watches the object itself get it?"""
+    return event.watch in ended or (not event.watch and event.name.removeprefix("=") in ended)
+
+
+def _seen(watch: str, mask: In, entry: str, cookie: int) -> Seen:
+    # By which name in a directory that the guest does not hold, a guest is not told.
+    if watch == "?" and "=" in entry:
+        return Seen("", mask, entry[entry.rindex("=") :], cookie)
+    return Seen("" if watch == "-" else watch, mask, entry, cookie)
 
 
 class Command(Protocol):
@@ -136,7 +155,7 @@ class Program:
         self._lines = output[begin:at].decode("utf-8", "surrogateescape").splitlines()
         events = [line.split(" ", 4)[1:] for line in self._lines if line.startswith("e ")]
         return [
-            Seen("" if watch == "-" else watch, In(int(mask, 16)), _plain(entry), int(cookie))
+            _seen(watch, In(int(mask, 16)), _plain(entry), int(cookie))
             for watch, mask, cookie, entry in events
             if watch != "fence"
         ]
@@ -151,15 +170,36 @@ class HostProgram(Program):
 
     def __init__(self, command: HostCommand, root: Path, with_all: In) -> None:
         super().__init__(command, str(root), with_all)
+        self._watched: dict[tuple[int, int], tuple[str, In]] = {}
+        self._ended: set[str] = set()
+
+    def watch(self, name: str, path: str, mask: In) -> int:
+        """The errno."""
+        error = super().watch(name, path, mask)
+        if not error:
+            state = os.lstat(self._at(path))
+            is_dir = In.ISDIR if stat.S_ISDIR(state.st_mode) else In(0)
+            first, before = self._watched.get((state.st_dev, state.st_ino), (name, is_dir))
+            self._watched[state.st_dev, state.st_ino] = first, before | mask
+        return error
 
     def end_of(self, identity: tuple[int, int]) -> list[Seen]:
-        """fanotify tells of no end of a mark."""
-        return []
+        """What an object's end tells, that lost its last name and still lives; no more is told of it."""
+        name, mask = self._watched.pop(identity, ("", In(0)))
+        if name:
+            self._ended.add(name)
+        if not mask & In.DELETE_SELF:
+            return []
+        if mask & In.ISDIR:
+            return [Seen(name, In.DELETE_SELF | In.ISDIR, ".")]
+        return [Seen("", In.DELETE_SELF, f"={name}")]
 
     def read(self) -> list[Seen]:
         """What came since the last time."""
+        ended = self._ended.copy()
         self._command.write_stdin(b"sync\n")
-        return self._read_until(b"synced\n")
+        seen = [event for event in self._read_until(b"synced\n") if not _is_of(event, ended)]
+        return [Seen(event.watch, event.mask, _without(event.name, ended), event.cookie) for event in seen]
 
 
 class RealGuest(Program):
