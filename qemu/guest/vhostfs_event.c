@@ -22,9 +22,13 @@
  * of a name that only the host removed keeps the object from ending with its
  * last name; which one is not known, so all that nobody uses go.
  *
+ * That there is none left may be ahead of what the device is about to tell, so
+ * the end is told at once only if @late.
+ *
  * The inode lock keeps the guest's own unlink() and link() away.
  */
-static void vhostfs_check_links(struct vhostfs_notify *n, struct inode *inode)
+static void vhostfs_check_links(struct vhostfs_notify *n, struct inode *inode,
+				bool late)
 {
 	struct fuse_inode *fi = get_fuse_inode(inode);
 	struct fuse_conn *fc = get_fuse_conn(inode);
@@ -45,9 +49,9 @@ static void vhostfs_check_links(struct vhostfs_notify *n, struct inode *inode)
 	}
 	inode_unlock(inode);
 	kfree(req);
-	if (gone)
+	if (gone && (late || !vhostfs_keep(n, inode, true)))
 		vhostfs_raise_delete_self(n, inode);
-	else if (!S_ISDIR(inode->i_mode))
+	else if (!gone && !S_ISDIR(inode->i_mode))
 		d_prune_aliases(inode);
 }
 
@@ -55,7 +59,7 @@ static void vhostfs_check_links(struct vhostfs_notify *n, struct inode *inode)
 static void vhostfs_check_former(struct vhostfs_notify *n, struct inode *former)
 {
 	if (former)
-		vhostfs_check_links(n, former);
+		vhostfs_check_links(n, former, false);
 	iput(former);
 }
 
@@ -152,23 +156,26 @@ out:
 }
 
 static void vhostfs_self_event(struct vhostfs_notify *n, struct inode *inode,
-			       u32 bit)
+			       u32 bit, bool for_parent)
 {
 	vhostfs_stale_object(n, inode, bit);
 	if (bit == FS_DELETE_SELF) {
 		vhostfs_raise_delete_self(n, inode);
 		return;
 	}
-	vhostfs_raise_self(n, inode, bit);
+	vhostfs_raise_self(n, inode, bit, for_parent);
 	/* Of a file and without a name: it may be the link count */
 	if (bit == FS_ATTRIB && !S_ISDIR(inode->i_mode) &&
 	    READ_ONCE(inode->i_fsnotify_mask))
-		vhostfs_check_links(n, inode);
+		vhostfs_check_links(n, inode, false);
 }
 
 static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 				 const struct vhostfs_event *event)
 {
+	/* An older server means the parent always, and one that knows it says so */
+	bool for_parent = !(n->granted & FUSE_FSNOTIFY_PARENT) ||
+			  (event->flags & FSNOTIFY_FOR_PARENT);
 	u32 bit = event->mask & ~FS_ISDIR;
 	struct inode *dir, *child;
 	struct dentry *entry;
@@ -176,7 +183,8 @@ static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	dir = vhostfs_find(fc, event->nodeid, event->generation);
 	if (!event->namelen) {
 		if (dir)
-			vhostfs_self_event(n, dir, bit);
+			vhostfs_self_event(n, dir, bit, for_parent &&
+					   (bit & VHOSTFS_CHILD_EVENTS));
 		else
 			vhostfs_count(n, VHOSTFS_STALE);
 		iput(dir);
@@ -203,7 +211,7 @@ static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	if (dir)
 		vhostfs_raise_child(n, dir, child, event, bit);
 	else if (child)
-		vhostfs_raise_self(n, child, bit);
+		vhostfs_raise_self(n, child, bit, false);
 	else
 		vhostfs_count(n, VHOSTFS_STALE);
 	iput(child);
@@ -271,10 +279,12 @@ static void vhostfs_half_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 				   VHOSTFS_HALF_WAIT);
 }
 
-void vhostfs_expire_halves(struct vhostfs_notify *n)
+/* What has waited long enough; @all: nothing else waits in front of it */
+void vhostfs_expire(struct vhostfs_notify *n, bool all)
 {
 	struct vhostfs_half *half, *next;
 	struct fuse_conn *fc;
+	struct inode *inode;
 
 	mutex_lock(&n->event_mutex);
 	fc = n->fc;
@@ -291,6 +301,11 @@ void vhostfs_expire_halves(struct vhostfs_notify *n)
 			vhostfs_give_up_half(n, fc, half);
 		else
 			vhostfs_drop_half(n, half);
+	}
+	while (fc && all && (inode = vhostfs_next_ended(n))) {
+		if (inode->i_nlink)
+			vhostfs_check_links(n, inode, true);
+		iput(inode);
 	}
 	if (fc)
 		up_read(&fc->killsb);
@@ -489,7 +504,8 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 		return "shorter than an element";
 	if (le32_to_cpu(wire->error) != FUSE_NOTIFY_FSNOTIFY || wire->unique)
 		return "not FUSE_NOTIFY_FSNOTIFY";
-	if (wire->reserved || (le32_to_cpu(wire->flags) & ~FSNOTIFY_SPLIT_RENAME))
+	if (wire->reserved || (le32_to_cpu(wire->flags) &
+			       ~(FSNOTIFY_SPLIT_RENAME | FSNOTIFY_FOR_PARENT)))
 		return "reserved fields";
 
 	mask = le64_to_cpu(wire->mask);
@@ -528,10 +544,14 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 		return "no nodeid";
 	if ((mask & VHOSTFS_ENTRY_EVENTS) && !event->namelen)
 		return "event in a directory without a name";
+	if ((event->flags & FSNOTIFY_FOR_PARENT) &&
+	    (event->namelen || !(mask & FS_ISDIR) ||
+	     !(mask & VHOSTFS_CHILD_EVENTS)))
+		return "for the parent of no directory";
 	if (mask & (FS_MOVED_FROM | FS_MOVED_TO))
 		return event->flags && !event->cookie ?
 		       "half of a rename without a cookie" : NULL;
-	if (event->cookie || event->flags)
+	if (event->cookie || (event->flags & FSNOTIFY_SPLIT_RENAME))
 		return "cookie without a rename";
 	if ((mask & VHOSTFS_SELF_EVENTS) && event->namelen)
 		return "name of the object itself";

@@ -35,12 +35,14 @@
 #define FUSE_FSNOTIFY_RENAME	BIT_ULL(3)
 #define FUSE_FSNOTIFY_CHILD	BIT_ULL(4)
 #define FUSE_FSNOTIFY_WATCH_FILESYSTEM BIT_ULL(6)
+#define FUSE_FSNOTIFY_PARENT	BIT_ULL(7)
 
 /* Flags of FUSE_FSNOTIFY_WATCH */
 #define FSNOTIFY_WATCH_FILESYSTEM BIT(0)
 
 /* Flags of an element */
 #define FSNOTIFY_SPLIT_RENAME	BIT(0)
+#define FSNOTIFY_FOR_PARENT	BIT(1)
 
 struct fuse_fsnotify_init_in {
 	__le32 major;
@@ -119,6 +121,7 @@ struct vhostfs_wire_element {
 #define VHOSTFS_MAX_HALVES	64
 #define VHOSTFS_HALF_WAIT	HZ
 #define VHOSTFS_MAX_COOKIES	64
+#define VHOSTFS_MAX_KEPT	64
 #define VHOSTFS_WATCHES_IN_FLIGHT 8
 #define VHOSTFS_SETTLE_WAIT	HZ
 #define VHOSTFS_REPAIR_WAIT	HZ
@@ -161,6 +164,14 @@ struct vhostfs_half {
 	struct list_head list;
 	unsigned long arrived;
 	struct vhostfs_event event;
+};
+
+/* An object that is held for a moment, see vhostfs_keep() */
+struct vhostfs_kept {
+	struct list_head list;		/* oldest first */
+	struct inode *inode;		/* referenced */
+	unsigned long since;
+	bool ending;
 };
 
 /* What the device is told about one inode */
@@ -263,6 +274,8 @@ struct vhostfs_notify {
 	struct fuse_conn *fc;		/* also under session_mutex */
 	unsigned int nhalves;
 	struct list_head halves;	/* oldest first */
+	unsigned int nkept;
+	struct list_head kept;
 	struct {
 		u32 wire;
 		u32 local;
@@ -271,7 +284,7 @@ struct vhostfs_notify {
 	struct vhostfs_event event;
 	struct inode *recent[VHOSTFS_MAX_RECENT];	/* referenced, or NULL */
 	unsigned int next_recent;
-	struct inode unknown_inode;	/* see vhostfs_raise_child() */
+	struct fuse_inode unknown;	/* see vhostfs_raise_child() */
 	struct dentry unknown_dentry;	/* see vhostfs_stand_in() */
 	struct dentry unknown_parent;	/* see vhostfs_raise_rename() */
 	unsigned int batch_len[VHOSTFS_BATCH];
@@ -381,6 +394,8 @@ struct inode *vhostfs_stale_entry(struct inode *dir,
 struct inode *vhostfs_find_child(struct fuse_conn *fc, struct inode *dir,
 				 const struct vhostfs_event *event);
 void vhostfs_remember(struct vhostfs_notify *n, struct inode *inode);
+bool vhostfs_keep(struct vhostfs_notify *n, struct inode *inode, bool ending);
+struct inode *vhostfs_next_ended(struct vhostfs_notify *n);
 void vhostfs_forget_recent(struct vhostfs_notify *n,
 			   const struct super_block *sb,
 			   const struct inode *inode);
@@ -399,7 +414,7 @@ void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 			 struct inode *child,
 			 const struct vhostfs_event *event, u32 bit);
 void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
-			u32 bit);
+			u32 bit, bool for_parent);
 void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 			       struct inode *inode);
 void vhostfs_raise_rename(struct vhostfs_notify *n,
@@ -411,7 +426,7 @@ void vhostfs_raise_rename(struct vhostfs_notify *n,
 /* vhostfs_event.c */
 extern const struct fsnotify_ops vhostfs_group_ops;
 void vhostfs_free_halves(struct vhostfs_notify *n);
-void vhostfs_expire_halves(struct vhostfs_notify *n);
+void vhostfs_expire(struct vhostfs_notify *n, bool all);
 void vhostfs_half_timeout(struct work_struct *work);
 int vhostfs_add_mark(struct fsnotify_mark *mark, struct inode *inode,
 		     struct super_block *sb);

@@ -191,7 +191,8 @@ static void vhostfs_send_init(struct vhostfs_notify *n, struct fuse_mount *fm)
 	in->minor = cpu_to_le32(FUSE_FSNOTIFY_MINOR);
 	in->flags = cpu_to_le64(vhostfs_deliveries(n) |
 				FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD |
-				FUSE_FSNOTIFY_WATCH_FILESYSTEM);
+				FUSE_FSNOTIFY_WATCH_FILESYSTEM |
+				FUSE_FSNOTIFY_PARENT);
 	in->mask = cpu_to_le64(VHOSTFS_EVENTS | FS_ISDIR | FS_Q_OVERFLOW);
 	in->buf_size = cpu_to_le32(n->buf_size);
 	/* A server with a newer minor number answers with the prefix it has */
@@ -630,6 +631,7 @@ int vhostfs_notify_probe(struct virtio_device *vdev,
 	INIT_DELAYED_WORK(&n->half_work, vhostfs_half_timeout);
 	mutex_init(&n->event_mutex);
 	INIT_LIST_HEAD(&n->halves);
+	INIT_LIST_HEAD(&n->kept);
 	mutex_init(&n->session_mutex);
 	INIT_DELAYED_WORK(&n->session_work, vhostfs_session_work);
 	init_waitqueue_head(&n->idle);

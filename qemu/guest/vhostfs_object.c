@@ -126,11 +126,18 @@ static struct dentry *vhostfs_any_alias(struct inode *dir)
 	return IS_ERR(alias) ? NULL : alias;
 }
 
-/* The object of a name as the device has it now, with a reference, or NULL */
+/*
+ * The object of a name as the device has it now, with a reference, or NULL.
+ *
+ * That may make known that the directory itself has no link left, and it would
+ * end here with its dentry. But the device tells of what came before its end.
+ */
 struct inode *vhostfs_look_up(struct inode *dir, const char *name,
 			      unsigned int namelen)
 {
 	struct dentry *parent = vhostfs_any_alias(dir), *entry;
+	struct fuse_inode *fi = get_fuse_inode(dir);
+	unsigned int nlink = dir->i_nlink;
 	struct inode *inode = NULL;
 
 	if (!parent)
@@ -145,6 +152,10 @@ struct inode *vhostfs_look_up(struct inode *dir, const char *name,
 			inode = igrab(d_inode(entry));
 		dput(entry);
 	}
+	spin_lock(&fi->lock);
+	if (nlink && !dir->i_nlink)
+		set_nlink(dir, nlink);
+	spin_unlock(&fi->lock);
 	dput(parent);
 	return inode;
 }
@@ -419,6 +430,20 @@ struct inode *vhostfs_stale_entry(struct inode *dir,
 	return former;
 }
 
+/* What the device calls a directory is one, and nothing else is; else it is another object */
+static struct inode *vhostfs_find_named(struct fuse_conn *fc,
+					const struct vhostfs_event *event)
+{
+	struct inode *inode = vhostfs_find(fc, event->child_nodeid,
+					   event->child_generation);
+
+	if (inode && !S_ISDIR(inode->i_mode) != !(event->mask & FS_ISDIR)) {
+		iput(inode);
+		return NULL;
+	}
+	return inode;
+}
+
 /*
  * The object of an event in a directory. If it is not there it may be about to
  * come: a LOOKUP that was sent before the event was, and would fill in what
@@ -431,12 +456,12 @@ struct inode *vhostfs_find_child(struct fuse_conn *fc, struct inode *dir,
 
 	if (!event->child_nodeid)
 		return NULL;
-	child = vhostfs_find(fc, event->child_nodeid, event->child_generation);
+	child = vhostfs_find_named(fc, event);
 	if (child || !dir)
 		return child;
 	inode_lock_nested(dir, I_MUTEX_PARENT);
 	inode_unlock(dir);
-	return vhostfs_find(fc, event->child_nodeid, event->child_generation);
+	return vhostfs_find_named(fc, event);
 }
 
 /*
@@ -449,7 +474,8 @@ void vhostfs_remember(struct vhostfs_notify *n, struct inode *inode)
 	struct inode **place = &n->recent[n->next_recent];
 	unsigned int i;
 
-	if (!READ_ONCE(n->fid_wanted))
+	/* Who pauses us forgets them afterwards */
+	if (!READ_ONCE(n->fid_wanted) || READ_ONCE(n->paused))
 		return;
 	for (i = 0; i < VHOSTFS_MAX_RECENT; i++)
 		if (n->recent[i] == inode)
@@ -459,11 +485,80 @@ void vhostfs_remember(struct vhostfs_notify *n, struct inode *inode)
 	n->next_recent = (n->next_recent + 1) % VHOSTFS_MAX_RECENT;
 }
 
+static void vhostfs_drop_kept(struct vhostfs_notify *n,
+			      struct vhostfs_kept *kept)
+{
+	list_del(&kept->list);
+	n->nkept--;
+	iput(kept->inode);
+	kfree(kept);
+}
+
+/*
+ * Holds an object for VHOSTFS_HALF_WAIT. Either it is ending: it has no link any
+ * more, but the device, which sends in order, may be about to tell of more before
+ * it tells of the end. Only when it has not done so by then is the end told here.
+ * Or it has ended, and the event by its name follows, which names the object, too.
+ * False: there is no room. Under event_mutex.
+ */
+bool vhostfs_keep(struct vhostfs_notify *n, struct inode *inode, bool ending)
+{
+	struct vhostfs_kept *kept;
+
+	list_for_each_entry(kept, &n->kept, list) {
+		if (kept->inode == inode) {
+			kept->ending = ending;
+			return true;
+		}
+	}
+	if (!ending && !READ_ONCE(n->fid_wanted))
+		return true;
+	if (n->nkept == VHOSTFS_MAX_KEPT || READ_ONCE(n->paused))
+		return false;
+	kept = kmalloc(sizeof(*kept), GFP_KERNEL);
+	if (!kept)
+		return false;
+	kept->inode = inode;
+	ihold(inode);
+	kept->since = jiffies;
+	kept->ending = ending;
+	list_add_tail(&kept->list, &n->kept);
+	n->nkept++;
+	queue_delayed_work(vhostfs_wq, &n->half_work, VHOSTFS_HALF_WAIT);
+	return true;
+}
+
+/*
+ * The next whose time is over, with a reference if its end is to be told, or
+ * NULL. It is put by the caller.
+ */
+struct inode *vhostfs_next_ended(struct vhostfs_notify *n)
+{
+	struct vhostfs_kept *kept, *next;
+	struct inode *inode = NULL;
+
+	list_for_each_entry_safe(kept, next, &n->kept, list) {
+		if (time_before(jiffies, kept->since + VHOSTFS_HALF_WAIT)) {
+			queue_delayed_work(vhostfs_wq, &n->half_work,
+					   kept->since + VHOSTFS_HALF_WAIT -
+					   jiffies);
+			break;
+		}
+		if (kept->ending)
+			inode = igrab(kept->inode);
+		vhostfs_drop_kept(n, kept);
+		if (inode)
+			break;
+	}
+	return inode;
+}
+
 /* Of one superblock, or of all, or one object that is gone. Under event_mutex */
 void vhostfs_forget_recent(struct vhostfs_notify *n,
 			   const struct super_block *sb,
 			   const struct inode *inode)
 {
+	struct vhostfs_kept *kept, *next;
 	unsigned int i;
 
 	for (i = 0; i < VHOSTFS_MAX_RECENT; i++) {
@@ -473,6 +568,10 @@ void vhostfs_forget_recent(struct vhostfs_notify *n,
 		iput(n->recent[i]);
 		n->recent[i] = NULL;
 	}
+	list_for_each_entry_safe(kept, next, &n->kept, list)
+		if ((!sb || kept->inode->i_sb == sb) &&
+		    (!inode || (kept->inode == inode && !kept->ending)))
+			vhostfs_drop_kept(n, kept);
 }
 
 /*
@@ -493,11 +592,14 @@ struct inode *vhostfs_meet(struct vhostfs_notify *n, struct inode *dir,
 	child = vhostfs_look_up(dir, event->name, event->namelen);
 	if (!child)
 		return NULL;
-	/* The name may have been given to another since */
+	/*
+	 * The name may have been given to another since; to one that is
+	 * watched, perhaps, of which the device would have said that it is.
+	 */
 	if (!event->child_nodeid ? !(event->mask & FS_ISDIR) ==
-				   !S_ISDIR(child->i_mode) :
-	    event->child_nodeid == get_node_id(child) &&
-	    event->child_generation == child->i_generation)
+				   !S_ISDIR(child->i_mode) &&
+				   !READ_ONCE(child->i_fsnotify_mask) :
+	    vhostfs_is_object(child, event))
 		return child;
 	iput(child);
 	return NULL;

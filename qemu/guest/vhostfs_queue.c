@@ -250,7 +250,7 @@ void vhostfs_receive_work(struct work_struct *work)
 		}
 	} while (count == VHOSTFS_BATCH && --batches);
 
-	vhostfs_expire_halves(n);
+	vhostfs_expire(n, count < VHOSTFS_BATCH);
 	/* Others get their turn, however much the device sends */
 	if (count == VHOSTFS_BATCH)
 		queue_work(vhostfs_wq, &n->receive_work);

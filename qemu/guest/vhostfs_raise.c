@@ -158,12 +158,41 @@ void vhostfs_raise_entry(struct vhostfs_notify *n, struct inode *dir,
 }
 
 /*
+ * A directory that nobody can watch, and that nobody finds by its handle: stands
+ * for the one that is at this name and that this guest does not know.
+ */
+static struct inode *vhostfs_unknown_dir(struct vhostfs_notify *n,
+					 struct super_block *sb,
+					 const struct vhostfs_event *event)
+{
+	struct inode *inode = &n->unknown.inode;
+
+	inode->i_sb = sb;
+	inode->i_mode = S_IFDIR;
+	inode->i_generation = event->child_generation;
+	n->unknown.nodeid = event->child_nodeid;
+	return inode;
+}
+
+/* The same for any object, of which nothing is said */
+static struct inode *vhostfs_unknown(struct vhostfs_notify *n,
+				     struct super_block *sb)
+{
+	struct inode *inode = &n->unknown.inode;
+
+	inode->i_sb = sb;
+	inode->i_mode = 0;
+	return inode;
+}
+
+/*
  * An event on an object, by its name in dir: once to who watches dir's children
  * and once to who watches the object, as fsnotify_parent() does for a dentry.
  *
  * Who watches a directory may never have looked at what is in it. Then there is
  * no inode to give to fsnotify(), which would take this for an event on the
- * directory itself. An inode that nobody can watch takes its place.
+ * directory itself. An inode that nobody can watch takes its place; also as the
+ * object, if that is a directory, of which fanotify says nothing but the handle.
  */
 void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 			 struct inode *child,
@@ -177,6 +206,8 @@ void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 		vhostfs_remember(n, child);
 	if (bit & fsnotify_inode_watches_children(dir))
 		mask |= FS_EVENT_ON_CHILD;
+	if (!child && (mask & FS_ISDIR))
+		child = vhostfs_unknown_dir(n, dir->i_sb, event);
 	if (child && child->i_sb == dir->i_sb) {
 		fsnotify(mask, child, FSNOTIFY_EVENT_INODE, dir, &name, child,
 			 0);
@@ -186,9 +217,8 @@ void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 		struct dentry *entry = vhostfs_stand_in(n, dir, NULL, NULL,
 							&name);
 
-		n->unknown_inode.i_sb = dir->i_sb;
 		fsnotify(mask, entry, FSNOTIFY_EVENT_DENTRY, dir, &name,
-			 &n->unknown_inode, 0);
+			 vhostfs_unknown(n, dir->i_sb), 0);
 		vhostfs_raise_on_mounts(n, mask, entry, FSNOTIFY_EVENT_DENTRY,
 					dir, &name, NULL, dir->i_sb);
 	}
@@ -196,17 +226,17 @@ void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 
 /*
  * An event on an object of which the device knows no name. A directory has one
- * here, so that watchers of its parent get it; a file's parent is not involved
- * (the link count changed, or it was done by a name that this guest does not
- * know).
+ * here, and where nothing else tells the watchers of its parent, they are told
+ * by that; a file's parent is not involved (the link count changed, or it was
+ * done by a name that this guest does not know).
  */
 void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
-			u32 bit)
+			u32 bit, bool for_parent)
 {
 	struct dentry *alias = NULL;
 
 	vhostfs_count(n, VHOSTFS_RAISED);
-	if (S_ISDIR(inode->i_mode) && !(bit & VHOSTFS_SELF_EVENTS))
+	if (for_parent && S_ISDIR(inode->i_mode))
 		alias = d_find_any_alias(inode);
 	/* One that is invalid is of an earlier name */
 	if (alias && !d_unhashed(alias))
@@ -238,6 +268,7 @@ void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 
 	vhostfs_count(n, VHOSTFS_RAISED);
 	vhostfs_forget_recent(n, NULL, inode);
+	vhostfs_keep(n, inode, false);
 	vhostfs_stale_attr(inode, STATX_BASIC_STATS);
 	/* What is mounted stays mounted */
 	if (inode == d_inode(inode->i_sb->s_root)) {
@@ -307,10 +338,8 @@ void vhostfs_raise_rename(struct vhostfs_notify *n,
 		child = NULL;
 	n->unknown_parent.d_inode = new_dir;
 	moved = vhostfs_stand_in(n, dir, &n->unknown_parent, child, &new_name);
-	if (!old_dir) {
-		n->unknown_inode.i_sb = dir->i_sb;
-		old_dir = &n->unknown_inode;
-	}
+	if (!old_dir)
+		old_dir = vhostfs_unknown(n, dir->i_sb);
 #if VHOSTFS_KERNEL < 700
 	fsnotify(mask, moved, FSNOTIFY_EVENT_DENTRY, old_dir, &old_name, NULL,
 		 0);
