@@ -179,7 +179,7 @@ def test_parked_requests_are_the_second_choice_and_the_log_says_what_the_first_l
     assert second.note == (
         "events for the guest: by parked requests (driver 1.0, rename, child): "
         "this VMM does not pass VIRTIO_FS_F_NOTIFICATION (QEMU: needs vhost-user-test-device-pci of 10.1 "
-        "or later, or the patch for vhost-user-fs-pci)"
+        "or later, or the patch and notification=on)"
     )
     assert (second.delivery, second.missing) == (Delivery.PARKED, QUEUE_NOT_PASSED)
     chosen = negotiate_events(replace(offer, flags=int(FsnotifyFlag.PARKED)), able)

@@ -34,6 +34,7 @@ COMMANDS = (
     Command("run", "vhostfs.cli.run", "run a command, or a shell, in a small VM that sees a directory"),
     Command("watch", "vhostfs.cli.watch", "show the events of a running server as they happen"),
     Command("stats", "vhostfs.cli.stats", "show what a running server has counted"),
+    Command("caps", "vhostfs.cli.caps", "show what this host can do, what is negotiated, what is missing"),
 )
 
 # What libvirt reads (docs/interop/vhost-user.json of QEMU, "VHostUserBackendCapabilities"):

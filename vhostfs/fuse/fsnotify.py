@@ -63,7 +63,7 @@ TRANSPORTS = FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED
 
 QUEUE_NOT_PASSED = (
     "this VMM does not pass VIRTIO_FS_F_NOTIFICATION "
-    "(QEMU: needs vhost-user-test-device-pci of 10.1 or later, or the patch for vhost-user-fs-pci)"
+    "(QEMU: needs vhost-user-test-device-pci of 10.1 or later, or the patch and notification=on)"
 )
 NO_NOTIFICATION_QUEUE = (
     "VIRTIO_FS_F_NOTIFICATION is not accepted: the guest's driver does not know it, or its device has it "

@@ -56,6 +56,11 @@ def choose_accelerator(choice: str, machine: Machine, cache: Path, progress: Pro
     return Accelerator.TCG if problem else Accelerator.KVM
 
 
+def kvm_record(cache: Path) -> str | None:
+    """What a trial of this boot has found: "" all well, a problem, or None where there was none."""
+    return _known_problem(cache / "kvm" / f"{_boot_id()}.json")
+
+
 def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

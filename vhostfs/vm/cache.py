@@ -25,17 +25,21 @@ def quiet(_text: str) -> None:
     """A Progress that says nothing."""
 
 
-def cache_root() -> Path:
-    """The directory that holds everything which can be built or fetched again; created if missing.
+def cache_place() -> Path:
+    """Where everything is kept that can be built or fetched again, whether it is there or not.
 
-    $VHOSTFS_CACHE, else $XDG_CACHE_HOME/vhostfs, else ~/.cache/vhostfs. Raises VmError if it cannot be made.
+    $VHOSTFS_CACHE, else $XDG_CACHE_HOME/vhostfs, else ~/.cache/vhostfs. Raises RuntimeError without a home.
     """
     override = os.environ.get("VHOSTFS_CACHE")
     if override:
-        root = Path(override).expanduser().absolute()
-    else:
-        base = os.environ.get("XDG_CACHE_HOME")
-        root = (Path(base) if base and os.path.isabs(base) else Path("~/.cache").expanduser()) / "vhostfs"
+        return Path(override).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and os.path.isabs(base) else Path("~/.cache").expanduser()) / "vhostfs"
+
+
+def cache_root() -> Path:
+    """The same directory, created if missing. Raises VmError if it cannot be made."""
+    root = cache_place()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,6 +8,7 @@ Specification: docs/guest.md; qemu/README.md; QEMU docs/system/devices/vhost-use
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -207,6 +208,12 @@ def find_patched(cache: Path) -> Qemu:
             f"--qemu {PATCHED}: none has been built; scripts/qemu-patched does it (ten minutes, once)"
         )
     return max(built, key=lambda qemu: qemu.version)
+
+
+def kept_commands(cache: Path) -> list[tuple[str, ...]]:
+    """What runs those that are in the cache already, the kit and those with our patch; fetches nothing."""
+    folders = [cache / "qemu" / f"kit-{_KIT_FORMAT}", *sorted((cache / "qemu").glob(f"{PATCHED}-*"))]
+    return [self_contained_command(folder) for folder in folders if os.path.isfile(folder / PROGRAM)]
 
 
 def self_contained_command(folder: Path) -> tuple[str, ...]:
