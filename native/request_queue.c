@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <sys/epoll.h>
 
+#include "polling.h"
 #include "queue.h"
 #include "request.h"
 
@@ -157,12 +158,42 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 	return taken < 0 ? taken : 0;
 }
 
+static inline void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ __volatile__("yield");
+#endif
+}
+
+/* The ring is empty, and kicks are not asked for.  True: something is there. */
+static bool wait_awake(struct vf_queue *q, struct vf_polling *polling)
+{
+	uint64_t budget_ns = vf_polling_begin(polling), last_ns = 0;
+
+	if (!budget_ns)
+		return false;
+	do {
+		for (int i = 0; i < 8; i++) {
+			if (vf_ring_has_work(&q->ring)) {
+				vf_polling_hit(polling);
+				return true;
+			}
+			relax();
+		}
+	} while (!atomic_load_explicit(&q->stopping, memory_order_relaxed) &&
+		 vf_polling_goes_on(polling, budget_ns, &last_ns));
+	return false;
+}
+
 void *vf_request_queue_main(void *arg)
 {
 	struct vf_queue *q = arg;
 	struct vf_share *share = q->device->share;
 	struct vf_thread t = {.may_block = !share->config.pool_threads};
 	struct epoll_event events[2];
+	struct vf_polling polling;
 	char name[16];
 
 	snprintf(name, sizeof(name), "vhostfs-vq%u", q->index);
@@ -174,6 +205,7 @@ void *vf_request_queue_main(void *arg)
 		vf_queue_wait_for_stop(q);
 		return NULL;
 	}
+	vf_polling_init(&polling);
 	while (!atomic_load(&q->stopping)) {
 		vf_ring_disable_kicks(&q->ring);
 		if (drain(q, &t) < 0) {
@@ -182,11 +214,12 @@ void *vf_request_queue_main(void *arg)
 			vf_queue_wait_for_stop(q);
 			break;
 		}
-		if (vf_ring_enable_kicks(&q->ring))
+		if (wait_awake(q, &polling) || vf_ring_enable_kicks(&q->ring))
 			continue;
 		/* Edge-triggered: the kick descriptor need not be read. */
 		if (epoll_wait(q->epoll_fd, events, 2, -1) < 0 && errno != EINTR)
 			break;
+		vf_polling_slept(&polling);
 	}
 	vf_thread_leave(&t);
 	return NULL;

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* See polling.h. */
+#include <sched.h>
+#include <time.h>
+
+#include "polling.h"
+
+/* Longer than this after the last one a request does not come soon. */
+#define SOON_NS 25000u
+/* How long is waited awake. */
+#define BUDGET_NS 15000u
+/* Requests that came soon, before the first wait awake. */
+#define MIN_FAST 32u
+/* Vain waits, after which as many fast requests are asked for again. */
+#define MAX_VAIN 3u
+/* Between two turns of the loop only if the processor was somebody else's. */
+#define TAKEN_AWAY_NS 8000u
+#define MIN_PENALTY_NS 50000000u
+#define MAX_PENALTY_NS 2000000000u
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+void vf_polling_init(struct vf_polling *p)
+{
+	cpu_set_t allowed;
+
+	*p = (struct vf_polling){.penalty_ns = MIN_PENALTY_NS};
+	CPU_ZERO(&allowed);
+	/* More processors than such a mask has room for: an error, and certainly another one. */
+	p->possible =
+	    sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) > 1;
+}
+
+uint64_t vf_polling_begin(struct vf_polling *p)
+{
+	if (!p->possible)
+		return 0;
+	p->ended_ns = now_ns();
+	if (p->fast < MIN_FAST || p->ended_ns < p->off_until_ns)
+		return 0;
+	return BUDGET_NS;
+}
+
+bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last_ns)
+{
+	uint64_t now = now_ns();
+	bool taken_away = *last_ns && now - *last_ns > TAKEN_AWAY_NS;
+
+	*last_ns = now;
+	if (taken_away) {
+		p->fast = 0;
+		p->off_until_ns = now + p->penalty_ns;
+		if (p->penalty_ns < MAX_PENALTY_NS)
+			p->penalty_ns *= 2;
+		return false;
+	}
+	if (now - p->ended_ns < budget_ns)
+		return true;
+	if (++p->vain >= MAX_VAIN) {
+		p->fast = 0;
+		p->vain = 0;
+	}
+	return false;
+}
+
+void vf_polling_hit(struct vf_polling *p)
+{
+	p->vain = 0;
+	if (p->penalty_ns > MIN_PENALTY_NS)
+		p->penalty_ns -= p->penalty_ns / 1024;
+}
+
+void vf_polling_slept(struct vf_polling *p)
+{
+	if (!p->possible)
+		return;
+	if (now_ns() - p->ended_ns > SOON_NS)
+		p->fast = 0;
+	else if (p->fast < MIN_FAST)
+		p->fast++;
+}

@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Whether a queue's thread waits for the next request awake, and for how long.
+ *
+ * To sleep and to be woken costs the server some microseconds, and the guest
+ * a kick, so when requests follow each other faster than that, looking at the
+ * ring for a moment is cheaper for both.  It is done only after a row of
+ * requests that came so fast, ends after a few vain waits, and stays off for a
+ * while when the thread finds that somebody else needed its processor.
+ */
+#ifndef VHOSTFS_POLLING_H
+#define VHOSTFS_POLLING_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct vf_polling {
+	bool possible;	   /* there is another processor for the guest to run on */
+	uint32_t fast;	   /* requests in a row that came soon */
+	uint32_t vain;	   /* waits in a row that nothing came in */
+	uint64_t ended_ns; /* when the queue was last empty */
+	uint64_t off_until_ns;
+	uint64_t penalty_ns; /* of the last time that the processor was taken away */
+};
+
+void vf_polling_init(struct vf_polling *p);
+/* The queue has just become empty: how long may be waited awake?  Nanoseconds, or 0. */
+uint64_t vf_polling_begin(struct vf_polling *p);
+/*
+ * Once in each turn of the loop that looks at the ring: is there time left?  budget_ns is what
+ * vf_polling_begin() gave.
+ */
+bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last_ns);
+/* Something came while waiting awake. */
+void vf_polling_hit(struct vf_polling *p);
+/* The thread has slept, and something came. */
+void vf_polling_slept(struct vf_polling *p);
+
+#endif
