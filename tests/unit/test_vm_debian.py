@@ -102,6 +102,9 @@ def test_every_source_is_bound_to_debians_keyring() -> None:
         "trixie-security",
     ]
     assert {stanza["Signed-By"] for stanza in stanzas} == {"/k.gpg"}
+    assert {stanza["Types"] for stanza in stanzas} == {"deb"}
+    source = sources_text(Release.TRIXIE, OFFICIAL, Path("/k.gpg"), "deb-src")
+    assert source == text.replace("Types: deb\n", "Types: deb-src\n")
 
 
 def test_of_the_hosts_configuration_only_the_network_options_are_kept() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Debian root with a C compiler in the cache, and commands run in it: neither the host's compiler nor its
+"""Debian roots with a C compiler in the cache, and commands run in them: neither the host's compiler nor its
 libraries take part, so that any Linux host builds for any Debian release.
 
 Must not know what is built. Specification: unshare(1), chroot(1); docs/guest.md.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from vhostfs.vm.debian import Release, open_root, run_tool
 from vhostfs.vm.errors import VmError
 
 _FORMAT = 1  # raise it when the content of a root changes
-_TOOLS = ("bash", "binutils", "coreutils", "dash", "findutils", "gawk", "grep", "make", "patch", "sed")
-_COMPILERS = {Release.BOOKWORM: "gcc-12", Release.TRIXIE: "gcc-14"}
+TOOLS = ("bash", "binutils", "coreutils", "dash", "findutils", "gawk", "grep", "make", "patch", "sed")
+COMPILERS = {Release.BOOKWORM: "gcc-12", Release.TRIXIE: "gcc-14"}
 # What the programs of Debian's linux-kbuild packages are linked with.
 _KBUILD_LIBRARIES = {
     Release.BOOKWORM: ("libelf1", "libssl3", "zlib1g"),
@@ -42,6 +42,9 @@ _NEEDLESS = (
     ),
 )
 
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/"}
+"""Of commands in a root."""
+
 # The objtool of Linux 7 looks for its stack in /proc/self/maps.
 _ENTER_NAMESPACE = 'mount --bind /dev/null "$1/dev/null" && mount --rbind /proc "$1/proc" && exec chroot "$@"'
 
@@ -59,11 +62,11 @@ class BuildRoot:
     def run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         """Runs a command in the root and returns its output, stderr within stdout. Raises VmError when this
         user may not enter the root."""
-        entry = self._entry()
-        return _run([*entry, *command])
+        return _run([*self.entry(), *command])
 
-    def _entry(self) -> list[str]:
-        """The words that run what follows them inside the root."""
+    def entry(self) -> list[str]:
+        """The words that run what follows them inside the root, in ENVIRONMENT. Raises VmError when this user
+        may not enter it."""
         said = "no message"
         for entry in self._entries():
             tried = _run([*entry, "true"])
@@ -99,15 +102,20 @@ def provide_build_root(release: Release, cache: Path, progress: Progress = quiet
     """
     path = cache / "build" / f"{release.value}-{_FORMAT}"
     if not path.is_dir():
-        wanted = [*_TOOLS, _COMPILERS[release], *_KBUILD_LIBRARIES[release]]
+        wanted = [*TOOLS, COMPILERS[release], *_KBUILD_LIBRARIES[release]]
         debs = open_root(release, cache, progress).resolve(wanted)
         progress(f"unpacking the compiler for kernels of Debian {release.value}")
-        with published_directory(path) as fresh:
-            root = BuildRoot(fresh)
-            for deb in debs:
-                if not deb.name.startswith(_NEEDLESS):
-                    root.unpack(deb)
-            _finish(fresh)
+        make_build_root(path, (deb for deb in debs if not deb.name.startswith(_NEEDLESS)))
+    return BuildRoot(path)
+
+
+def make_build_root(path: Path, debs: Iterable[Path]) -> BuildRoot:
+    """A root at `path` of the packages `debs`, TOOLS among them; their maintainer scripts are not run."""
+    with published_directory(path) as fresh:
+        root = BuildRoot(fresh)
+        for deb in debs:
+            root.unpack(deb)
+        _finish(fresh)
     return BuildRoot(path)
 
 
@@ -122,12 +130,11 @@ def _finish(root: Path) -> None:
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/"}
     try:
         return subprocess.run(
             list(command),
             cwd="/",
-            env=environment,
+            env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -167,12 +167,12 @@ def host_sources(etc_apt: Path = Path("/etc/apt")) -> list[Source]:
     return found
 
 
-def sources_text(release: Release, mirrors: Mirrors, keyring: Path) -> str:
-    """The private root's sources in deb822 format."""
+def sources_text(release: Release, mirrors: Mirrors, keyring: Path, types: str = "deb") -> str:
+    """The private root's sources in deb822 format; `types` is "deb" or "deb-src"."""
     return (
-        f"Types: deb\nURIs: {mirrors.archive}\nSuites: {' '.join(release.archive_suites)}\n"
+        f"Types: {types}\nURIs: {mirrors.archive}\nSuites: {' '.join(release.archive_suites)}\n"
         f"Components: main\nSigned-By: {keyring}\n\n"
-        f"Types: deb\nURIs: {mirrors.security}\nSuites: {release.security_suite}\n"
+        f"Types: {types}\nURIs: {mirrors.security}\nSuites: {release.security_suite}\n"
         f"Components: main\nSigned-By: {keyring}\n"
     )
 
@@ -224,6 +224,8 @@ class AptRoot:
     release: Release
     path: Path
     progress: Progress = quiet
+    types: str = "deb"
+    """What it knows of: binary packages ("deb") or source packages ("deb-src")."""
 
     def resolve(self, packages: Iterable[str]) -> list[Path]:
         """Downloads `packages` with all they depend on; returns the .deb files, sorted by name.
@@ -253,6 +255,38 @@ class AptRoot:
                 # The mirror may have moved on since the lists were fetched.
                 self._refresh(force=True)
                 return self._download_alone(package, name)
+
+    def download_source(self, package: str, suite: str) -> list[Path]:
+        """Downloads the files of the source package `package` of `suite`, the .dsc first.
+
+        Only of a root for source packages. Raises VmError.
+        """
+        name = f"{package}/{suite}"
+        folder = self.path / "cache" / "sources"
+        with locked(self.path / "lock", self.progress):
+            self._refresh()
+            folder.mkdir(exist_ok=True)
+            try:
+                return self._download_source(name, folder)
+            except VmError:
+                # The mirror may have moved on since the lists were fetched.
+                self._refresh(force=True)
+                return self._download_source(name, folder)
+
+    def _download_source(self, name: str, folder: Path) -> list[Path]:
+        empty = self.path / "cache" / "nothing"
+        empty.mkdir(exist_ok=True)
+        command = ["source", "--download-only", name]
+        text = self._apt(["--print-uris", *command], cwd=empty)
+        files = re.findall(r"^'[^']*' (\S+) \d+ SHA256:", text, re.MULTILINE)
+        paths = sorted((folder / file for file in files), key=lambda path: path.suffix != ".dsc")
+        if not paths or paths[0].suffix != ".dsc":
+            raise VmError(f"apt found no source package {name}")
+        if not all(path.exists() for path in paths):
+            self.progress(f"downloading the source of {name}")
+        # Also what is there already is checked, and what is there in part is completed.
+        self._apt(command, cwd=folder)
+        return paths
 
     def _download_alone(self, package: str, name: str) -> Path:
         target = self.path / "cache" / "archives"
@@ -341,7 +375,8 @@ class AptRoot:
         for choice in dict.fromkeys((mirrors, OFFICIAL)):
             self.progress(f"fetching the package lists of Debian {self.release.value}")
             write_atomically(
-                self.path / "etc/sources.list.d/debian.sources", sources_text(self.release, choice, keyring)
+                self.path / "etc/sources.list.d/debian.sources",
+                sources_text(self.release, choice, keyring, self.types),
             )
             try:
                 self._apt(["-oAPT::Update::Error-Mode=any", "update"])
@@ -362,21 +397,22 @@ class AptRoot:
         return run_tool(command, cwd=cwd, environment={"APT_CONFIG": str(self.path / "apt.conf")})
 
 
-def open_root(release: Release, cache: Path, progress: Progress = quiet) -> AptRoot:
-    """The private apt root of `release` under `cache`, laid out if it is not there yet; fetches nothing."""
+def open_root(release: Release, cache: Path, progress: Progress = quiet, *, sources: bool = False) -> AptRoot:
+    """The private apt root of `release` under `cache`, for binary packages or else for `sources`, laid out if
+    it is not there yet; fetches nothing."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise VmError(
             "apt-get and dpkg-deb are needed to fetch Debian packages: "
             "run this on Debian or a system made from it"
         )
-    path = cache / "apt" / release.value
+    path = cache / "apt" / (f"{release.value}-sources" if sources else release.value)
     with locked(path / "lock", progress):
         for folder in ("etc/sources.list.d", "state/lists/partial", "cache/archives/partial", "log"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         (path / "state" / "status").touch()
         dump = run_tool(["apt-config", "dump"], cwd=path, environment={})
         write_atomically(path / "apt.conf", configuration_text(path, dump, os.geteuid() == 0))
-    return AptRoot(release, path, progress)
+    return AptRoot(release, path, progress, "deb-src" if sources else "deb")
 
 
 def run_tool(command: list[str], *, cwd: Path, environment: Mapping[str, str]) -> str:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guests with our driver and servers that tell them of the host's events, for the tests of this folder.
 
-Must not know single events. Specification: docs/guest.md, docs/events.md.
+Must not know single events. VHOSTFS_TEST_QEMU chooses the QEMU for shares with the notification queue, as
+`vhostfs run --qemu` does: "patched" (qemu/README.md). Specification: docs/guest.md, docs/events.md.
 """
 
 from __future__ import annotations
