@@ -160,27 +160,39 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
 
 /* ---- child events ---------------------------------------------------------------- */
 
-static bool is_watched_for(struct vf_inotify_reader *reader, const struct vf_inode *inode,
-			   const struct inotify_event *record)
+/* Is there a record of this object itself when this happens to it? */
+static bool tells_itself(struct vf_inotify_reader *reader, const struct vf_inode *inode,
+			 const struct inotify_event *record)
 {
-	return vf_watch_mask(reader->events->watches, inode) & record->mask & VF_FS_CHILD_EVENTS;
+	struct vf_watches *watches = reader->events->watches;
+
+	return (vf_watch_mask(watches, inode) & record->mask & VF_FS_CHILD_EVENTS) &&
+	       vf_watch_wd(watches, reader->which, inode) >= 0;
 }
 
-/* Can the record of these objects themselves be the other one of this event? */
+/* Can the record of another object, which follows, be the other one of this event? */
 static bool suits(struct vf_inotify_reader *reader, const struct inotify_event *record,
-		  const struct places *objects, const struct vf_inode *known, bool certain,
-		  bool follows)
+		  const struct vf_inode *known, bool certain)
 {
-	if (known && has(objects, known))
-		return true;
-	if (!follows || certain || !objects->n)
-		return false;
 	/* The name was given to another since: that one's own record would be here. */
 	if (known)
-		return is_watched_for(reader, known, record);
+		return tells_itself(reader, known, record);
 	/* Or it is gone.  A file's watchers can be told apart; a directory's parent would be told
 	 * twice. */
-	return record->mask & IN_ISDIR;
+	return !certain && (record->mask & IN_ISDIR);
+}
+
+/* The record of an object itself at this place, of the same event; its inodes are in objects. */
+static struct inotify_event *own_record_at(struct vf_inotify_reader *reader, uint32_t at,
+					   const struct inotify_event *record,
+					   struct places *objects)
+{
+	struct inotify_event *own = record_at(reader, at);
+
+	if (!own || own->len || ((own->mask ^ record->mask) & (EVENTS | IN_ISDIR)))
+		return NULL;
+	find(reader, own->wd, objects);
+	return objects->n ? own : NULL;
 }
 
 /*
@@ -192,26 +204,22 @@ static struct inotify_event *own_record(struct vf_inotify_reader *reader,
 					const struct vf_inode *known, bool certain,
 					struct places *objects)
 {
+	struct inotify_event *own;
 	uint32_t at = reader->end;
 
-	for (uint32_t i = 0; i < MAX_BEFORE_OWN; i++) {
-		struct inotify_event *own = record_at(reader, at);
-
-		if (!own && !i && known && is_watched_for(reader, known, record) &&
-		    read_more(reader, 1000000))
-			own = record_at(reader, at);
-		if (!own)
-			return NULL;
-		if (!own->len && !((own->mask ^ record->mask) & (EVENTS | IN_ISDIR))) {
-			find(reader, own->wd, objects);
-			if (suits(reader, record, objects, known, certain, !i))
-				return own;
-			put(reader->events, objects);
-			objects->n = 0;
-		}
-		at = record_end(at, own);
+	if (!record_at(reader, at) && known && tells_itself(reader, known, record))
+		read_more(reader, 1000000);
+	for (uint32_t i = 0; known && i < MAX_BEFORE_OWN && record_at(reader, at); i++) {
+		own = own_record_at(reader, at, record, objects);
+		if (own && has(objects, known))
+			return own;
+		put(reader->events, objects);
+		objects->n = 0;
+		at = record_end(at, record_at(reader, at));
 	}
-	return NULL;
+	if (!suits(reader, record, known, certain))
+		return NULL;
+	return own_record_at(reader, reader->end, record, objects);
 }
 
 static void take_child_event(struct vf_inotify_reader *reader, const struct inotify_event *record,
@@ -230,7 +238,7 @@ static void take_child_event(struct vf_inotify_reader *reader, const struct inot
 			own = own_record(reader, record, known, certain, &objects);
 		child = own ? on_mount(&objects, vf_inode_mount(dir)) : NULL;
 		/* One that is watched for this would have had its own record. */
-		if (!child && known && (certain || !is_watched_for(reader, known, record)))
+		if (!child && known && !tells_itself(reader, known, record))
 			child = known;
 		reader->one(reader, record, dir, child);
 		if (known)
@@ -262,16 +270,25 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 }
 
 /* Moved out of its parent's sight, has it gone before the next one was watched? */
-static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode *inode,
-			      int32_t parent_before)
+static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode *inode)
 {
 	struct vf_watches *watches = reader->events->watches;
 	int32_t parent = vf_watch_wd(watches, VF_WD_PARENT, inode);
+	int32_t name = vf_watch_wd(watches, VF_WD_NAME, inode);
+	const struct inotify_event *record;
+	uint32_t at = reader->end;
 
-	return parent >= 0 && parent != parent_before &&
-	       !vf_watches_have_wd(watches, reader->which, parent, inode) &&
-	       !vf_watches_have_wd(watches, VF_WD_PARENT, parent, inode) &&
-	       vf_events_is_gone(reader->events, inode);
+	if (parent < 0 || !vf_events_is_gone(reader->events, inode))
+		return false;
+	do {
+		for (; (record = record_at(reader, at)); at = record_end(at, record))
+			if (record->wd == parent && (record->mask & IN_DELETE) &&
+			    vf_inotify_name_number(parent, record->name,
+						   (uint32_t)strnlen(record->name, record->len)) ==
+				name)
+				return false;
+	} while (read_more(reader, 0));
+	return true;
 }
 
 /* It is told behind the last record of what happened in it. */
@@ -326,7 +343,6 @@ static void take_own_event(struct vf_inotify_reader *reader, const struct inotif
 
 	for (uint32_t i = 0; i < objects->n; i++) {
 		struct vf_inode *inode = objects->inodes[i];
-		int32_t parent = vf_watch_wd(events->watches, VF_WD_PARENT, inode);
 		bool moved = (record->mask & IN_MOVE_SELF) && vf_inode_type(inode) == S_IFDIR;
 
 		/* Whoever moved it: what tells of its removal is on its parent. */
@@ -336,8 +352,7 @@ static void take_own_event(struct vf_inotify_reader *reader, const struct inotif
 		    (record->mask & IN_ATTRIB) && !is_last_link(reader, record, inode);
 		reader->one(reader, record, inode, NULL);
 		reader->not_its_end = false;
-		if (moved && reader->n_unseen < VF_MAX_UNSEEN &&
-		    is_removed_unseen(reader, inode, parent))
+		if (moved && reader->n_unseen < VF_MAX_UNSEEN && is_removed_unseen(reader, inode))
 			note_unseen_removal(reader, record->wd, inode);
 	}
 }

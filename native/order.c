@@ -59,6 +59,8 @@ struct fact {
 	int32_t pid;
 	bool silent;   /* our own doing, or reported already */
 	bool told;     /* with its other half, before inotify said this one */
+	bool past;     /* of an object that had the name before the one that has it now */
+	bool not_its_end;
 	bool itself;   /* of what happened to the object itself, which is also in nodeid */
 	bool deferred; /* not inotify's to tell: it waits in a list, not in a generation */
 	uint8_t namelen;
@@ -279,6 +281,7 @@ bool vf_order_defer(struct vf_order *order, const struct vf_change *change)
 	if (!fact)
 		return false;
 	fact->deferred = true;
+	fact->not_its_end = change->not_its_end;
 	*order->newer.last = fact;
 	order->newer.last = &fact->later;
 	return true;
@@ -312,6 +315,7 @@ static struct vf_change change_of(struct vf_order *order, const struct fact *fac
 	    .name = fact->name,
 	    .namelen = fact->namelen,
 	    .pid = fact->pid,
+	    .not_its_end = fact->not_its_end,
 	    .flags = for_parent(order, fact) ? VF_FSNOTIFY_FOR_PARENT : 0,
 	    .seen_ns = order->reader.now_ns,
 	};
@@ -496,7 +500,7 @@ struct candidates {
 
 static bool is_used_up(const struct fact *fact)
 {
-	return !(fact->mask & EVENTS & ~fact->used);
+	return fact->past || !(fact->mask & EVENTS & ~fact->used);
 }
 
 static void unlink_fact(struct generation *g, uint32_t bucket, struct fact **link)
@@ -535,18 +539,38 @@ static void look(struct vf_order *order, struct generation *g, uint32_t bucket, 
 		else
 			compared++;
 		link = &fact->next;
-		if (!(fact->mask & event))
+		if (!(fact->mask & event) || (fact->past && !(event & ARRIVALS)))
 			continue;
 		set_said(order, fact, event);
 		c->any = fact;
 		if (fact->told && !c->told)
 			c->told = fact;
-		if (fact->used & event)
+		if (fact->past || (fact->used & event))
 			continue;
 		if (!c->unused)
 			c->unused = fact;
 		if (!c->foreign && !fact->silent)
 			c->foreign = fact;
+	}
+}
+
+/*
+ * The object of this fact has got the name: what is known of another that had it before is not of
+ * what comes now.  Some is left where inotify counted several events as one.
+ */
+static void supersede(struct vf_order *order, struct fact *arrival, uint32_t bucket)
+{
+	arrival->past = false;
+	for (unsigned int i = 0; i < 2; i++) {
+		struct fact *fact = order->generations[i].first[bucket];
+
+		for (uint32_t n = 0; fact && n < MAX_COMPARED; fact = fact->next) {
+			if (!is_about(fact, arrival->nodeid, arrival->name, arrival->namelen))
+				continue;
+			n++;
+			if (fact->number < arrival->number && fact->child != arrival->child)
+				fact->past = true;
+		}
 	}
 }
 
@@ -580,6 +604,8 @@ static struct fact *pick(struct vf_order *order, const struct vf_change *change,
 	if (fact) {
 		fact->used |= event;
 		fact->picked = ++order->picks;
+		if (event & ARRIVALS)
+			supersede(order, fact, bucket);
 	}
 	return fact;
 }

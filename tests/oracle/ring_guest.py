@@ -110,6 +110,8 @@ class RingGuest:
 
     def _end(self, key: Key) -> None:
         del self._watches[key]
+        # A watch of it that is made later is another, whatever names this one had.
+        self._watched_as = {name: other for name, other in self._watched_as.items() if other != key}
         self._fs.watch(key[0], 0, key[1])
 
     # ---- what it is told -------------------------------------------------------------------------------
