@@ -84,6 +84,7 @@ static struct expected **bucket(struct vf_own_changes *own, uint64_t key)
 /* ---- what an operation causes ----------------------------------------------- */
 
 #define CLOSED (VF_FS_CLOSE_WRITE | VF_FS_CLOSE_NOWRITE)
+#define LISTED (VF_FS_OPEN | VF_FS_ACCESS | CLOSED)
 #define MADE (VF_FS_CREATE | VF_FS_ATTRIB | VF_FS_OPEN | CLOSED)
 #define GONE (VF_FS_ATTRIB | VF_FS_DELETE_SELF | VF_FS_MOVE_SELF)
 
@@ -264,10 +265,31 @@ static void drop_window(struct vf_own_changes *own, struct window *w)
 	own->free = w;
 }
 
+static struct vf_own_window *begin(struct vf_own_changes *own, struct window *made)
+{
+	struct window *w;
+
+	pthread_mutex_lock(&own->lock);
+	made->from = own->taken;
+	made->to = STILL_RUNNING;
+	w = new_window(own, made);
+	pthread_mutex_unlock(&own->lock);
+	return (struct vf_own_window *)w;
+}
+
+struct vf_own_window *vf_own_changes_begin_listing(struct vf_own_changes *own,
+						   const struct vf_inode *dir)
+{
+	struct window made = {.n = 0};
+
+	add_object(&made, vf_inode_nodeid(dir), LISTED);
+	return begin(own, &made);
+}
+
 struct vf_own_window *vf_own_changes_begin(struct vf_events *events, struct vf_own_changes *own,
 					   const struct vf_req *r)
 {
-	struct window made, *w = NULL;
+	struct window made;
 	const struct own_op *op;
 	uint64_t mask;
 
@@ -278,15 +300,8 @@ struct vf_own_window *vf_own_changes_begin(struct vf_events *events, struct vf_o
 	if (!((op->object | op->name | op->named) & mask))
 		return NULL;
 	made.n = 0;
-	made.to = STILL_RUNNING;
 	foresee(&made, r, op, mask);
-	if (!made.n)
-		return NULL;
-	pthread_mutex_lock(&own->lock);
-	made.from = own->taken;
-	w = new_window(own, &made);
-	pthread_mutex_unlock(&own->lock);
-	return (struct vf_own_window *)w;
+	return made.n ? begin(own, &made) : NULL;
 }
 
 void vf_own_changes_end(struct vf_own_changes *own, struct vf_own_window *window)

@@ -28,6 +28,9 @@ struct vf_own_window;
 /* The operation for this request begins.  NULL: it causes nothing that anybody watches for. */
 struct vf_own_window *vf_own_changes_begin(struct vf_events *events, struct vf_own_changes *own,
 					   const struct vf_req *r);
+/* This directory is about to be listed, not for a request. NULL: that may be told. */
+struct vf_own_window *vf_own_changes_begin_listing(struct vf_own_changes *own,
+						   const struct vf_inode *dir);
 void vf_own_changes_end(struct vf_own_changes *own, struct vf_own_window *window);
 
 /* ---- the source's thread ---- */

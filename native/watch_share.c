@@ -14,6 +14,7 @@
 
 #include "events.h"
 #include "inode.h"
+#include "own_changes.h"
 
 /* Directories that are held for the guest: the newest. */
 #define MAX_ANNOUNCED 16384u
@@ -194,6 +195,8 @@ static void tell_entry(struct vf_events *events, struct vf_inode *dir, const str
 
 void vf_watch_share_tell_unseen(struct vf_events *events, const struct vf_change *made)
 {
+	struct vf_own_changes *own = events->own_changes;
+	struct vf_own_window *noted;
 	struct dirent *entry;
 	DIR *dir;
 	int fd;
@@ -205,6 +208,7 @@ void vf_watch_share_tell_unseen(struct vf_events *events, const struct vf_change
 	/* More than can be told here: the guest looks for itself. */
 	if (events->unseen_depth == MAX_UNSEEN_DEPTH)
 		events->unseen_left = 0;
+	noted = own ? vf_own_changes_begin_listing(own, made->child) : NULL;
 	fd = events->unseen_left ? vf_inode_open(events->share, made->child, O_RDONLY | O_DIRECTORY)
 				 : -1;
 	dir = fd < 0 ? NULL : fdopendir(fd);
@@ -221,6 +225,8 @@ void vf_watch_share_tell_unseen(struct vf_events *events, const struct vf_change
 	events->unseen_depth--;
 	if (dir)
 		closedir(dir);
+	if (noted)
+		vf_own_changes_end(own, noted);
 	if (!events->unseen_depth && !events->unseen_left)
 		vf_outbox_push_overflow(events->outbox);
 }

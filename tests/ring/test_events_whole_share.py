@@ -144,6 +144,19 @@ def test_directories_that_are_looked_up_later_are_told_of(guest: EventGuest) -> 
     assert told(guest) == ["ISDIR|CREATE late/later[x]=new"]
 
 
+def test_what_the_server_lists_to_tell_of_it_is_not_told_as_the_host_s_doing(guest: EventGuest) -> None:
+    watch_share(guest, ALL_EVENTS)
+    made = guest.share.path / "a/made"
+    (made / "x").mkdir(parents=True)
+    (made / "x/file").touch()
+    # The server lists when it reads of the directory: that comes behind.
+    lines = told(guest) + told(guest)
+    assert "ISDIR|CREATE a[made]=new" in lines
+    assert [line for line in lines if line.startswith("ISDIR|") and "CREATE" not in line] == []
+    os.listdir(made)
+    assert "ISDIR|OPEN a[made]=new" in told(guest)
+
+
 def test_directories_that_the_guest_does_not_hold_are_not(guest: EventGuest) -> None:
     (guest.share.path / "far/away").mkdir(parents=True)
     watch_share(guest)
