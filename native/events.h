@@ -81,6 +81,8 @@ struct vf_change {
  * enter the outbox together or not at all.  The source's thread only.
  */
 void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n);
+/* May anybody be told of this, or of what follows from it? */
+bool vf_events_is_wanted(struct vf_events *events, const struct vf_change *change);
 /* The server made these changes itself, for its guest, which is not told. */
 void vf_events_trace_own(struct vf_events *events, const struct vf_change *changes, uint32_t n);
 /* A rename whose both directories the guest holds: gives the two changes their cookie. */

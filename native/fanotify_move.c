@@ -522,6 +522,15 @@ static void mark_some(struct vf_events *events)
 		move_over(events);
 }
 
+/* The mark on the file system is needed again for now: what is marked stays so. */
+static void wait_for_need(struct vf_events *events)
+{
+	int error = empty_queue(events, events->move->next_fd, NULL);
+
+	if (error)
+		stay(events, "marks on watched inodes", error);
+}
+
 void vf_fanotify_move_turn(struct vf_events *events)
 {
 	struct vf_fanotify_move *move = events->move;
@@ -531,10 +540,12 @@ void vf_fanotify_move_turn(struct vf_events *events)
 	if (atomic_load(&move->phase) == MEASURING && measure(events) && !is_needed(events)) {
 		set_marking(events, true);
 		atomic_store(&move->phase, MARKING);
+	} else if (atomic_load(&move->phase) == MARKING && is_needed(events)) {
+		wait_for_need(events);
 	} else if (atomic_load(&move->phase) == MARKING) {
 		mark_some(events);
 	}
-	events->again = atomic_load(&move->phase) == MARKING;
+	events->again = atomic_load(&move->phase) == MARKING && !is_needed(events);
 }
 
 void vf_fanotify_move_want(struct vf_events *events)

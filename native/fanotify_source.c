@@ -70,7 +70,8 @@ static void report(struct reader *reader, const struct vf_change *changes, uint3
 
 	if (reader->own)
 		vf_events_trace_own(reader->events, changes, n);
-	else if (n != 1 || !order || !vf_order_defer(order, changes))
+	else if (n != 1 || !order || !vf_events_is_wanted(reader->events, changes) ||
+		 !vf_order_defer(order, changes))
 		vf_events_report(reader->events, changes, n);
 }
 

@@ -255,15 +255,36 @@ static void take_child_event(struct vf_inotify_reader *reader, const struct inot
 
 /* ---- an object itself -------------------------------------------------------------- */
 
-/* Does another record of its link count follow? */
-static bool has_more_links(struct vf_inotify_reader *reader, const struct inotify_event *record)
+/* Does this record tell that the directory, which the guest watches, was removed? */
+static bool is_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
+		       struct vf_inode *dir)
 {
+	struct vf_watches *watches = reader->events->watches;
+
+	return (record->mask & IN_DELETE) && (record->mask & IN_ISDIR) &&
+	       record->wd == vf_watch_wd(watches, VF_WD_PARENT, dir) &&
+	       vf_inotify_name_number(record->wd, record->name,
+				      (uint32_t)strnlen(record->name, record->len)) ==
+		   vf_watch_wd(watches, VF_WD_NAME, dir);
+}
+
+/*
+ * Does a record of its link count follow, or one of its end?  A directory has such a link count
+ * only when it is replaced, so what shows that it lived on is enough.
+ */
+static bool has_more_links(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			   struct vf_inode *inode)
+{
+	bool dir = vf_inode_type(inode) == S_IFDIR;
+	uint32_t mask = IN_ATTRIB | (dir ? IN_MOVE_SELF | VF_FS_ENTRY_EVENTS : 0);
 	const struct inotify_event *other;
 	uint32_t at = reader->end;
 
 	do {
 		for (; (other = record_at(reader, at)); at = record_end(at, other))
-			if (other->wd == record->wd && !other->len && (other->mask & IN_ATTRIB))
+			if ((other->wd == record->wd && (other->mask & mask) &&
+			     (dir || !other->len)) ||
+			    (dir && is_removal(reader, other, inode)))
 				return true;
 	} while (read_more(reader, 0));
 	return false;
@@ -272,20 +293,15 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 /* Moved out of its parent's sight, has it gone before the next one was watched? */
 static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode *inode)
 {
-	struct vf_watches *watches = reader->events->watches;
-	int32_t parent = vf_watch_wd(watches, VF_WD_PARENT, inode);
-	int32_t name = vf_watch_wd(watches, VF_WD_NAME, inode);
 	const struct inotify_event *record;
 	uint32_t at = reader->end;
 
-	if (parent < 0 || !vf_events_is_gone(reader->events, inode))
+	if (vf_watch_wd(reader->events->watches, VF_WD_PARENT, inode) < 0 ||
+	    !vf_events_is_gone(reader->events, inode))
 		return false;
 	do {
 		for (; (record = record_at(reader, at)); at = record_end(at, record))
-			if (record->wd == parent && (record->mask & IN_DELETE) &&
-			    vf_inotify_name_number(parent, record->name,
-						   (uint32_t)strnlen(record->name, record->len)) ==
-				name)
+			if (is_removal(reader, record, inode))
 				return false;
 	} while (read_more(reader, 0));
 	return true;
@@ -333,7 +349,8 @@ static bool is_last_link(struct vf_inotify_reader *reader, const struct inotify_
 			 struct vf_inode *inode)
 {
 	return (vf_watch_mask(reader->events->watches, inode) & VF_FS_DELETE_SELF) &&
-	       vf_events_is_gone(reader->events, inode) && !has_more_links(reader, record);
+	       vf_events_is_gone(reader->events, inode) &&
+	       !has_more_links(reader, record, inode);
 }
 
 static void take_own_event(struct vf_inotify_reader *reader, const struct inotify_event *record,

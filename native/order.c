@@ -29,6 +29,8 @@
 /* Beyond this much memory order is given up for once, and the guest told of a loss. */
 #define MAX_ARENAS 256u
 #define GENERATION_NS 20000000u
+/* So old it may become while objects' own events keep coming. */
+#define MAX_GENERATION_NS (5u * GENERATION_NS)
 /* A fact may come a moment behind its event. */
 #define PATIENCE 4u
 /* So many facts of one name are compared, besides those that are used up. */
@@ -36,9 +38,11 @@
 /* Rounds in one turn, while objects' own events keep coming. */
 #define MAX_ROUNDS 8u
 #define RETRY_NS 50000
-#define N_EARLY 1024u
+#define N_EARLY 2048u
 /* Whoever makes a change may be held up between telling inotify and telling fanotify. */
 #define EARLY_NS 100000000u
+/* For so long where it is known that a fact is still to come. */
+#define OWED_NS 2000000000u
 /* Of fanotify, in one round: a flood elsewhere must not hold up what was read. */
 #define MAX_READS 32u
 
@@ -46,6 +50,7 @@ struct fact {
 	struct fact *next;   /* in its bucket, in order of arrival */
 	struct fact *later;  /* of all in its generation */
 	struct fact *second; /* the other half of the rename that this is the first of */
+	struct fact *half;   /* that first half */
 	uint64_t nodeid;     /* of the directory; no references, since facts may lie here for long;
 				0: deferred */
 	uint64_t child;	     /* nodeid, or 0 */
@@ -73,6 +78,7 @@ struct fact {
  */
 struct early {
 	uint64_t key, events, since_ns;
+	uint64_t owed, owed_since_ns; /* of them, those without a fact */
 };
 
 struct arena {
@@ -121,7 +127,10 @@ static uint64_t name_key(uint64_t nodeid, const char *name, uint32_t namelen)
 
 	for (uint32_t i = 0; i < namelen; i++)
 		h = (h ^ (uint8_t)name[i]) * 0x100000001b3u;
-	return h;
+	/* Short names of one directory differ in the lowest bits only. */
+	h ^= h >> 32;
+	h *= 0x9e3779b97f4a7c15u;
+	return h ^ h >> 32;
 }
 
 static void empty(struct vf_order *order, struct generation *g)
@@ -171,23 +180,33 @@ static struct early *early_slot(struct vf_order *order, uint64_t key)
 	return &order->early[(key >> 29) % N_EARLY];
 }
 
-static void note_early(struct vf_order *order, uint64_t key, uint64_t event)
+static void note_early(struct vf_order *order, uint64_t key, uint64_t event, bool owed)
 {
 	struct early *e = early_slot(order, key);
 
 	if (e->key != key)
-		e->events = 0;
-	e->key = key;
+		*e = (struct early){.key = key};
 	e->events |= event;
 	e->since_ns = order->reader.now_ns;
+	if (!owed)
+		return;
+	e->owed |= event;
+	e->owed_since_ns = order->reader.now_ns;
 }
 
 static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 {
 	struct early *e = early_slot(order, key);
-	uint64_t events = e->key == key ? e->events & mask : 0;
+	uint64_t said = 0;
 
-	return order->reader.now_ns - e->since_ns < EARLY_NS ? events : 0;
+	if (e->key != key)
+		return 0;
+	if (order->reader.now_ns - e->since_ns < EARLY_NS)
+		said = e->events & mask;
+	if (order->reader.now_ns - e->owed_since_ns < OWED_NS)
+		said |= e->owed & mask;
+	e->owed &= ~mask;
+	return said;
 }
 
 /* Something to be reported that inotify said nothing of. */
@@ -481,10 +500,12 @@ bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes
 		return false;
 	first = add_fact(order, &changes[0], changes[0].mask, own);
 	second = add_fact(order, &changes[1], changes[1].mask, own);
-	if (first && second)
+	if (first && second) {
 		first->second = second;
-	else
+		second->half = first;
+	} else {
 		order->full = true;
+	}
 	return true;
 }
 
@@ -600,7 +621,7 @@ static struct fact *pick(struct vf_order *order, const struct vf_change *change,
 		fact->told = false;
 	}
 	if (fact || now)
-		note_early(order, key, event);
+		note_early(order, key, event, !fact);
 	if (fact) {
 		fact->used |= event;
 		fact->picked = ++order->picks;
@@ -696,6 +717,26 @@ static bool report_by_fact(struct vf_order *order, const struct vf_change *first
 	return second->silent;
 }
 
+/*
+ * Only the second half was found in what inotify said: it had counted the first as one with the
+ * first half of another rename, of the same name just before.
+ */
+static bool report_with_half(struct vf_order *order, const struct vf_change *second,
+			     struct fact *first)
+{
+	struct vf_change changes[2];
+
+	if (!first || first->used || first->silent)
+		return false;
+	changes[0] = change_of(order, first);
+	changes[1] = *second;
+	if (changes[0].dir)
+		vf_events_report_rename(order->events, changes);
+	put_change(order, &changes[0]);
+	set_silent(order, first);
+	return changes[0].dir;
+}
+
 static ssize_t read_plainly(struct vf_inotify_reader *reader, void *buffer, size_t size,
 			    uint64_t *at)
 {
@@ -769,8 +810,10 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 		change.not_its_end = (change.mask & VF_FS_DELETE) && !is_dir &&
 				     (bits_of(order, change.child) & VF_FS_DELETE_SELF);
 	}
-	if (!fact || fact->silent || !(change.mask & VF_FS_MOVED_FROM) ||
-	    !report_by_fact(order, &change, fact->second))
+	if (!fact || fact->silent ||
+	    !(((change.mask & VF_FS_MOVED_FROM) &&
+	       report_by_fact(order, &change, fact->second)) ||
+	      ((change.mask & VF_FS_MOVED_TO) && report_with_half(order, &change, fact->half))))
 		report(order, &change, 1, fact && fact->silent);
 	if (held)
 		vf_inode_put(order->events->share, held);
@@ -823,6 +866,25 @@ static void overflow(struct vf_inotify_reader *reader)
 }
 
 /*
+ * The host ends inotify's watch of a file with its last name, although somebody may have it open.
+ * Whoever watches it has been told of the end, and of nothing behind that.
+ */
+static bool is_behind_its_end(struct vf_order *order, const struct fact *fact)
+{
+	const uint64_t end = VF_FS_ATTRIB | VF_FS_SELF_EVENTS;
+	struct vf_inode *inode;
+	bool gone;
+
+	if (!fact->itself || (fact->mask & (end | VF_FS_ISDIR)))
+		return false;
+	inode = vf_inode_get(order->events->share, fact->child);
+	gone = inode && vf_events_is_gone(order->events, inode);
+	if (inode)
+		vf_inode_put(order->events->share, inode);
+	return gone;
+}
+
+/*
  * What inotify should have said by now, and did not: the host's queue of it had no room, say, while
  * fanotify's had. Late, but not lost.
  */
@@ -832,8 +894,16 @@ static void tell_unsaid(struct vf_order *order, const struct generation *g)
 		if (!is_unsaid(fact))
 			continue;
 		fact->used |= fact->said;
-		tell_fact(order, fact);
+		if (is_behind_its_end(order, fact))
+			set_silent(order, fact);
+		else
+			tell_fact(order, fact);
 	}
+}
+
+static uint64_t age_ns(const struct vf_order *order)
+{
+	return order->reader.now_ns - order->generations[order->young].began_ns;
 }
 
 static void grow_old(struct vf_order *order)
@@ -841,7 +911,7 @@ static void grow_old(struct vf_order *order)
 	struct generation *young = &order->generations[order->young];
 	struct generation *old = &order->generations[order->young ^ 1];
 
-	if ((young->empty && old->empty) || order->reader.now_ns - young->began_ns < GENERATION_NS)
+	if ((young->empty && old->empty) || age_ns(order) < GENERATION_NS)
 		return;
 	tell_unsaid(order, old);
 	order->young ^= 1;
@@ -850,14 +920,21 @@ static void grow_old(struct vf_order *order)
 
 int32_t vf_order_wait_ms(const struct vf_order *order)
 {
+	if (order && order->older.first)
+		return 0;
 	return order && order->unsaid ? (int32_t)(GENERATION_NS / 1000000) + 1 : -1;
+}
+
+static bool is_held_up(const struct vf_order *order)
+{
+	return atomic_load(&order->events->waiting);
 }
 
 /* False: inotify cannot be read. */
 static bool read_once(struct vf_order *order)
 {
 	int32_t n = vf_inotify_fetch(&order->reader);
-	uint32_t reads = 0;
+	bool more = true;
 
 	if (n < 0) {
 		tell_facts(order);
@@ -866,12 +943,12 @@ static bool read_once(struct vf_order *order)
 		return false;
 	}
 	order->patience = PATIENCE;
-	while (order->read_facts(order->events) && ++reads < MAX_READS)
-		;
+	for (uint32_t i = 0; more && i < MAX_READS && !is_held_up(order); i++)
+		more = order->read_facts(order->events);
 	vf_inotify_take(&order->reader);
 	if (order->behind) {
 		tell_facts(order);
-		order->behind = reads == MAX_READS;
+		order->behind = more;
 	}
 	/* These came before inotify was read, and are not behind anything that it said. */
 	tell_deferred(order, &order->older, NULL);
@@ -885,7 +962,8 @@ static bool read_once(struct vf_order *order)
 		return false;
 	}
 	/* There may be more of inotify's that these facts are about. */
-	if ((uint32_t)n < VF_SOURCE_BUFFER / 2 && !order->older.first)
+	if ((uint32_t)n < VF_SOURCE_BUFFER / 2 &&
+	    (!order->older.first || age_ns(order) >= MAX_GENERATION_NS))
 		grow_old(order);
 	return true;
 }
@@ -894,7 +972,8 @@ void vf_order_read(struct vf_order *order, bool (*read_facts)(struct vf_events *
 {
 	order->read_facts = read_facts;
 	for (uint32_t i = 0; i < MAX_ROUNDS && read_once(order) && order->older.first; i++)
-		;
+		if (is_held_up(order))
+			break;
 }
 
 /* ---- watches ------------------------------------------------------------------------ */

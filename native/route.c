@@ -85,6 +85,12 @@ static uint32_t flags_of(uint64_t flags, const struct vf_change *change)
 	return change->flags & known;
 }
 
+bool vf_events_is_wanted(struct vf_events *events, const struct vf_change *change)
+{
+	return wanted(events, atomic_load(&events->flags), change) ||
+	       (change->child && vf_inode_is_watched(change->child));
+}
+
 static struct vf_outgoing element_of(uint64_t flags, const struct vf_change *change)
 {
 	const struct vf_inode *object = change->dir ? change->dir : change->child;

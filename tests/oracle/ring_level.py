@@ -17,7 +17,6 @@ from tests.oracle.native import NativeWatcher
 from tests.oracle.ring_guest import RingGuest
 from tests.oracle.runner import Guest, Outcome, Source, run
 from tests.oracle.script import Script
-from tests.oracle.streams import differences
 from tests.ring.share import Share
 from tests.server import BAD_LOG, ServerProcess
 
@@ -33,6 +32,7 @@ class RingLevel:
         buffers: int = 64,
     ) -> None:
         self._options = ("--tag=oracle", *source.options, *options)
+        self._compare = source.compare
         self._buffers = buffers
         self._folder = Path(tempfile.mkdtemp(prefix="vhostfs-oracle-"))
         self._numbers = itertools.count()
@@ -69,7 +69,9 @@ class RingLevel:
         share = Share(server, shared)
         log_mark = server.log_size()
         try:
-            outcome = run(script, shared, twin, guest(share, self._buffers), NativeWatcher(twin), differences)
+            outcome = run(
+                script, shared, twin, guest(share, self._buffers), NativeWatcher(twin), self._compare
+            )
         except (OSError, EOFError) as error:
             outcome = Outcome([f"the guest could not go on: {type(error).__name__}: {error}"])
         finally:

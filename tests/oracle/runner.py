@@ -14,7 +14,7 @@ from typing import Protocol
 
 from tests.oracle.hands import Hands
 from tests.oracle.script import COMPARED_BEFORE, Op, Script, mask_of
-from tests.oracle.streams import In, Seen, differences_beside_a_loss
+from tests.oracle.streams import In, Seen, differences, differences_beside_a_loss, differences_from_inotify
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,12 @@ class Source:
 
     name: str
     options: tuple[str, ...]
+    inotify_alone: bool = False
+    """It knows what Linux keeps in inotify's queue, and nothing else."""
+
+    @property
+    def compare(self) -> Compare:
+        return differences_from_inotify if self.inotify_alone else differences
 
 
 SOURCES = {
@@ -30,7 +36,7 @@ SOURCES = {
     for source in (
         Source("fanotify:filesystem", ("--events=fanotify:filesystem",)),
         Source("fanotify:inodes", ("--events=fanotify:inodes",)),
-        Source("inotify", ("--events=inotify",)),
+        Source("inotify", ("--events=inotify",), inotify_alone=True),
         Source("filesystem-no-rename", ("--events=fanotify:filesystem", "--no-fan-rename")),
         Source("inodes-no-rename", ("--events=fanotify:inodes", "--no-fan-rename")),
     )

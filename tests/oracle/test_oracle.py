@@ -18,7 +18,7 @@ from tests.oracle.ring_level import RingLevel
 from tests.oracle.runner import SOURCES
 from tests.oracle.script import Op, ScriptError, parse, step_by_step, written
 from tests.oracle.shrink import shrunk
-from tests.oracle.streams import In, Seen, differences
+from tests.oracle.streams import In, Seen, differences, differences_from_inotify
 from tests.ring.share import Share
 from vhostfs.frontend.fsnotify import Element, ElementFlag, Event
 
@@ -172,6 +172,22 @@ def test_the_order_in_a_directory_and_with_what_is_in_it_counts() -> None:
     assert not equal([one, other], [other, one])
     named, own = event("d", In.DELETE, "f"), event("f", In.DELETE_SELF)
     assert not equal([own, named], [named, own])
+
+
+def test_halves_that_linux_sums_up_are_missed_from_inotify_alone() -> None:
+    first = [event("d", In.MOVED_FROM, "a", 1)]
+    second = [event("d", In.MOVED_FROM, "a", 2), event("e", In.MOVED_TO, "b", 2)]
+    left = [event("d", In.MOVED_FROM, "a", 1), event("e", In.MOVED_TO, "b", 2)]
+
+    def found(guest: list[Seen], native: list[Seen], *, one_operation: bool = False) -> list[str]:
+        return differences_from_inotify(native, guest, one_operation=one_operation)
+
+    assert not found([*first, *second], [*first, *second])
+    assert not found(left, [*first, *second])
+    assert found(left, [*first, *second], one_operation=True)
+    assert found(left, [*first, event("d", In.CREATE, "c"), *second])
+    assert found(left[:1], [*first, *second])
+    assert differences([*first, *second], left, one_operation=False)
 
 
 def test_cookies_may_be_others_but_join_the_same() -> None:
