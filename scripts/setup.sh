@@ -87,6 +87,8 @@ install_project() {
 	if is_current; then return 0; fi
 	say "building and installing vhostfs into $venv"
 	quietly "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$root${extra:+[$extra]}"
+	# A server starts in three quarters of the time; pip does this for what it copies, and this it does not copy.
+	quietly "$venv/bin/python" -m compileall -q "$root/vhostfs"
 	fingerprint "$extra" >"$venv/.vhostfs-installed"
 }
 

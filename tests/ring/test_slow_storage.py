@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage that takes its time with a read or an fsync holds up neither other requests nor events.
+
+Must not test what the requests do. Specification: --thread-pool-size in docs/migrating-from-virtiofsd.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.ring.conftest import MakeShare
+from tests.ring.events import EventGuest
+from tests.ring.share import Share
+from tests.ring.slow_storage import CONTENT, SlowStorage
+from vhostfs.frontend import FuseClient, Pending
+from vhostfs.frontend import operations as op
+
+pytestmark = pytest.mark.usefixtures("needs_root")
+POOL_THREADS = 4
+
+
+@pytest.fixture
+def share(make_share: MakeShare) -> Share:
+    share = make_share("--tag=events", f"--thread-pool-size={POOL_THREADS}")
+    (share.path / "disk").mkdir()
+    (share.path / "file").write_bytes(b"quick")
+    return share
+
+
+@pytest.fixture
+def storage(share: Share) -> Iterator[SlowStorage]:
+    with SlowStorage(share.path / "disk") as storage:
+        yield storage
+        # The server lets go of the mount before it is taken away.
+        storage.release()
+        share.unmount()
+
+
+class Slow:
+    """The slow file, open in the guest."""
+
+    def __init__(self, fs: FuseClient) -> None:
+        self.fs = fs
+        self.nodeid = fs.walk("disk/slow").nodeid
+        self.fh = fs.session.call(op.open_(self.nodeid)).fh
+
+    def read(self) -> Pending[bytes]:
+        return self.fs.session.submit(op.read(self.nodeid, self.fh, len(CONTENT)))
+
+    def fsync(self) -> Pending[None]:
+        return self.fs.session.submit(op.fsync(self.nodeid, self.fh))
+
+    def close(self) -> None:
+        self.fs.session.call(op.release(self.nodeid, self.fh))
+
+
+def assert_all_else_goes_on(fs: FuseClient) -> None:
+    for _ in range(100):
+        node = fs.lookup(fs.root, "file").nodeid
+        fs.session.call(op.getattr_(node))
+    assert fs.read_file(node) == b"quick"
+    # On the hiprio queue.
+    fs.session.submit(op.forget(node, 100)).wait()
+
+
+@pytest.mark.parametrize("request_of", [Slow.read, Slow.fsync], ids=["read", "fsync"])
+def test_a_slow_request_holds_up_nothing_else(share: Share, storage: SlowStorage, request_of: Any) -> None:
+    fs = share.mount()
+    slow = Slow(fs)
+    pending = request_of(slow)
+    storage.await_held(1)
+    assert_all_else_goes_on(fs)
+    assert not pending.done
+    storage.release()
+    assert pending.wait() in (CONTENT, None)
+    slow.close()
+
+
+def test_more_slow_reads_than_threads_hold_up_nothing_else(share: Share, storage: SlowStorage) -> None:
+    fs = share.mount()
+    slow = Slow(fs)
+    pending = [slow.read() for _ in range(2 * POOL_THREADS)]
+    storage.await_held(POOL_THREADS)
+    assert_all_else_goes_on(fs)
+    storage.release()
+    assert [one.wait() for one in pending] == [CONTENT] * len(pending)
+    slow.close()
+
+
+@pytest.mark.usefixtures("ours")
+def test_a_slow_fsync_holds_up_no_events(share: Share, storage: SlowStorage) -> None:
+    guest = EventGuest(share)
+    guest.watch("")
+    slow = Slow(guest.fs)
+    pending = slow.fsync()
+    storage.await_held(1)
+    (share.path / "made").mkdir()
+    assert any("made" in text for text in guest.told())
+    assert not pending.done
+    storage.release()
+    pending.wait()
+    slow.close()
