@@ -29,6 +29,7 @@ enum vf_cache_mode {
 	VF_CACHE_METADATA,
 	VF_CACHE_AUTO,
 	VF_CACHE_ALWAYS,
+	VF_CACHE_COHERENT, /* lasting while VF_FSNOTIFY_INVALIDATE is granted, else as AUTO */
 };
 
 /* One rule of --translate-uid / --translate-gid. */
@@ -79,6 +80,7 @@ struct vf_share_config {
 	uint64_t entry_timeout_ns;
 	uint64_t negative_timeout_ns;
 	uint64_t attr_timeout_ns;
+	uint64_t lasting_timeout_ns; /* of what the guest is told when it changes */
 	bool readonly;
 	bool xattr;
 	bool allow_direct_io;

@@ -86,8 +86,11 @@ struct vf_thread {
 	uint64_t caps; /* effective and permitted set when it acts as the server */
 	/* share.c: the list of threads, so that a new session can wait for all of them */
 	struct vf_thread *next;
-	atomic_bool busy;	       /* executing an operation */
-	bool may_block;		       /* slow storage may be waited for here */
+	atomic_bool busy; /* executing an operation */
+	bool may_block;	  /* slow storage may be waited for here */
+	/* coherent.c: as it was when the operation began */
+	bool told_all;
+	uint32_t n_indexed;
 	atomic_uint_fast64_t requests; /* answered by this thread */
 };
 #define VF_REPLY_MIN 4096u
@@ -255,6 +258,19 @@ void vf_upcalls_submit(struct vf_upcalls *upcalls, struct vf_req *r);
 
 /* request_queue.c: runs a request on a thread that is not its queue's. */
 void vf_req_run_in_pool(struct vf_thread *t, struct vf_req *r);
+
+/* coherent.c: what the guest may keep for as long as it likes. */
+/* Is it told of every change to what it holds? */
+bool vf_told_all(const struct vf_share *share);
+/* At the start of each operation. */
+void vf_lasting_begin(struct vf_thread *t);
+/*
+ * May the guest keep what the operation has seen on the host of an object or directory?
+ * told: vf_inode_is_told() of it before that.
+ */
+bool vf_lasting(const struct vf_thread *t, bool told);
+/* Also of what vf_inode_is_told() was asked about only after it was looked at? */
+bool vf_lasting_is_sure(const struct vf_thread *t);
 
 /* Set in init_flags while there is a session; FUSE has no flag of this number. */
 #define VF_SESSION (1ULL << 63)

@@ -108,10 +108,12 @@ int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
 	 * busy threads; this thread says that it is busy, then looks at the flags.
 	 */
 	atomic_store(&t->busy, true);
-	if (!atomic_load(&r->share->init_flags))
+	if (!atomic_load(&r->share->init_flags)) {
 		result = -EIO;
-	else
+	} else {
+		vf_lasting_begin(t);
 		result = run_noted(t, r, op->run);
+	}
 	atomic_store_explicit(&t->busy, false, memory_order_release);
 	return result;
 }

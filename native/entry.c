@@ -45,18 +45,27 @@ struct found {
 	uint64_t nodeid;
 	uint16_t mount;
 	bool made; /* it was not known before */
+	bool told; /* vf_inode_is_told() */
 };
 
-static void fill_entry(struct vf_share *share, const struct vf_inode *dir,
+/* dir_told: vf_inode_is_told() of it before anything was looked at. */
+static void fill_entry(struct vf_thread *t, const struct vf_inode *dir, bool dir_told,
 		       const struct found *found, const struct statx *sx,
 		       struct fuse_entry_out *out)
 {
+	struct vf_share *share = t->share;
 	const struct vf_share_config *config = &share->config;
+	uint64_t entry_ns = config->entry_timeout_ns, attr_ns = config->attr_timeout_ns;
 
 	out->nodeid = found->nodeid;
 	out->generation = found->nodeid >> 32;
-	vf_split_ns(config->entry_timeout_ns, &out->entry_valid, &out->entry_valid_nsec);
-	vf_split_ns(config->attr_timeout_ns, &out->attr_valid, &out->attr_valid_nsec);
+	/* What is mounted where is nothing that the host tells of. */
+	if (vf_lasting(t, dir_told && found->mount == dir->mount))
+		entry_ns = config->lasting_timeout_ns;
+	if (vf_lasting(t, found->told) && (found->made || vf_lasting_is_sure(t)))
+		attr_ns = config->lasting_timeout_ns;
+	vf_split_ns(entry_ns, &out->entry_valid, &out->entry_valid_nsec);
+	vf_split_ns(attr_ns, &out->attr_valid, &out->attr_valid_nsec);
 	vf_fill_attr_statx(share, sx, &out->attr);
 	if (found->mount != dir->mount && S_ISDIR(sx->stx_mode) &&
 	    (vf_session_flags(share) & FUSE_SUBMOUNTS))
@@ -114,6 +123,7 @@ static enum match match_known(struct vf_inode_table *table, struct shard *shard,
 		found->nodeid = vf_inode_nodeid(i);
 		found->mount = c->mount;
 		found->made = false;
+		found->told = vf_inode_is_told(table->share, i);
 		return MATCH;
 	}
 	return result;
@@ -190,16 +200,18 @@ static void give_fd(struct vf_share *share, struct vf_inode *bare, int fd)
 /*
  * A new inode, with a reference that is given back, can be found by handle from now on.  What
  * happened to it before was told to nobody, so a guest that keeps attributes until it is told
- * otherwise needs those of now.
+ * otherwise needs those of now.  True: it will be told.
  */
-static void index_new(struct vf_share *share, struct vf_inode *inode, int fd, struct statx *sx)
+static bool index_new(struct vf_share *share, struct vf_inode *inode, int fd, struct statx *sx)
 {
+	bool told;
+
 	handle_index_add(share->inodes, inode, fd);
 	if (vf_inode_type(inode) == S_IFDIR && share->events)
 		vf_watch_share_new_directory(share->events, inode);
-	if (vf_events_invalidate(share))
-		statx_fd(fd, sx);
+	told = vf_inode_is_told(share, inode) && vf_told_all(share) && !statx_fd(fd, sx);
 	vf_inode_put(share, inode);
+	return told;
 }
 
 /* The object of path_fd (taken over), which sx describes. */
@@ -232,6 +244,7 @@ static int enter(struct vf_share *share, const struct vf_inode *dir, int path_fd
 			found->nodeid = vf_inode_nodeid(inode);
 			found->mount = c.mount;
 			found->made = true;
+			found->told = false;
 			inode_publish(table, shard, hash, inode);
 			index = handle_index_is_on(table) && inode_try_ref(inode);
 		}
@@ -244,7 +257,7 @@ static int enter(struct vf_share *share, const struct vf_inode *dir, int path_fd
 	}
 	if (match == NO_MATCH && inode) {
 		if (index)
-			index_new(share, inode, path_fd, sx);
+			found->told = index_new(share, inode, path_fd, sx);
 		return 0;
 	}
 	mount_unref(&table->mounts, c.mount);
@@ -299,9 +312,11 @@ static int known_name(struct vf_share *share, const struct vf_inode *dir, int di
 }
 
 /* by_statx: begin with statx(2), for what is likely to be known or not to be there. */
-static int lookup(struct vf_share *share, struct vf_inode *dir, int dir_fd, const char *name,
+static int lookup(struct vf_thread *t, struct vf_inode *dir, int dir_fd, const char *name,
 		  bool by_statx, struct found *found, struct fuse_entry_out *out)
 {
+	struct vf_share *share = t->share;
+	bool dir_told = vf_inode_is_told(share, dir);
 	struct statx sx;
 	int error = 1;
 
@@ -310,7 +325,7 @@ static int lookup(struct vf_share *share, struct vf_inode *dir, int dir_fd, cons
 	if (error == 1)
 		error = enter_name(share, dir, dir_fd, name, &sx, found);
 	if (!error)
-		fill_entry(share, dir, found, &sx, out);
+		fill_entry(t, dir, dir_told, found, &sx, out);
 	return error;
 }
 
@@ -319,7 +334,7 @@ int vf_inode_lookup(struct vf_thread *t, struct vf_inode *dir, int dir_fd, const
 {
 	bool guess = atomic_load_explicit(&dir->flags, memory_order_relaxed) & INODE_CHILDREN_KNOWN;
 	struct found found = {.made = false};
-	int error = lookup(t->share, dir, dir_fd, name, guess, &found, out);
+	int error = lookup(t, dir, dir_fd, name, guess, &found, out);
 
 	if (found.made && guess)
 		atomic_fetch_and(&dir->flags, (unsigned char)~INODE_CHILDREN_KNOWN);
@@ -340,7 +355,7 @@ int vf_inode_lookup_entry(struct vf_thread *t, struct vf_inode *dir, int dir_fd,
 	pthread_mutex_lock(&shard->lock);
 	known = inode_find(table, shard, hash, dir->mount, ino, NULL);
 	pthread_mutex_unlock(&shard->lock);
-	return lookup(t->share, dir, dir_fd, name, known, &found, out);
+	return lookup(t, dir, dir_fd, name, known, &found, out);
 }
 
 int vf_inode_lookup_new(struct vf_thread *t, struct vf_inode *dir, int dir_fd, const char *name,
@@ -348,7 +363,7 @@ int vf_inode_lookup_new(struct vf_thread *t, struct vf_inode *dir, int dir_fd, c
 {
 	struct found found;
 
-	return lookup(t->share, dir, dir_fd, name, false, &found, out);
+	return lookup(t, dir, dir_fd, name, false, &found, out);
 }
 
 int vf_inode_lookup_fd(struct vf_thread *t, struct vf_inode *dir, int fd,
@@ -356,6 +371,7 @@ int vf_inode_lookup_fd(struct vf_thread *t, struct vf_inode *dir, int fd,
 {
 	struct vf_share *share = t->share;
 	char name[PROC_NAME_SIZE];
+	bool dir_told = vf_inode_is_told(share, dir);
 	struct found found;
 	struct statx sx;
 	int error = statx_fd(fd, &sx), path_fd;
@@ -370,7 +386,7 @@ int vf_inode_lookup_fd(struct vf_thread *t, struct vf_inode *dir, int fd,
 		return -errno;
 	error = enter(share, dir, path_fd, &sx, &found);
 	if (!error)
-		fill_entry(share, dir, &found, &sx, out);
+		fill_entry(t, dir, dir_told, &found, &sx, out);
 	return error;
 }
 
@@ -381,11 +397,13 @@ int vf_inode_lookup_self(struct vf_thread *t, struct vf_inode *dir, struct vf_in
 	uint32_t hash = inode_hash(inode->mount, inode->ino);
 	struct shard *shard = inode_shard(share->inodes, hash);
 	struct found found = {.nodeid = vf_inode_nodeid(inode), .mount = inode->mount};
+	bool dir_told = vf_inode_is_told(share, dir);
 	int fd = vf_inode_path_fd(share, inode), error;
 	struct statx sx;
 
 	if (fd < 0)
 		return fd;
+	found.told = vf_inode_is_told(share, inode);
 	error = statx_fd(fd, &sx);
 	if (error)
 		return error;
@@ -395,7 +413,7 @@ int vf_inode_lookup_self(struct vf_thread *t, struct vf_inode *dir, struct vf_in
 	pthread_mutex_lock(&shard->lock);
 	inode_hold(inode); /* the caller's reference keeps it from being freed */
 	pthread_mutex_unlock(&shard->lock);
-	fill_entry(share, dir, &found, &sx, out);
+	fill_entry(t, dir, dir_told, &found, &sx, out);
 	return 0;
 }
 
@@ -484,7 +502,7 @@ int vf_inode_lookup_parent(struct vf_thread *t, struct vf_inode *inode, struct f
 	error = enter(share, inode, fd, &sx, &found);
 	if (error)
 		return error;
-	fill_entry(share, inode, &found, &sx, out);
+	fill_entry(t, inode, false, &found, &sx, out);
 	/* That the child lies on another mount does not make the parent a mount's root. */
 	out->attr.flags &= ~(uint32_t)FUSE_ATTR_SUBMOUNT;
 	return 0;

@@ -120,6 +120,7 @@ void vf_events_source_failed(struct vf_events *events, const char *what, int err
 	atomic_store(&events->failed, true);
 	vf_events_notice(events, "%s: %s; no more changes on the host reach the guest", what,
 			 strerror(error));
+	vf_coherent_end(events, what);
 	epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, events->config.source_fd, NULL);
 	if (events->order)
 		epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, events->config.order_fd, NULL);
@@ -269,6 +270,7 @@ int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask)
 		vf_parked_open(events->parked);
 	atomic_store(&events->mask, mask);
 	atomic_store(&events->flags, flags);
+	vf_coherent_begin(events, flags);
 	return 0;
 }
 
@@ -299,6 +301,7 @@ void vf_events_end_session(struct vf_events *events)
 {
 	if (!events)
 		return;
+	vf_coherent_end(events, NULL);
 	atomic_store(&events->flags, 0);
 	/* Nothing is held for the guest any more by who sees this. */
 	atomic_store(&events->everywhere, 0);

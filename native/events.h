@@ -12,7 +12,8 @@
  *   watch.c                               what the guest watches, and marks on the host for it
  *   watch_share.c                         a watch on everything in the share
  *   handle_index.c                        from a file handle to the guest's inodes
- *   events.c                              the thread, its life, counters, trace
+ *   coherent.c                            what the guest may keep, and what of it is no longer
+ * right events.c                              the thread, its life, counters, trace
  *
  * Threads: one thread of the share's reads the source and reports.  Watches
  * change in the threads of the request queues.  Elements leave in the source's
@@ -152,6 +153,8 @@ struct vf_events {
 	atomic_uint_fast64_t mask;
 	atomic_uint max_element; /* that its guest takes, in bytes with fuse_out_header */
 	atomic_bool failed;	 /* the source has */
+	/* Every change to what the guest holds is told; see coherent.c. */
+	atomic_bool told_all;
 	/* What the guest watches on everything that it holds of the share; 0: nothing. */
 	atomic_uint_fast64_t everywhere;
 	struct vf_announced *announced; /* watch_share.c */
@@ -189,13 +192,6 @@ static inline void vf_count(atomic_uint_fast64_t *counter)
 	vf_count_n(counter, 1);
 }
 
-/* Is the guest told of every change, watched or not, so that it may keep what it knows? */
-static inline bool vf_events_invalidate(struct vf_share *share)
-{
-	return share->events && (atomic_load_explicit(&share->events->flags, memory_order_relaxed) &
-				 VF_FSNOTIFY_INVALIDATE);
-}
-
 void vf_events_free(struct vf_events *events);
 /* A session begins or ends: watches, grant and what waits for the guest are forgotten. */
 void vf_events_end_session(struct vf_events *events);
@@ -204,6 +200,18 @@ void vf_events_source_failed(struct vf_events *events, const char *what, int err
 /* A line for the log. */
 void vf_events_notice(struct vf_events *events, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
+
+/* ---- coherent.c ---------------------------------------------------------------- */
+
+/*
+ * A change that somebody else made, told at once and for the guest's caches only; change->mask may
+ * have several events of one record.
+ */
+void vf_coherent_tell(struct vf_events *events, const struct vf_change *change);
+/* Begins with FUSE_FSNOTIFY_INIT, where that granted it. */
+void vf_coherent_begin(struct vf_events *events, uint64_t flags);
+/* From now on the guest may not be told of something.  why: for people, NULL: the session ends. */
+void vf_coherent_end(struct vf_events *events, const char *why);
 
 /* ---- trace.c ----------------------------------------------------------------- */
 

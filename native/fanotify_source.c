@@ -115,7 +115,7 @@ static bool came_last(struct reader *reader, const struct vf_change *change,
 
 	if (!change->namelen || !object->there ||
 	    !(vf_inode_is_watched(change->dir) || atomic_load(&reader->events->everywhere) ||
-	      (flags & (VF_FSNOTIFY_WATCH_ALL | VF_FSNOTIFY_INVALIDATE))))
+	      (flags & VF_FSNOTIFY_WATCH_ALL)))
 		return false;
 	memcpy(name, change->name, change->namelen);
 	name[change->namelen] = 0;
@@ -343,6 +343,72 @@ static void put_all(struct vf_events *events, struct found *found)
 	put(events, &found->objects);
 }
 
+/* ---- what the guest keeps -------------------------------------------------------- */
+
+static void tell_caches(const struct reader *reader, const struct vf_fanotify_record *record,
+			uint64_t mask, const struct vf_fanotify_object *entry,
+			const struct places *dirs, const struct places *objects)
+{
+	for (uint32_t i = 0; i < dirs->n; i++) {
+		struct vf_change change = {
+		    .mask = mask | (record->mask & VF_FS_ISDIR),
+		    .dir = dirs->inodes[i],
+		    .child = on_mount(objects, vf_inode_mount(dirs->inodes[i])),
+		    .name = entry->name,
+		    .namelen = entry->namelen,
+		    .pid = record->pid,
+		    .seen_ns = reader->now_ns,
+		};
+
+		vf_coherent_tell(reader->events, &change);
+	}
+}
+
+static void tell_caches_of_objects(const struct reader *reader,
+				   const struct vf_fanotify_record *record,
+				   const struct places *objects, const struct places *dirs)
+{
+	for (uint32_t i = 0; i < objects->n; i++) {
+		struct vf_change change = {
+		    .mask = record->mask,
+		    .child = objects->inodes[i],
+		    .pid = record->pid,
+		    .seen_ns = reader->now_ns,
+		};
+
+		if (!dirs || !on_mount(dirs, vf_inode_mount(change.child)))
+			vf_coherent_tell(reader->events, &change);
+	}
+}
+
+/* All that a record says, at once: order does not matter to who only forgets. */
+static void tell_all_caches(const struct reader *reader, const struct vf_fanotify_record *record,
+			    const struct found *found)
+{
+	bool self = record->dir.there && (!record->dir.name || !strcmp(record->dir.name, "."));
+	const struct places *dirs = &found->dirs, *objects = &found->objects;
+
+	/* There may be more than were found. */
+	if (dirs->n == MAX_PLACES || found->to.n == MAX_PLACES || objects->n == MAX_PLACES) {
+		vf_outbox_push_overflow(reader->events->outbox);
+		return;
+	}
+	if (record->mask & VF_FS_RENAME) {
+		/* The new name first: a directory moves there in the guest, with who is in it. */
+		tell_caches(reader, record, VF_FS_MOVED_TO, &record->new, &found->to, objects);
+		tell_caches(reader, record, VF_FS_MOVED_FROM, &record->old, dirs, objects);
+		if (!dirs->n && !found->to.n)
+			tell_caches_of_objects(reader, record, objects, NULL);
+	} else if (self && !objects->n) {
+		tell_caches_of_objects(reader, record, dirs, NULL);
+	} else if (self || !record->dir.there) {
+		tell_caches_of_objects(reader, record, objects, NULL);
+	} else {
+		tell_caches(reader, record, record->mask, &record->dir, dirs, objects);
+		tell_caches_of_objects(reader, record, objects, dirs);
+	}
+}
+
 static void take(struct reader *reader, const struct vf_fanotify_record *record)
 {
 	struct vf_events *events = reader->events;
@@ -366,6 +432,8 @@ static void take(struct reader *reader, const struct vf_fanotify_record *record)
 	announce(reader, record, &found.dirs, &found.to, &found.objects);
 	if (!is_any_watched(&found))
 		events->elsewhere += n;
+	if (!reader->own && atomic_load_explicit(&events->told_all, memory_order_relaxed))
+		tell_all_caches(reader, record, &found);
 	if (found.dirs.n + found.to.n + found.objects.n)
 		take_known(reader, record, &found.dirs, &found.to, &found.objects);
 	else if (!reader->own)

@@ -342,21 +342,22 @@ int vf_open_flags(const struct vf_share *share, uint32_t guest_flags)
 	return flags;
 }
 
-uint32_t vf_fopen_flags(const struct vf_share *share, uint32_t guest_flags, bool directory)
+uint32_t vf_fopen_flags(const struct vf_share *share, uint32_t guest_flags, bool directory,
+			bool lasting)
 {
 	uint64_t session = vf_session_flags(share);
 	uint32_t mode = share->config.cache_mode;
 	uint32_t fopen = 0;
 
 	if (directory)
-		return mode == VF_CACHE_ALWAYS || mode == VF_CACHE_METADATA
+		return mode == VF_CACHE_ALWAYS || mode == VF_CACHE_METADATA || lasting
 			   ? FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE
 			   : 0;
 	if (mode == VF_CACHE_NEVER || mode == VF_CACHE_METADATA ||
 	    ((guest_flags & O_DIRECT) && share->config.allow_direct_io))
 		/* The host's file system orders writes to one file. */
 		fopen |= FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
-	else if (mode == VF_CACHE_ALWAYS)
+	else if (mode == VF_CACHE_ALWAYS || lasting)
 		fopen |= FOPEN_KEEP_CACHE;
 	/* FLUSH does nothing for a file that cannot be written, but it is what drops POSIX locks.
 	 */

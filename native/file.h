@@ -68,7 +68,8 @@ void vf_dir_buffer_give(struct vf_share *share);
  * applied. */
 int vf_open_flags(const struct vf_share *share, uint32_t guest_flags);
 /* FOPEN_* for a file or directory opened with the guest's flags. */
-uint32_t vf_fopen_flags(const struct vf_share *share, uint32_t guest_flags, bool directory);
+uint32_t vf_fopen_flags(const struct vf_share *share, uint32_t guest_flags, bool directory,
+			bool lasting);
 
 void vf_file_get_stats(struct vf_share *share, struct vf_share_stats *stats);
 

@@ -104,6 +104,7 @@ struct vf_fsnotify_watch_in {
 
 /* flags of an element */
 #define VF_FSNOTIFY_SPLIT_RENAME 1u
+#define VF_FSNOTIFY_CACHES 4u	  /* no event: only what the guest keeps of it is no longer right */
 #define VF_FSNOTIFY_FOR_PARENT 2u /* PARENT */
 
 #define VF_NAME_MAX 255u

@@ -264,6 +264,9 @@ void handle_index_add(struct vf_inode_table *table, struct vf_inode *inode, int 
 	*head = inode->slot;
 	shard->count++;
 	pthread_mutex_unlock(&shard->lock);
+	/* In this order: see vf_lasting_entry(). */
+	atomic_fetch_add(&table->n_indexed, 1);
+	atomic_store(&inode->indexed, 1);
 }
 
 void handle_index_remove(struct vf_inode_table *table, struct vf_inode *inode)

@@ -45,6 +45,11 @@ bool vf_inode_take_unseen(struct vf_inode *inode);
 /* fanotify_marks.c: it has a mark in the group that the source moves to. */
 bool vf_inode_is_moved(const struct vf_inode *inode);
 void vf_inode_set_moved(struct vf_inode *inode, bool moved);
+/*
+ * Is every change to it, by whatever name, found by its handle, and on the share's own mount?  It
+ * counts for what is looked at on the host after this was asked.
+ */
+bool vf_inode_is_told(const struct vf_share *share, const struct vf_inode *inode);
 /* A number that no other inode has at the same time. */
 int32_t vf_inode_slot(const struct vf_inode *inode);
 /* All numbers in use are below this. */

@@ -64,7 +64,7 @@ struct vf_inode {
 	/* Written once, before any other thread may read it; see inode_fd.c. */
 	atomic_uchar handle_size; /* 0: not asked for yet */
 	uint8_t handle_type;	  /* of an inline handle */
-	uint8_t spare;
+	atomic_uchar indexed;	  /* found by its handle from now on, until it is freed */
 	union {
 		uint8_t bytes[HANDLE_INLINE];
 		struct handle *heap; /* handle_size > HANDLE_INLINE, or a type that needs 32 bits */
@@ -121,7 +121,8 @@ struct vf_inode_table {
 	uint32_t free_head;
 	uint32_t n_slots; /* ever used, slot 0 included */
 
-	atomic_uint clock; /* see vf_inode.pinned_since */
+	atomic_uint clock;     /* see vf_inode.pinned_since */
+	atomic_uint n_indexed; /* counts additions to the index; wraps around */
 	atomic_uint_fast64_t n_inodes;
 
 	/* Descriptors of inodes; owners[fd] is the slot that holds fd, 0 when none does. */

@@ -32,6 +32,7 @@ static void stop(struct vf_notifier *n)
 	n->stopped = true;
 	vf_ring_disable_kicks(&n->queue->ring);
 	vf_queue_signal_error(n->queue);
+	vf_coherent_end(n->queue->device->share->events, "the notification queue has stopped");
 }
 
 /* 1: taken; 0: none is there, and the guest will kick; negative: the ring is broken. */

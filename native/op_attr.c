@@ -46,14 +46,39 @@ static int object_get(const struct vf_req *r, bool by_file, uint64_t fh, struct 
 
 /* ---- GETATTR, STATX ----------------------------------------------------- */
 
-static int32_t reply_attr(struct vf_thread *t, int fd)
+/* Will the guest be told of changes to what is looked at from now on? */
+static bool is_told(const struct vf_req *r, const struct object *o)
+{
+	struct vf_inode *inode;
+	bool told;
+
+	if (!vf_told_all(r->share))
+		return false;
+	if (o->inode)
+		return vf_inode_is_told(r->share, o->inode);
+	inode = vf_inode_get(r->share, r->header.nodeid);
+	told = inode && vf_inode_is_told(r->share, inode);
+	if (inode)
+		vf_inode_put(r->share, inode);
+	return told;
+}
+
+static uint64_t attr_timeout_ns(const struct vf_thread *t, bool told)
+{
+	const struct vf_share_config *config = &t->share->config;
+
+	return vf_lasting(t, told) ? config->lasting_timeout_ns : config->attr_timeout_ns;
+}
+
+static int32_t reply_attr(struct vf_thread *t, const struct vf_req *r, const struct object *o)
 {
 	struct fuse_attr_out *out = (struct fuse_attr_out *)t->reply;
+	bool told = is_told(r, o);
 	struct stat st;
 
-	if (fstat(fd, &st))
+	if (fstat(o->fd, &st))
 		return -errno;
-	vf_split_ns(t->share->config.attr_timeout_ns, &out->attr_valid, &out->attr_valid_nsec);
+	vf_split_ns(attr_timeout_ns(t, told), &out->attr_valid, &out->attr_valid_nsec);
 	out->dummy = 0;
 	vf_fill_attr(t->share, &st, &out->attr);
 	return sizeof(*out);
@@ -70,7 +95,7 @@ int32_t vf_op_getattr(struct vf_thread *t, struct vf_req *r)
 	result = object_get(r, in->getattr_flags & FUSE_GETATTR_FH, in->fh, &o);
 	if (result)
 		return result;
-	result = reply_attr(t, o.fd);
+	result = reply_attr(t, r, &o);
 	object_put(r->share, &o);
 	return result;
 }
@@ -119,12 +144,14 @@ int32_t vf_op_statx(struct vf_thread *t, struct vf_req *r)
 	struct object o;
 	struct statx sx;
 	int error;
+	bool told;
 
 	if (!in)
 		return -EINVAL;
 	error = object_get(r, in->getattr_flags & FUSE_GETATTR_FH, in->fh, &o);
 	if (error)
 		return error;
+	told = is_told(r, &o);
 	/* The guest's kernel believes the basic ones in any case, so they are always asked for. */
 	error =
 	    statx(o.fd, "",
@@ -136,7 +163,7 @@ int32_t vf_op_statx(struct vf_thread *t, struct vf_req *r)
 	if (error)
 		return error;
 	memset(out, 0, sizeof(*out));
-	vf_split_ns(r->share->config.attr_timeout_ns, &out->attr_valid, &out->attr_valid_nsec);
+	vf_split_ns(attr_timeout_ns(t, told), &out->attr_valid, &out->attr_valid_nsec);
 	fill_statx(r->share, &sx, &out->stat);
 	return sizeof(*out);
 }
@@ -273,7 +300,7 @@ int32_t vf_op_setattr(struct vf_thread *t, struct vf_req *r)
 		return result;
 	result = change(t, r, &o, in);
 	if (!result)
-		result = reply_attr(t, o.fd);
+		result = reply_attr(t, r, &o);
 	object_put(r->share, &o);
 	return result;
 }

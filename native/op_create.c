@@ -333,7 +333,7 @@ static int32_t reply_open(struct vf_thread *t, struct vf_req *r, int fd, uint32_
 		vf_inode_forget(r->share, out->entry.nodeid, 1);
 		return error;
 	}
-	out->open.open_flags = vf_fopen_flags(r->share, guest_flags, false);
+	out->open.open_flags = vf_fopen_flags(r->share, guest_flags, false, false);
 	out->open.padding = 0;
 	return sizeof(*out);
 }

@@ -69,6 +69,7 @@ int32_t vf_op_opendir(struct vf_thread *t, struct vf_req *r)
 	const struct fuse_open_in *in = vf_arg(r, sizeof(*in));
 	struct fuse_open_out *out = (struct fuse_open_out *)t->reply;
 	struct vf_inode *inode;
+	bool told;
 	int result;
 
 	if (!in)
@@ -76,6 +77,7 @@ int32_t vf_op_opendir(struct vf_thread *t, struct vf_req *r)
 	inode = vf_inode_get(share, r->header.nodeid);
 	if (!inode)
 		return -ESTALE;
+	told = vf_inode_is_told(share, inode);
 	result = vf_inode_type(inode) == S_IFDIR
 		     ? vf_inode_open(share, inode, O_RDONLY | O_DIRECTORY)
 		     : -ENOTDIR;
@@ -86,7 +88,7 @@ int32_t vf_op_opendir(struct vf_thread *t, struct vf_req *r)
 	    vf_file_new(share, r->header.nodeid, result, O_RDONLY | O_DIRECTORY, true, &out->fh);
 	if (result < 0)
 		return result;
-	out->open_flags = vf_fopen_flags(share, in->flags, true);
+	out->open_flags = vf_fopen_flags(share, in->flags, true, vf_lasting(t, told));
 	out->padding = 0;
 	return sizeof(*out);
 }

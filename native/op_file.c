@@ -57,6 +57,7 @@ int32_t vf_op_open(struct vf_thread *t, struct vf_req *r)
 	struct fuse_open_out *out = (struct fuse_open_out *)t->reply;
 	struct vf_inode *inode;
 	int flags, result;
+	bool told;
 
 	if (!in)
 		return -EINVAL;
@@ -66,6 +67,7 @@ int32_t vf_op_open(struct vf_thread *t, struct vf_req *r)
 	inode = vf_inode_get(share, r->header.nodeid);
 	if (!inode)
 		return -ESTALE;
+	told = vf_inode_is_told(share, inode);
 	switch (vf_inode_type(inode)) {
 	case S_IFREG:
 		result = open_inode(t, inode, flags, in->open_flags);
@@ -85,7 +87,7 @@ int32_t vf_op_open(struct vf_thread *t, struct vf_req *r)
 	result = vf_file_new(share, r->header.nodeid, result, flags, false, &out->fh);
 	if (result < 0)
 		return result;
-	out->open_flags = vf_fopen_flags(share, in->flags, false);
+	out->open_flags = vf_fopen_flags(share, in->flags, false, vf_lasting(t, told));
 	out->padding = 0;
 	return sizeof(*out);
 }

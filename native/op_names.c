@@ -51,7 +51,9 @@ int32_t vf_op_lookup(struct vf_thread *t, struct vf_req *r)
 	struct fuse_entry_out *out = (struct fuse_entry_out *)t->reply;
 	const char *name = vf_arg_string(r, 0, NULL);
 	struct vf_inode *dir;
+	uint64_t valid_ns;
 	int fd, error;
+	bool told;
 
 	if (!name)
 		return -EINVAL;
@@ -63,11 +65,13 @@ int32_t vf_op_lookup(struct vf_thread *t, struct vf_req *r)
 	fd = vf_dir_get(r->share, r->header.nodeid, &dir);
 	if (fd < 0)
 		return fd;
+	told = vf_inode_is_told(r->share, dir);
 	error = vf_inode_lookup(t, dir, fd, name, out);
 	vf_inode_put(r->share, dir);
-	if (error == -ENOENT && config->negative_timeout_ns) {
+	valid_ns = vf_lasting(t, told) ? config->lasting_timeout_ns : config->negative_timeout_ns;
+	if (error == -ENOENT && valid_ns) {
 		memset(out, 0, sizeof(*out));
-		vf_split_ns(config->negative_timeout_ns, &out->entry_valid, &out->entry_valid_nsec);
+		vf_split_ns(valid_ns, &out->entry_valid, &out->entry_valid_nsec);
 		error = 0;
 	}
 	return error ? error : (int32_t)sizeof(*out);

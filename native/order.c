@@ -438,7 +438,7 @@ static bool is_told_by_parent(struct vf_order *order, struct vf_inode *dir)
 	bool watched = false;
 	uint32_t n;
 
-	if (atomic_load(&events->flags) & (VF_FSNOTIFY_WATCH_ALL | VF_FSNOTIFY_INVALIDATE))
+	if (atomic_load(&events->flags) & VF_FSNOTIFY_WATCH_ALL)
 		return false;
 	if (!atomic_load(&events->everywhere))
 		return !events->order_error;

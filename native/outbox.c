@@ -224,9 +224,9 @@ static bool same(const struct record *record, const struct vf_outgoing *out)
 	const struct vf_fsnotify_out *a = &record->element, *b = &out->element;
 
 	return a->nodeid == b->nodeid && a->mask == b->mask && !a->cookie && !b->cookie &&
-	       !a->flags && !b->flags && a->generation == b->generation &&
-	       a->child_nodeid == b->child_nodeid && a->child_generation == b->child_generation &&
-	       a->namelen == b->namelen &&
+	       a->flags == b->flags && !(a->flags & VF_FSNOTIFY_SPLIT_RENAME) &&
+	       a->generation == b->generation && a->child_nodeid == b->child_nodeid &&
+	       a->child_generation == b->child_generation && a->namelen == b->namelen &&
 	       (!a->namelen || !memcmp(record->name, out->name, a->namelen));
 }
 

@@ -12,9 +12,6 @@
 #include "events.h"
 #include "inode.h"
 
-/* What changes something that a guest may keep a copy of. */
-#define INVALIDATING (VF_FS_ENTRY_EVENTS | VF_FS_SELF_EVENTS | VF_FS_MODIFY | VF_FS_ATTRIB)
-
 /* Masks that want this event: MOVED_FROM and MOVED_TO are parts of RENAME. */
 static uint64_t wanting(uint64_t event)
 {
@@ -60,8 +57,7 @@ static bool wanted(struct vf_events *events, uint64_t flags, const struct vf_cha
 
 	if (!(atomic_load_explicit(&events->mask, memory_order_relaxed) & wanting(event)))
 		return false;
-	if ((flags & VF_FSNOTIFY_WATCH_ALL) ||
-	    ((flags & VF_FSNOTIFY_INVALIDATE) && (event & INVALIDATING)))
+	if (flags & VF_FSNOTIFY_WATCH_ALL)
 		return true;
 	if (watched_everywhere(events, event))
 		return true;
@@ -152,9 +148,7 @@ static void report_end(struct vf_events *events, uint64_t flags, const struct vf
 	bool removed = (change->mask & VF_FS_DELETE) && (change->mask & VF_FS_ISDIR);
 	struct vf_outgoing out;
 
-	/* INVALIDATE alone needs none: the entry says enough. */
-	if (!change->child || change->not_its_end ||
-	    !wanted(events, flags & ~VF_FSNOTIFY_INVALIDATE, &end) ||
+	if (!change->child || change->not_its_end || !wanted(events, flags, &end) ||
 	    (!removed && !vf_events_is_gone(events, change->child)) ||
 	    !vf_inode_tell_deleted(change->child))
 		return;

@@ -78,6 +78,10 @@ class EventOptions:
     proc_fd_dir: int
     root: str
     forced: Forced
+    coherent: bool = False
+    """Every change is seen, so that the guest may keep what it knows until it is told."""
+    no_coherence: str = ""
+    """Why not, where --cache=coherent was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +167,11 @@ def event_abilities(
         flags |= FsnotifyFlag.RENAME
     else:
         withheld[FsnotifyFlag.RENAME] = "the host does not tell which halves belong together"
-    for flag in (FsnotifyFlag.WATCH_ALL, FsnotifyFlag.INVALIDATE):
-        withheld[flag] = "this server does not do it"
+    withheld[FsnotifyFlag.WATCH_ALL] = "this server does not do it"
+    if events.coherent:
+        flags |= FsnotifyFlag.INVALIDATE
+    else:
+        withheld[FsnotifyFlag.INVALIDATE] = events.no_coherence
     no_queue = _no_queue(options, features_acked, fetches_config, has_queue)
     no_parking = None
     if not events.transports & FsnotifyFlag.PARKED:

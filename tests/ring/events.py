@@ -19,7 +19,15 @@ from pathlib import Path
 from tests.ring.share import Share
 from vhostfs.frontend import FuseClient, Machine, NotificationQueue, ParkedRequests
 from vhostfs.frontend import fuse_abi as abi
-from vhostfs.frontend.fsnotify import ALL_EVENTS, CHANGES, Element, Event, Granted, InitAnswer
+from vhostfs.frontend.fsnotify import (
+    ALL_EVENTS,
+    CHANGES,
+    Element,
+    ElementFlag,
+    Event,
+    Granted,
+    InitAnswer,
+)
 
 WATCHED = CHANGES | Event.EVENT_ON_CHILD
 """What a program that follows changes asks for, as inotify puts it into the inode's mask."""
@@ -150,7 +158,10 @@ class EventGuest:
         fence = self._held[self._fence].nodeid
         wanted = name.encode()
         before, _ = self.notifications.until(
-            lambda element: element.nodeid == fence and element.name == wanted, timeout_s
+            lambda element: (
+                element.nodeid == fence and element.name == wanted and not element.flags & ElementFlag.CACHES
+            ),
+            timeout_s,
         )
         return before
 
@@ -167,6 +178,8 @@ class EventGuest:
             place += f"[{os.fsdecode(element.name)}]"
         if element.child_nodeid:
             place += f"={self._name_of(element.child_nodeid, element.child_generation)}"
+        if element.flags & ElementFlag.CACHES:
+            return f"caches: {words} {place}"
         if element.flags:
             place += f" pair {self._pairs.setdefault(element.cookie, len(self._pairs) + 1)}"
         elif element.mask & (Event.MOVED_FROM | Event.MOVED_TO):

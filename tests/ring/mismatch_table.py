@@ -343,17 +343,13 @@ def _of_flags() -> Iterator[Rule]:
             says=f"{says}: its driver does not ask for {flag.name}",
             when=_unasked(flag),
         )
-    for flag, says in (
-        (Granted.WATCH_ALL, "watches are needed"),
-        (Granted.INVALIDATE, "changes of what is not watched are not told"),
-    ):
-        yield Rule(
-            server=f"does not grant `{flag.name}`",
-            driver="wants it",
-            then="only what is watched is told",
-            says=f"{says}: {flag.name} is not granted",
-            when=_lacks(flag),
-        )
+    yield Rule(
+        server="does not grant `WATCH_ALL`",
+        driver="wants it",
+        then="only what is watched is told",
+        says="watches are needed: WATCH_ALL is not granted",
+        when=_lacks(Granted.WATCH_ALL),
+    )
 
 
 REDUCTIONS = (
@@ -410,6 +406,7 @@ HARMLESS = (
     ("its answer has 40 bytes", "room for more", "40 bytes are written"),
     ("`notify_buf_size` n of 319 or more", "`buf_size` of 319 or more", "every element fits"),
     ("any", "does not want `WATCH_ALL`, `INVALIDATE` or `DIRECTORY_LOSS`", "it is told what it watches"),
+    ("does not grant `INVALIDATE`", "wants it", "what it keeps is asked for again when its time is over"),
     ("can do neither", "does not want it either", "both do without"),
     ("any", "`mask` has bits that are no events", "they are ignored"),
     ("both ways possible", "wants both", "`VIRTQUEUE`"),

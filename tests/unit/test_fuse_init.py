@@ -42,6 +42,7 @@ DECIDED_BY = {
     "security_label": (InitFlag.SECURITY_CTX, True),
     "allow_mmap": (InitFlag.DIRECT_IO_ALLOW_MMAP, True),
     "cache_always": (InitFlag.CACHE_SYMLINKS, True),
+    "cache_symlinks": (InitFlag.CACHE_SYMLINKS, True),
 }
 
 

@@ -185,7 +185,7 @@ def test_a_comma_in_an_old_option_is_doubled_or_escaped() -> None:
     [
         (
             ["--cache=atuo"],
-            "--cache: 'atuo' is not possible: use auto, always, never or metadata; did you mean 'auto'?",
+            "--cache: 'atuo' is not possible: use auto, always, never, metadata or coherent; did you mean",
         ),
         (["--sandbox=jail"], "use namespace, chroot or none"),
         (["--seccomp=x"], "use none, kill, log or trap"),

@@ -12,7 +12,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..share.options import CacheMode, check_shared_dir
+from ..share.options import LASTING_TIMEOUT_S, CacheMode, check_shared_dir
 from .logs import start_logging
 from .parser import Parser
 from .serve_options import add_arguments as add_serve_arguments
@@ -116,6 +116,7 @@ def _serve(
     import concurrent.futures.thread  # noqa: F401 (asyncio looks it up when the first thread is wanted)
     import encodings.idna  # noqa: F401 (socket's, for any address)
 
+    from ..events.coherence import settle_coherence
     from ..events.kernel import KernelWithoutTargets, RunningKernel
     from ..events.source import choose_source
     from ..fuse.forced import forced
@@ -158,6 +159,8 @@ def _serve(
                 use_rename=options.fan_rename,
             )
             _log.info("%s", source)
+            if options.cache is CacheMode.COHERENT:
+                source = settle_coherence(source, file_system)
         settled.append((mode, budget, source))
         return frozenset() if mode is HandleMode.NEVER else frozenset({Capability.DAC_READ_SEARCH})
 
@@ -259,6 +262,8 @@ def _event_options(
         proc_fd_dir=proc_fd_dir,
         root=root,
         forced=force,
+        coherent=options.cache is CacheMode.COHERENT and source.is_complete,
+        no_coherence="" if options.cache is not CacheMode.COHERENT else "not every change here is seen",
     )
 
 
@@ -287,6 +292,7 @@ def _session_options(options: ServeOptions) -> SessionOptions:
         security_label=options.security_label,
         allow_mmap=options.allow_mmap,
         cache_always=options.cache is CacheMode.ALWAYS,
+        cache_symlinks=options.cache is CacheMode.COHERENT,
     )
 
 
@@ -304,6 +310,7 @@ def _share_config(
         pool_threads=options.thread_pool_size,
         cache=options.cache,
         timeout_s=options.cache_timeout_s,
+        lasting_timeout_s=LASTING_TIMEOUT_S,
         readonly=options.readonly,
         xattr=options.xattr_wanted,
         allow_direct_io=options.allow_direct_io,

@@ -53,6 +53,7 @@ _CACHE = choice(
         "always": CacheMode.ALWAYS,
         "never": CacheMode.NEVER,
         "metadata": CacheMode.METADATA,
+        "coherent": CacheMode.COHERENT,
     },
     hidden={"none": CacheMode.NEVER},
 )
@@ -168,7 +169,8 @@ def _add_caching(parser: Parser) -> None:
         "--cache",
         metavar="MODE",
         type=_CACHE,
-        help="auto: names and attributes for 1 s; always: as long as it likes; metadata: all but file data; "
+        help="auto: names and attributes for 1 s; always: as long as it likes; coherent: until it is told of "
+        "a change, where every change is seen and its driver takes that; metadata: all but file data; "
         "never: nothing (default: auto)",
     )
     _switch(add, "writeback", "the guest may hold written data back", None)

@@ -78,6 +78,8 @@ class EventSource:
     next_fd: int = -1
     # Sets and removes the mark on the file system when it is told to; -1: it is there, or there is none
     marker_fd: int = -1
+    # Every change to the share's file system is seen, with its object; coherence.py decides
+    is_complete: bool = False
 
     @property
     def joins_renames(self) -> bool:

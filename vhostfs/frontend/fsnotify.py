@@ -92,6 +92,7 @@ class WatchFlag(enum.IntFlag):
 class ElementFlag(enum.IntFlag):
     SPLIT_RENAME = 1
     FOR_PARENT = 2
+    CACHES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ def unpack_element(data: bytes) -> Element:
         (f"namelen {namelen} is what follows", namelen == len(name)),
         (f"namelen {namelen} is at most {NAME_MAX}", namelen <= NAME_MAX),
         ("the name is one component", not {0, ord("/")} & set(name) and name not in (b".", b"..")),
-        (f"flags {flags:#x} are known", not flags & ~(ElementFlag.SPLIT_RENAME | ElementFlag.FOR_PARENT)),
+        (f"flags {flags:#x} are known", not flags & ~sum(ElementFlag)),
         ("an unknown child has generation 0", bool(child) or not child_generation),
     ):
         if not kept:
@@ -192,6 +193,16 @@ def _check_form(element: Element) -> None:
         sound = element in (OVERFLOW, Element(element.nodeid or 1, element.generation, Event.Q_OVERFLOW))
     elif kind.bit_count() != 1 or not kind & ALL_EVENTS or not element.nodeid:
         sound = False
+    elif element.flags & ElementFlag.CACHES:
+        sound = (
+            element.flags == ElementFlag.CACHES
+            and not element.cookie
+            and bool(
+                kind & (ENTRY_EVENTS | Event.MODIFY | Event.ATTRIB)
+                if element.name
+                else not element.child_nodeid
+            )
+        )
     elif kind & ENTRY_EVENTS:
         sound = bool(element.name) and (bool(kind & halves) or not element.cookie)
         split = ElementFlag.SPLIT_RENAME

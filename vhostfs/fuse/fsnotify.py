@@ -215,6 +215,9 @@ def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> Fsnoti
     granted = FsnotifyFlag(offer.flags & abilities.flags)
     if granted & FsnotifyFlag.VIRTQUEUE:
         granted &= ~FsnotifyFlag.PARKED
+    if not granted & TRANSPORTS or not granted & FsnotifyFlag.CHILD:
+        # Without the object's number nothing can be said of an object by another name.
+        granted &= ~FsnotifyFlag.INVALIDATE
     mask = offer.mask & abilities.mask
     if not mask:
         seen = f"it can raise no event that the host can report ({offer.mask:#x})"
@@ -281,10 +284,10 @@ _WITHOUT = {
     FsnotifyFlag.WATCH_FILESYSTEM: "the share cannot be watched as a whole",
     FsnotifyFlag.PARENT: "whether an event of a directory is for its parent's watchers is not told",
     FsnotifyFlag.WATCH_ALL: "watches are needed",
-    FsnotifyFlag.INVALIDATE: "changes of what is not watched are not told",
+    FsnotifyFlag.INVALIDATE: "caches live for a short time only",
 }
 """What it means when a flag is not granted."""
-_BEYOND = FsnotifyFlag.WATCH_ALL | FsnotifyFlag.INVALIDATE
+_BEYOND = FsnotifyFlag.WATCH_ALL
 """What a driver that does not want it does not miss."""
 
 
@@ -297,6 +300,8 @@ def _reductions(offer: FsnotifyInitIn, granted: int, abilities: EventAbilities) 
             continue
         if offer.flags & flag:
             why = abilities.withheld.get(flag, "this server does not do it")
+            if not why:
+                continue
             yield f"{loss}: {flag.name} is not granted, {why}"
         elif not flag & _BEYOND and abilities.flags & flag:
             yield f"{loss}: its driver does not ask for {flag.name}"

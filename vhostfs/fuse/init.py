@@ -32,6 +32,8 @@ class SessionOptions:
     allow_mmap: bool = False
     cache_always: bool = False
     """The guest may keep data and symlinks without asking again."""
+    cache_symlinks: bool = False
+    """Symlinks alone: one never changes, what changes is which one a name means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def wanted_flags(options: SessionOptions) -> InitFlag:
         (options.allow_mmap, InitFlag.DIRECT_IO_ALLOW_MMAP),
         # A changed mtime or size on the host drops the guest's pages, unless it was told to keep them.
         (not options.cache_always, InitFlag.AUTO_INVAL_DATA),
-        (options.cache_always, InitFlag.CACHE_SYMLINKS),
+        (options.cache_always or options.cache_symlinks, InitFlag.CACHE_SYMLINKS),
     ):
         if asked:
             flags |= flag

@@ -34,6 +34,7 @@ class ShareConfig:
     cache: CacheMode
     timeout_s: float
     negative_timeout_s: float = 0.0
+    lasting_timeout_s: float = 0.0  # of what the guest is told when it changes; CacheMode.COHERENT
     lock_waiters: int = LOCK_WAITERS
     readonly: bool = False
     xattr: bool = False
@@ -87,6 +88,7 @@ class Share:
         native.cache_mode = int(config.cache)
         native.entry_timeout_ns = native.attr_timeout_ns = round(config.timeout_s * 1e9)
         native.negative_timeout_ns = round(config.negative_timeout_s * 1e9)
+        native.lasting_timeout_ns = round(config.lasting_timeout_s * 1e9)
         native.readonly = config.readonly
         native.xattr = config.xattr
         native.allow_direct_io = config.allow_direct_io

@@ -38,6 +38,7 @@ class CacheMode(enum.IntEnum):
     METADATA = 1
     AUTO = 2
     ALWAYS = 3
+    COHERENT = 4
 
 
 class HandleMode(enum.IntEnum):
@@ -97,7 +98,10 @@ CACHE_TIMEOUT_S = {
     CacheMode.METADATA: 86400.0,
     CacheMode.AUTO: 1.0,
     CacheMode.ALWAYS: 86400.0,
+    CacheMode.COHERENT: 1.0,
 }
+LASTING_TIMEOUT_S = 3600.0
+"""With CacheMode.COHERENT, of what the guest is told when it changes: as good as for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +189,8 @@ class ServeOptions:
             raise OptionError("--control-socket and --socket-path name the same file; the VMM needs its own")
 
     def _check_events(self) -> None:
+        if self.cache is CacheMode.COHERENT:
+            self._check_coherent()
         if not 1 <= self.event_queue <= MAX_EVENT_QUEUE:
             raise OptionError(f"--event-queue={self.event_queue}: 1 to {MAX_EVENT_QUEUE} are possible")
         if not 1 <= self.max_watches <= MAX_WATCHES:
@@ -193,6 +199,18 @@ class ServeOptions:
             raise OptionError(
                 "--delivery=virtqueue needs --tag=TAG: the guest learns of the notification queue "
                 "from the configuration space, which has the tag in it"
+            )
+
+    def _check_coherent(self) -> None:
+        if self.events not in (EventsMode.AUTO, EventsMode.FANOTIFY, EventsMode.FANOTIFY_FILESYSTEM):
+            raise OptionError(
+                f"--cache=coherent and --events={self.events.value} exclude each other: every change must be "
+                "seen, which only --events=fanotify:filesystem (or auto) does"
+            )
+        if self.writeback:
+            raise OptionError(
+                "--cache=coherent and --writeback exclude each other: with write-back the guest trusts sizes "
+                "and times of its own"
             )
 
     def _check_numbers(self) -> None:
