@@ -334,7 +334,6 @@ void vhostfs_half_timeout(struct work_struct *work)
  * leads to its group. Groups that only have marks on a mount are not found.
  */
 struct vhostfs_lost {
-	struct vhostfs_notify *notify;
 	struct fsnotify_group *groups[VHOSTFS_MAX_GROUPS];	/* referenced */
 	unsigned int ngroups;
 };
@@ -429,30 +428,16 @@ static void vhostfs_lost_groups(struct vhostfs_lost *lost, struct inode *inode,
 	fsnotify_put_mark(mark);
 }
 
-static bool vhostfs_is_any(struct inode *inode, void *arg)
+static bool vhostfs_is_watched(struct inode *inode, void *arg)
 {
-	return true;
+	return READ_ONCE(inode->i_fsnotify_mask);
 }
 
-static void vhostfs_lose_inode(struct inode *inode, void *arg)
+static void vhostfs_lose_watched(struct inode *inode, void *arg)
 {
 	struct vhostfs_lost *lost = arg;
-	struct dentry *alias;
 
-	vhostfs_stale_object(lost->notify, inode, FS_MODIFY);
-	if (S_ISDIR(inode->i_mode))
-		inode_maybe_inc_iversion(inode, false);
-
-	spin_lock(&inode->i_lock);
-#ifdef for_each_alias
-	for_each_alias(alias, inode)
-#else
-	hlist_for_each_entry(alias, &inode->i_dentry, d_u.d_alias)
-#endif
-		vhostfs_expire_dentry(alias);
-	spin_unlock(&inode->i_lock);
-	if (READ_ONCE(inode->i_fsnotify_mask))
-		vhostfs_lost_groups(lost, inode, NULL);
+	vhostfs_lost_groups(lost, inode, NULL);
 }
 
 static void vhostfs_overflow_event(struct vhostfs_notify *n,
@@ -465,18 +450,13 @@ static void vhostfs_overflow_event(struct vhostfs_notify *n,
 
 	vhostfs_count(n, VHOSTFS_OVERFLOWS);
 	lost = kzalloc(sizeof(*lost), GFP_KERNEL | __GFP_NOFAIL);
-	lost->notify = n;
 	vhostfs_walk_again(n);
-#if VHOSTFS_KERNEL >= 616
-	/* Every dentry and listing is checked again, those in use, too */
-	atomic_inc(&fc->epoch);
-#endif
+	vhostfs_lose_all(n, fc);
 	list_for_each_entry(fm, &fc->mounts, fc_entry) {
 		if (!fm->sb)
 			continue;
-		/* Dentries that nobody uses: all the negative ones are such */
-		shrink_dcache_sb(fm->sb);
-		vhostfs_walk(fm->sb, vhostfs_is_any, vhostfs_lose_inode, lost);
+		vhostfs_walk(fm->sb, vhostfs_is_watched, vhostfs_lose_watched,
+			     lost);
 		if (READ_ONCE(fm->sb->s_fsnotify_mask))
 			vhostfs_lost_groups(lost, NULL, fm->sb);
 	}
@@ -505,7 +485,8 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 	if (le32_to_cpu(wire->error) != FUSE_NOTIFY_FSNOTIFY || wire->unique)
 		return "not FUSE_NOTIFY_FSNOTIFY";
 	if (wire->reserved || (le32_to_cpu(wire->flags) &
-			       ~(FSNOTIFY_SPLIT_RENAME | FSNOTIFY_FOR_PARENT)))
+			       ~(FSNOTIFY_SPLIT_RENAME | FSNOTIFY_FOR_PARENT |
+				 FSNOTIFY_CACHES)))
 		return "reserved fields";
 
 	mask = le64_to_cpu(wire->mask);
@@ -544,6 +525,10 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 		return "no nodeid";
 	if ((mask & VHOSTFS_ENTRY_EVENTS) && !event->namelen)
 		return "event in a directory without a name";
+	if (event->flags & FSNOTIFY_CACHES)
+		return event->flags != FSNOTIFY_CACHES || event->cookie ||
+		       (!event->namelen && event->child_nodeid) ?
+		       "more than caches" : NULL;
 	if ((event->flags & FSNOTIFY_FOR_PARENT) &&
 	    (event->namelen || !(mask & FS_ISDIR) ||
 	     !(mask & VHOSTFS_CHILD_EVENTS)))
@@ -579,7 +564,11 @@ void vhostfs_element(struct vhostfs_notify *n, const void *data,
 		dev_warn_ratelimited(&n->vdev->dev,
 				     "notification dropped, malformed: %s\n",
 				     fault);
-		return;
+		if (!vhostfs_is_coherent(n))
+			return;
+		/* It may have said what is no longer right */
+		event->mask = FS_Q_OVERFLOW;
+		event->flags = 0;
 	}
 
 	mutex_lock(&n->event_mutex);
@@ -591,6 +580,8 @@ void vhostfs_element(struct vhostfs_notify *n, const void *data,
 	down_read(&fc->killsb);
 	if (event->mask & FS_Q_OVERFLOW)
 		vhostfs_overflow_event(n, fc);
+	else if (event->flags & FSNOTIFY_CACHES)
+		vhostfs_invalidate(n, fc, event);
 	else if (event->flags & FSNOTIFY_SPLIT_RENAME)
 		vhostfs_half_event(n, fc, event);
 	else if (event->mask & VHOSTFS_ENTRY_EVENTS)

@@ -34,6 +34,7 @@
 #define FUSE_FSNOTIFY_PARKED	BIT_ULL(1)
 #define FUSE_FSNOTIFY_RENAME	BIT_ULL(3)
 #define FUSE_FSNOTIFY_CHILD	BIT_ULL(4)
+#define FUSE_FSNOTIFY_INVALIDATE BIT_ULL(5)
 #define FUSE_FSNOTIFY_WATCH_FILESYSTEM BIT_ULL(6)
 #define FUSE_FSNOTIFY_PARENT	BIT_ULL(7)
 
@@ -43,6 +44,7 @@
 /* Flags of an element */
 #define FSNOTIFY_SPLIT_RENAME	BIT(0)
 #define FSNOTIFY_FOR_PARENT	BIT(1)
+#define FSNOTIFY_CACHES		BIT(2)
 
 struct fuse_fsnotify_init_in {
 	__le32 major;
@@ -132,6 +134,8 @@ struct vhostfs_wire_element {
 #define VHOSTFS_READDIR_SIZE	8192
 #define VHOSTFS_MAX_RECENT	1024
 #define VHOSTFS_MAX_MOUNT_MARKS	64
+#define VHOSTFS_TOUCHED_BITS	11
+#define VHOSTFS_MAX_AGAIN	1024
 
 /* An element that was checked, in the CPU's byte order */
 struct vhostfs_event {
@@ -216,6 +220,14 @@ struct vhostfs_mount_mark {
 	struct super_block *sb;
 };
 
+/* An object that is to be forgotten again; 0: none */
+struct vhostfs_again {
+	u64 nodeid;
+	u32 generation;
+	u32 bit;
+	unsigned long until;
+};
+
 enum vhostfs_session {
 	VHOSTFS_NONE,			/* not mounted */
 	VHOSTFS_NEW,			/* FUSE_FSNOTIFY_INIT is to be sent */
@@ -235,6 +247,7 @@ enum vhostfs_counter {
 	VHOSTFS_WATCHES_SENT,
 	VHOSTFS_WATCHES_REFUSED,
 	VHOSTFS_RESYNCS,
+	VHOSTFS_INVALIDATED,
 	VHOSTFS_NR_COUNTERS,
 };
 
@@ -289,6 +302,16 @@ struct vhostfs_notify {
 	struct dentry unknown_parent;	/* see vhostfs_raise_rename() */
 	unsigned int batch_len[VHOSTFS_BATCH];
 	u8 batch[VHOSTFS_BATCH][VHOSTFS_ELEMENT_SIZE] __aligned(8);
+
+	/* Coherent caches; numbers of requests, those until then are old */
+	atomic64_t last_sent;
+	u64 touched_any;
+	u64 touched_all;
+	u64 touched[1 << VHOSTFS_TOUCHED_BITS];		/* by nodeid */
+	struct vhostfs_again again[VHOSTFS_MAX_AGAIN];	/* under event_mutex */
+	unsigned int next_again;
+	bool lose_again;
+	struct delayed_work again_work;
 
 	/* Session and watches */
 	struct mutex session_mutex;
@@ -387,6 +410,7 @@ struct vhostfs_request *vhostfs_getattr(struct vhostfs_notify *n,
 void vhostfs_stale_object(struct vhostfs_notify *n, struct inode *inode,
 			  u32 mask);
 void vhostfs_expire_dentry(struct dentry *dentry);
+void vhostfs_stale_inode(struct vhostfs_notify *n, struct inode *inode);
 struct dentry *vhostfs_lookup_cached(struct inode *dir,
 				     const struct vhostfs_event *event);
 struct inode *vhostfs_stale_entry(struct inode *dir,
@@ -465,6 +489,16 @@ void vhostfs_drop_mount_marks(struct vhostfs_notify *n,
 			      const struct super_block *sb);
 void vhostfs_watch_shares(struct vhostfs_notify *n,
 			  struct fuse_mount *fm);
+
+/* vhostfs_coherent.c */
+bool vhostfs_is_coherent(const struct vhostfs_notify *n);
+void vhostfs_reset_coherence(struct vhostfs_notify *n);
+void vhostfs_again_work(struct work_struct *work);
+void vhostfs_invalidate(struct vhostfs_notify *n, struct fuse_conn *fc,
+			const struct vhostfs_event *event);
+void vhostfs_lose_caches(struct vhostfs_notify *n, struct fuse_conn *fc);
+void vhostfs_lose_all(struct vhostfs_notify *n, struct fuse_conn *fc);
+void vhostfs_begin_coherence(struct vhostfs_notify *n);
 
 /* vhostfs_notify.c */
 void vhostfs_put(struct vhostfs_notify *n);

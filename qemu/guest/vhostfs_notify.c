@@ -191,6 +191,7 @@ static void vhostfs_send_init(struct vhostfs_notify *n, struct fuse_mount *fm)
 	in->minor = cpu_to_le32(FUSE_FSNOTIFY_MINOR);
 	in->flags = cpu_to_le64(vhostfs_deliveries(n) |
 				FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD |
+				FUSE_FSNOTIFY_INVALIDATE |
 				FUSE_FSNOTIFY_WATCH_FILESYSTEM |
 				FUSE_FSNOTIFY_PARENT);
 	in->mask = cpu_to_le64(VHOSTFS_EVENTS | FS_ISDIR | FS_Q_OVERFLOW);
@@ -216,6 +217,7 @@ static void vhostfs_begin(struct vhostfs_notify *n)
 		flush_work(&n->receive_work);
 	}
 	vhostfs_set_session(n, VHOSTFS_GRANTED);
+	vhostfs_begin_coherence(n);
 	mod_delayed_work(vhostfs_wq, &n->park_work, 0);
 }
 
@@ -387,6 +389,8 @@ void vhostfs_notify_mount(struct vhostfs_notify *n, struct super_block *sb)
 	n->share_refused = false;
 	n->held_full_logged = false;
 	memset(n->cookies, 0, sizeof(n->cookies));
+	n->granted = 0;
+	vhostfs_reset_coherence(n);
 	mutex_unlock(&n->event_mutex);
 	n->tries = 0;
 	vhostfs_set_session(n, VHOSTFS_NEW);
@@ -482,6 +486,7 @@ VHOSTFS_COUNTER(halves_timed_out, VHOSTFS_HALVES_TIMED_OUT);
 VHOSTFS_COUNTER(watches_sent, VHOSTFS_WATCHES_SENT);
 VHOSTFS_COUNTER(watches_refused, VHOSTFS_WATCHES_REFUSED);
 VHOSTFS_COUNTER(resyncs, VHOSTFS_RESYNCS);
+VHOSTFS_COUNTER(invalidated, VHOSTFS_INVALIDATED);
 
 static ssize_t state_show(struct device *dev, struct device_attribute *attr,
 			  char *buf)
@@ -564,6 +569,7 @@ static struct attribute *vhostfs_attrs[] = {
 	&vhostfs_attr_watches_sent.attr.attr,
 	&vhostfs_attr_watches_refused.attr.attr,
 	&vhostfs_attr_resyncs.attr.attr,
+	&vhostfs_attr_invalidated.attr.attr,
 	&dev_attr_state.attr,
 	&dev_attr_watches.attr,
 	&dev_attr_directories.attr,
@@ -629,6 +635,7 @@ int vhostfs_notify_probe(struct virtio_device *vdev,
 	spin_lock_init(&n->vq_lock);
 	INIT_WORK(&n->receive_work, vhostfs_receive_work);
 	INIT_DELAYED_WORK(&n->half_work, vhostfs_half_timeout);
+	INIT_DELAYED_WORK(&n->again_work, vhostfs_again_work);
 	mutex_init(&n->event_mutex);
 	INIT_LIST_HEAD(&n->halves);
 	INIT_LIST_HEAD(&n->kept);
@@ -739,6 +746,7 @@ void vhostfs_notify_free(struct vhostfs_notify *n)
 		return;
 	cancel_work_sync(&n->receive_work);
 	cancel_delayed_work_sync(&n->half_work);
+	cancel_delayed_work_sync(&n->again_work);
 	cancel_delayed_work_sync(&n->session_work);
 	cancel_delayed_work_sync(&n->park_work);
 	/* A late interrupt or timeout; it found nothing to do */

@@ -15,7 +15,9 @@
 
 struct file_system_type;
 struct fs_context;
+struct fuse_args;
 struct fuse_conn;
+struct fuse_in_header;
 struct scatterlist;
 struct super_block;
 struct vhostfs_notify;
@@ -60,6 +62,15 @@ void vhostfs_notify_start(struct vhostfs_notify *notify, struct virtqueue *vq,
 void vhostfs_notify_stop(struct vhostfs_notify *notify);
 void vhostfs_notify_release_buffers(struct vhostfs_notify *notify);
 void vhostfs_notify_free(struct vhostfs_notify *notify);
+
+/*
+ * Requests of the FUSE core: @unique is about to be sent; one was answered, its
+ * arguments are filled in, and the FUSE core does not know yet.
+ */
+void vhostfs_notify_sent(struct vhostfs_notify *notify, u64 unique);
+void vhostfs_notify_reply(struct vhostfs_notify *notify,
+			  const struct fuse_in_header *in,
+			  struct fuse_args *args);
 
 /*
  * Superblocks. kill_sb comes before fuse_mount_remove(), killed_sb after it;

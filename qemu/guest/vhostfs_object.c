@@ -343,6 +343,25 @@ void vhostfs_expire_dentry(struct dentry *dentry)
 #endif
 }
 
+/* All that is known of an object; its names have to be confirmed */
+void vhostfs_stale_inode(struct vhostfs_notify *n, struct inode *inode)
+{
+	struct dentry *alias;
+
+	vhostfs_stale_object(n, inode, FS_MODIFY);
+	if (S_ISDIR(inode->i_mode))
+		inode_maybe_inc_iversion(inode, false);
+
+	spin_lock(&inode->i_lock);
+#ifdef for_each_alias
+	for_each_alias(alias, inode)
+#else
+	hlist_for_each_entry(alias, &inode->i_dentry, d_u.d_alias)
+#endif
+		vhostfs_expire_dentry(alias);
+	spin_unlock(&inode->i_lock);
+}
+
 struct dentry *vhostfs_lookup_cached(struct inode *dir,
 				     const struct vhostfs_event *event)
 {

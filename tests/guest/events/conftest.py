@@ -21,6 +21,7 @@ import pytest
 
 from tests.conftest import lacking
 from tests.guest.conftest import Launchpad, image_or_lacking, lines_matching
+from tests.guest.events import torture
 from tests.guest.events.watching import CHANGES, FANOTIFY_PROGRAM, PROGRAM, Control, In, Watch
 from tests.guest.place import Place
 from tests.writers import following
@@ -34,7 +35,12 @@ from vhostfs.vm.machine import Share, ShareDevice, queue_device
 from vhostfs.vm.qemu import Qemu, find_qemu
 from vhostfs.vm.server import ServerSpec, ShareServer
 
-CACHE_MODES = {"auto": (), "never": ("--cache=never",), "always": ("--cache=always", "--writeback")}
+CACHE_MODES = {
+    "auto": (),
+    "never": ("--cache=never",),
+    "always": ("--cache=always", "--writeback"),
+    "coherent": ("--cache=coherent",),
+}
 PARKED = "--delivery=parked"
 """Of a server: its share has the device of every QEMU."""
 SOURCES = {"inodes": ("--events=fanotify:inodes",), "inotify": ("--events=inotify",)}
@@ -67,10 +73,13 @@ class Parts:
     """The recursive watcher, for both."""
     marker: Path
     """The watcher with a mark of fanotify's, for both."""
+    comparer: Path
+    """Says what it sees of a tree, for the guest."""
 
     def image_spec(self, kernel: str, packages: tuple[str, ...] = ()) -> ImageSpec:
         """An image with the driver and the watchers."""
         files = {PROGRAM: self.program, following.PROGRAM: self.follower, FANOTIFY_PROGRAM: self.marker}
+        files[torture.PROGRAM] = self.comparer
         return ImageSpec(kernel, packages, files=files, driver=True)
 
 
@@ -86,7 +95,8 @@ def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Par
     program = compile_static(Path(__file__).with_name("watch-events.c"), folder / "watch-events")
     follower = compile_static(Path(following.__file__).with_name("follow-events.c"), folder / "follow-events")
     marker = compile_static(Path(__file__).with_name("watch-fanotify.c"), folder / "watch-fanotify")
-    return Parts(launchpad, qemu, program, follower, marker)
+    comparer = compile_static(Path(__file__).with_name("compare-tree.c"), folder / "compare-tree")
+    return Parts(launchpad, qemu, program, follower, marker, comparer)
 
 
 def watchdog_files() -> dict[str, Path]:

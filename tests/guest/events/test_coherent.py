@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--cache=coherent in a real guest: what it has looked at costs nothing more, and it is right all the same.
+
+Must not test what watchers are told. `scripts/coherent-torture` does the last of these for longer.
+Specification: docs/protocol.md, "Coherent caches".
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.conftest import lacking
+from tests.guest.events.conftest import EventSession, MakeWatchedPlace, WatchedPlace
+from tests.guest.events.torture import Conversation, Tree, torture
+from tests.guest.place import awaited
+
+TORTURE_S = 8.0
+PATIENCE_S = 5.0
+"""Of a machine on which the tests of others run, too; `scripts/coherent-torture` says how late it was."""
+
+
+@pytest.fixture
+def coherent(session: EventSession, watched_on: MakeWatchedPlace) -> WatchedPlace:
+    share = session.shares["coherent"]
+    if ", invalidate" not in share.server.log_path.read_text():
+        lacking("CAP_SYS_ADMIN and a local file system, for coherent caches")
+    return watched_on("coherent")
+
+
+def requests(coherent: WatchedPlace) -> int:
+    """That the server has answered."""
+    return int(coherent.control.stats()["share"]["requests"])
+
+
+def test_what_was_looked_at_costs_no_request(coherent: WatchedPlace) -> None:
+    for number in range(30):
+        (coherent.host / f"f{number}").write_text("text")
+    look = "ls -l . && ls -l absent; for i in 1 2 3; do ls -l . absent; done; true"
+    coherent.place.sh(look)
+    before = requests(coherent)
+    coherent.place.sh("for i in 1 2 3 4 5; do stat -t f1 f2 f3 f4 absent; done; true")
+    assert requests(coherent) - before < 5, "names and attributes were asked for again"
+
+
+@pytest.mark.parametrize("change", ["write", "remove", "make", "mode"])
+def test_what_the_host_changes_is_seen_although_it_was_kept(coherent: WatchedPlace, change: str) -> None:
+    file = coherent.host / "file"
+    if change != "make":
+        file.write_text("before")
+    look = "cat file 2>/dev/null; stat -c %a file 2>/dev/null; ls"
+    for _ in range(3):
+        before = coherent.place.sh(look)
+    if change in ("write", "make"):
+        file.write_text("behind")  # of the same size
+    elif change == "remove":
+        file.unlink()
+    else:
+        os.chmod(file, 0o600)
+    expected = {
+        "write": "behind644\nfile\n",
+        "make": "behind644\nfile\n",
+        "remove": "",
+        "mode": "before600\nfile\n",
+    }
+    assert before != expected[change]
+    assert awaited(lambda: coherent.place.sh(look) == expected[change], 2.0)
+
+
+def test_a_tree_that_is_changed_at_random_is_right(coherent: WatchedPlace) -> None:
+    guest = Conversation(coherent.place.guest, coherent.place.inside)
+    tree = Tree(coherent.host, seed=7)
+    try:
+        outcome = torture(tree, guest, TORTURE_S, patience_s=PATIENCE_S)
+    finally:
+        guest.close()
+    assert outcome.rounds >= 2
