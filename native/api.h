@@ -262,9 +262,10 @@ int vf_share_events_fd(vf_share *share);
 int vf_fanotify_init(uint32_t flags, uint32_t event_f_flags);
 int vf_fanotify_mark(int group_fd, uint32_t flags, uint64_t mask, int dir_fd, const char *path);
 /*
- * A process that keeps CAP_SYS_ADMIN and sets and removes the mark with this mask on the file
- * system of dir_fd for the group, when it is told to; it ends with the last copy of the descriptor
- * that is returned.  Before there are threads.  Negative errno.
+ * A process that keeps CAP_SYS_ADMIN and sets and removes the mark with this mask, which is there
+ * already, on the file system of dir_fd for the group, when it is told to; it ends with the last
+ * copy of the descriptor that is returned.  Nobody waits for it: the caller ignores SIGCHLD.
+ * Before there are threads.  Negative errno.
  */
 int vf_marker_start(int group_fd, int dir_fd, uint64_t mask);
 int vf_inotify_init(uint32_t flags);

@@ -124,6 +124,7 @@ void vf_events_source_failed(struct vf_events *events, const char *what, int err
 	epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, events->config.source_fd, NULL);
 	if (events->order)
 		epoll_ctl(events->epoll_fd, EPOLL_CTL_DEL, events->config.order_fd, NULL);
+	vf_marker_want(events, VF_MARK_ANYBODY, false);
 	vf_events_report_overflow(events);
 }
 

@@ -173,7 +173,8 @@ struct vf_events {
 	/* marker.c */
 	pthread_mutex_t marker_lock;
 	uint32_t mark_wishes;
-	uint8_t *buffer; /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
+	int marker_error; /* the last that people were told of */
+	uint8_t *buffer;  /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
 	/* From the first watch by inotify on; NULL: own changes are told apart otherwise. */
 	struct vf_own_changes *_Atomic own_changes;
 	/* Counted by the source's thread; the outbox counts what follows. */

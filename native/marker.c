@@ -64,11 +64,14 @@ static _Noreturn void marker_main(struct marker *marker)
 
 	ignore_signals();
 	prctl(PR_SET_NAME, "vhostfs-mark");
-	if (keep_own_fds(marker) || vf_keep_capabilities(1ull << CAP_SYS_ADMIN) ||
+	/* The other right is for a directory of the mark's that only its owner may look into. */
+	if (keep_own_fds(marker) ||
+	    vf_keep_capabilities(1ull << CAP_SYS_ADMIN | 1ull << CAP_DAC_READ_SEARCH) ||
 	    vf_seccomp_allow(allowed, sizeof(allowed) / sizeof(allowed[0]), false))
 		_exit(1);
-	/* The first answer says that it is ready. */
-	for (result = 0;; result = obey(marker, command)) {
+	/* The mark is there already: the first answer says whether it could be set from here, too.
+	 */
+	for (result = obey(marker, SET_MARK);; result = obey(marker, command)) {
 		if (write(marker->command_fd, &result, sizeof(result)) != sizeof(result) ||
 		    read(marker->command_fd, &command, 1) != 1)
 			_exit(0);
@@ -119,17 +122,23 @@ static int command(int fd, char what)
 int vf_marker_want(struct vf_events *events, enum vf_mark_wish wish, bool on)
 {
 	uint32_t before, after;
+	bool is_news;
 	int error = 0;
 
 	pthread_mutex_lock(&events->marker_lock);
 	before = events->mark_wishes;
-	after = on ? before | wish : before & ~(uint32_t)wish;
+	/* What nobody reads would fill the host's memory. */
+	after = on && !atomic_load(&events->failed) ? before | wish : before & ~(uint32_t)wish;
 	if (events->config.marker_fd >= 0 && !before != !after)
 		error = command(events->config.marker_fd, after ? SET_MARK : REMOVE_MARK);
 	if (!error || !on)
 		events->mark_wishes = after;
+	is_news = on && error && error != events->marker_error;
+	if (on)
+		events->marker_error = error;
 	pthread_mutex_unlock(&events->marker_lock);
-	if (error && on)
+	/* The guest may ask as often as it likes. */
+	if (is_news)
 		vf_events_notice(events,
 				 "marking the file system: %s; no changes on the host reach the "
 				 "guest",

@@ -16,9 +16,13 @@ enum vf_mark_wish {
 	VF_MARK_WATCHES = 1,	/* the guest watches something, or did in this session */
 	VF_MARK_INVALIDATE = 2, /* the guest keeps what it knows until it is told */
 	VF_MARK_PEOPLE = 4,	/* all that is seen is shown */
+	VF_MARK_ANYBODY = 7,
 };
 
-/* When it returns 0 and on, whatever happens from now on is seen.  Negative errno. */
+/*
+ * When it returns 0 and on, whatever happens from now on is seen, unless the source has failed.
+ * Negative errno.
+ */
 int vf_marker_want(struct vf_events *events, enum vf_mark_wish wish, bool on);
 /* The mark is not needed any more, or never was; the process ends. */
 void vf_marker_end(struct vf_events *events);

@@ -152,6 +152,8 @@ def _serve(
         if options.events_wanted:
             if not force.sys_admin:
                 give_up_sys_admin()
+            # Of the process that sets the mark, which may end earlier, nothing shall stay behind.
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             source = choose_source(
                 options.events,
                 root_fd,
