@@ -112,7 +112,7 @@ static const char *vhostfs_why_refused(struct vhostfs_notify *n,
 	if (!(le64_to_cpu(out->flags) & vhostfs_deliveries(n)))
 		return n->has_queue ?
 		       "the server does not use the queue" :
-		       "there is no queue for them, and the server parks no requests";
+		       "the device has no VIRTIO_FS_F_NOTIFICATION, and the server parks no requests";
 	if (le32_to_cpu(out->notify_buf_size) > n->buf_size)
 		return "its notifications are too long";
 	return NULL;
@@ -163,7 +163,7 @@ static void vhostfs_init_end(struct vhostfs_request *req, int error)
 	} else {
 		dev_info(&n->vdev->dev, "notifications from the host by %s\n",
 			 n->has_queue ? "the notification queue" :
-			 "parked requests: the device has no queue for them");
+			 "parked requests: the device has no VIRTIO_FS_F_NOTIFICATION, which both VMM and server must offer");
 		if (!n->has_queue)
 			n->max_parked = min(le32_to_cpu(req->init_out.max_parked),
 					    n->nparked);
@@ -603,7 +603,7 @@ int vhostfs_notify_validate(struct virtio_device *vdev)
 	size = vhostfs_config_buf_size(vdev);
 	if (size < VHOSTFS_MIN_BUF_SIZE || size > VHOSTFS_MAX_BUF_SIZE) {
 		dev_warn(&vdev->dev,
-			 "no notifications: the device says notify_buf_size %u, %zu to %u were expected\n",
+			 "VIRTIO_FS_F_NOTIFICATION is not accepted: the device says notify_buf_size %u, %zu to %u were expected\n",
 			 size, VHOSTFS_MIN_BUF_SIZE, VHOSTFS_MAX_BUF_SIZE);
 		__virtio_clear_bit(vdev, VIRTIO_FS_F_NOTIFICATION);
 	}

@@ -16,15 +16,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType as PythonFrame
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from vhostfs.control.client import ControlClient
-from vhostfs.errors import UserError
-from vhostfs.share.options import CONTROL_SUFFIX, DeliveryMode
+from vhostfs.cli.run_events import events_line
+from vhostfs.share.options import DeliveryMode
 from vhostfs.vm.accel import choose_accelerator
 from vhostfs.vm.agent import GuestError, RunningCommand
 from vhostfs.vm.cache import cache_root
@@ -36,7 +35,13 @@ from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 from vhostfs.vm.lifeline import Lifeline
 from vhostfs.vm.machine import Accelerator, Machine, Share, smallest_memory_bytes
 from vhostfs.vm.qemu import KIT, PATCHED, SYSTEM
-from vhostfs.vm.server import TEMPLATE_VARIABLE, ServerSpec, ShareServer, template_from_environment
+from vhostfs.vm.server import (
+    TEMPLATE_VARIABLE,
+    ServerSpec,
+    ShareServer,
+    is_listening,
+    template_from_environment,
+)
 from vhostfs.vm.terminal import (
     OutputWriter,
     forward_input,
@@ -52,8 +57,8 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 MAIN_MOUNT_POINT = "/share"
 _MAIN_TAG = "share"
 _WATCH_INTERVAL_S = 0.25
-_SERVER_END_TIMEOUT_S = 0.5
-_DRIVER_TIMEOUT_S = 5.0
+_SERVER_LOOK_S = 0.5
+_SERVER_END_TIMEOUT_S = 10.0
 _STDERR = 2
 _SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -il; fi"
 _TAG = re.compile(r"[A-Za-z0-9_.-]{1,36}")
@@ -346,26 +351,52 @@ def _run(args: argparse.Namespace, steps: Steps) -> int:
         steps(f"starting Linux {image.kernel_release} with QEMU {qemu.version_text} ({accelerator.value})")
         guest = Guest(_machine(args, equipment, accelerator, tuple(guest_shares)), lifeline=lifeline)
         try:
-            with guest:
-                steps.note(_events_line(args, equipment, guest_shares[0].socket_path))
+            with _ended_with(servers, guest), guest:
+                steps.note(events_line(args.events, equipment, guest_shares[0].socket_path))
                 if args.verbose:
                     print(f"vhostfs: ran {shlex.join(guest.command)}", file=sys.stderr)
-                return _run_command(args, guest, servers, interactive)
-        except VmError as error:
+                return _run_command(args, guest, interactive)
+        except (VmError, GuestError) as error:
             # A server that failed is the cause, whatever QEMU or the guest then said.
-            failed = _failed_server(servers)
+            failed = ended_server(servers)
             raise VmError(failed.describe_end()) if failed else error from error
 
 
-def _failed_server(servers: list[ShareServer]) -> ShareServer | None:
-    """A server that has ended with an error, or is about to: QEMU may notice first."""
-    deadline = time.monotonic() + _SERVER_END_TIMEOUT_S
-    while time.monotonic() < deadline:
+def ended_server(servers: Sequence[ShareServer]) -> ShareServer | None:
+    """A server that has ended, or is about to: QEMU may notice first.
+
+    One that listens no more is about to, however long that takes on a busy machine.
+    """
+    began_s = time.monotonic()
+    while (passed_s := time.monotonic() - began_s) < _SERVER_END_TIMEOUT_S:
         for server in servers:
-            if server.process.poll():
+            if server.process.poll() is not None:
                 return server
+        if passed_s > _SERVER_LOOK_S and all(is_listening(server.spec.socket_path) for server in servers):
+            return None
         time.sleep(0.02)
     return None
+
+
+@contextlib.contextmanager
+def _ended_with(servers: Sequence[ShareServer], guest: Guest) -> Iterator[None]:
+    """While the guest starts and its command runs: it goes at once when a server has gone, for what it asks
+    of the share then would wait for ever."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_WATCH_INTERVAL_S):
+            if any(server.process.poll() is not None for server in servers):
+                guest.kill()
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _share_options(args: argparse.Namespace) -> list[ShareOption]:
@@ -399,41 +430,6 @@ def _event_options(args: argparse.Namespace, equipment: Equipment) -> list[str]:
     return [f"--events={args.events}", f"--delivery={equipment.delivery.value}"]
 
 
-def _events_line(args: argparse.Namespace, equipment: Equipment, socket_path: Path) -> str:
-    """What was chosen, or why there are none."""
-    if args.events == "off":
-        return "events: off"
-    missing = equipment.events_missing
-    if missing is None:
-        try:
-            stats = _stats_once_agreed(socket_path)
-        except UserError as error:
-            return f"events: the server does not say which ({error})"
-        if _has_agreed(stats):
-            return f"events: {stats['events']['reason']}; delivered by {_way_of(equipment)}"
-        missing = "the guest's driver has not asked for them"
-    return f"events: none, watchers in the guest see only its own changes ({missing})"
-
-
-def _way_of(equipment: Equipment) -> str:
-    if equipment.delivery is DeliveryMode.VIRTQUEUE:
-        return "the notification queue"
-    return f"parked requests (not by the notification queue: {equipment.queue_missing})"
-
-
-def _has_agreed(stats: Mapping[str, Any]) -> bool:
-    return bool(stats["guest"] and stats["guest"]["fsnotify"])
-
-
-def _stats_once_agreed(socket_path: Path) -> Mapping[str, Any]:
-    """The server's statistics once the guest's driver has asked for events; the mount does not wait."""
-    deadline = time.monotonic() + _DRIVER_TIMEOUT_S
-    with ControlClient(f"{socket_path}{CONTROL_SUFFIX}") as control:
-        while not _has_agreed(stats := control.stats()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-    return stats
-
-
 def _machine(
     args: argparse.Namespace,
     equipment: Equipment,
@@ -447,9 +443,7 @@ def _machine(
     return Machine(equipment.qemu, image, accelerator, shares, memory_bytes, cpus, (), extra)
 
 
-def _run_command(
-    args: argparse.Namespace, guest: Guest, servers: list[ShareServer], interactive: bool
-) -> int:
+def _run_command(args: argparse.Namespace, guest: Guest, interactive: bool) -> int:
     on_terminal = interactive or args.tty
     command = _SHELL if interactive else command_text(args.command)
     stdout, stderr = OutputWriter(1), OutputWriter(2)
@@ -470,7 +464,7 @@ def _run_command(
             stack.enter_context(size_followed(1, running))
         if reads:
             forward_input(0, running)
-        return _wait(running, guest, servers, stdout)
+        return _wait(running, guest, stdout)
 
 
 def command_text(words: Sequence[str]) -> str:
@@ -478,13 +472,10 @@ def command_text(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else shlex.join(words)
 
 
-def _wait(running: RunningCommand, guest: Guest, servers: list[ShareServer], stdout: OutputWriter) -> int:
+def _wait(running: RunningCommand, guest: Guest, stdout: OutputWriter) -> int:
     ended = threading.Event()
     running.on_done(ended.set)
     while not ended.wait(_WATCH_INTERVAL_S):
-        for server in servers:
-            if server.process.poll() is not None:
-                raise VmError(server.describe_end())
         if stdout.closed.is_set():
             # As the shell's own pipelines end when nobody reads any more.
             return 128 + signal.SIGPIPE

@@ -80,12 +80,12 @@ def _with_events(
     kernel = find_kernel(spec.kernel, cache, progress)
     wants_queue = delivery is not DeliveryMode.PARKED
     qemu = find_qemu(qemu_choice, cache, progress, notifications=wants_queue)
-    queue_missing = None if wants_queue else "asked for"
+    queue_missing = None if wants_queue else "asked for by --delivery"
     device = queue_device(qemu) if wants_queue else None
     if wants_queue and device is None:
         queue_missing = (
-            f"QEMU {qemu.version_text} has no device that passes the notification queue "
-            f"({ShareDevice.PASS_THROUGH.value}, since 10.1; --qemu {KIT} has it)"
+            f"QEMU {qemu.version_text} does not pass VIRTIO_FS_F_NOTIFICATION (needs "
+            f"{ShareDevice.PASS_THROUGH.value} of 10.1 or later, as --qemu {KIT}, or the patch)"
         )
         if delivery is DeliveryMode.VIRTQUEUE:
             raise VmError(queue_missing)

@@ -12,6 +12,7 @@ import contextlib
 import shlex
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -64,6 +65,7 @@ class Guest:
         self._own_lifeline = lifeline is None
         self._lifeline = lifeline or Lifeline()
         self._agent: AgentConnection | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self.command: list[str] = []
         """QEMU's command line, once launched."""
         self.boot_time_s: float | None = None
@@ -148,7 +150,8 @@ class Guest:
             if graceful and not agent.gone:
                 self._power_off(agent)
         finally:
-            self._lifeline.stop(self._process, grace_s=0)
+            if self._process is not None:
+                self._lifeline.stop(self._process, grace_s=0)
             agent.close()
             if self._own_lifeline:
                 self._lifeline.close()
@@ -178,8 +181,13 @@ class Guest:
             agent.start(f"cd /; sync; {text}", cwd="/", environment={}, stdin=False).wait(_UNMOUNT_TIMEOUT_S)
             agent.power_off()
             deadline = time.monotonic() + _POWER_OFF_TIMEOUT_S
-            while self._process.poll() is None and time.monotonic() < deadline:
+            while self._process is not None and self._process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
+
+    def kill(self) -> None:
+        """Ends QEMU at once, from any thread: who waits for the guest gets VmError or GuestGoneError."""
+        if self._process is not None:
+            self._process.kill()
 
     @property
     def alive(self) -> bool:
