@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,15 +51,18 @@ class Terminal:
             start_new_session=True,
         )
 
-    def processes(self) -> list[str]:
-        """The command lines of all processes that come from runs here."""
+    def commands(self) -> list[tuple[int, list[str]]]:
+        """Pids and command lines of all processes that come from runs here, oldest first."""
         found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with contextlib.suppress(OSError):
-                    if self.mark.encode() in (entry / "environ").read_bytes():
-                        found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append((pid, Path(f"/proc/{pid}/cmdline").read_text().split("\0")))
         return found
+
+    def processes(self) -> list[str]:
+        """The command lines alone."""
+        return [" ".join(words) for _, words in self.commands()]
 
     def left_behind(self) -> list[str]:
         """Processes and files of a run, and sockets in its scratch directory."""
@@ -97,8 +102,34 @@ def test_run_gives_the_command_s_output_and_status_and_leaves_nothing(terminal: 
     out, err = run.communicate(b" and stdin", timeout=RUN_TIMEOUT_S)
     assert (run.returncode, out) == (7, b"from the host and stdin"), err
     assert b"problem\n" in err
+    assert re.search(rb"^vhostfs: events: .*; delivered by the notification queue$", err, re.MULTILINE), err
     assert b"problem" not in out
     assert (terminal.directory / "out").read_text() == "/share\n"
+
+
+def test_a_server_that_fails_when_its_socket_is_there_is_what_is_told(terminal: Terminal) -> None:
+    """It listens first and finds out then; QEMU, which it leaves alone, has its own words for that."""
+    run = terminal.start("--server-option=--rlimit-nofile=99999999", str(terminal.directory), "--", "true")
+    out, err = run.communicate(timeout=RUN_TIMEOUT_S)
+    assert (run.returncode, out) == (125, b"")
+    assert b"ended with status 1:\n    vhostfs: error: --rlimit-nofile=99999999: " in err, err
+    assert b"QEMU said" not in err
+
+
+def test_a_server_that_is_killed_while_the_guest_boots_ends_the_run_at_once(terminal: Terminal) -> None:
+    run = terminal.start("--events=off", str(terminal.directory), "--", "true")
+    assert run.stderr is not None
+    for line in run.stderr:
+        if b"starting Linux" in line:
+            break
+    # The oldest: the process in the sandbox is its child.
+    server = next(pid for pid, words in terminal.commands() if "serve" in words and "--shared-dir" in words)
+    os.kill(server, signal.SIGKILL)
+    began_s = time.monotonic()
+    assert run.wait(20) == 125
+    assert time.monotonic() - began_s < 10, "the guest was still booting"
+    assert b"ended with status -9" in run.stderr.read()
+    run.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -156,9 +187,13 @@ def test_a_day_s_work_on_the_other_guest_kernels(
     image_or_lacking(launchpad, ImageSpec(kernel, driver=events != "off"))
     (terminal.directory / "in").mkdir()
     (terminal.directory / "in/file").write_bytes(b"content " * 1000)
-    run = terminal.start("--kernel", kernel, "--events", events, str(terminal.directory), "--", WORK)
+    options = ("--kernel", kernel, "--events", events, "--delivery=parked")
+    run = terminal.start(*options, str(terminal.directory), "--", WORK)
     out, err = run.communicate(timeout=RUN_TIMEOUT_S)
     assert run.returncode == 0, (out, err)
+    said = "off" if events == "off" else "fanotify, one mark on the file system of the share; delivered by "
+    said += "" if events == "off" else "parked requests: asked for by --delivery"
+    assert f"vhostfs: events: {said}\n".encode() in err
     moved = (b"content " * 1000)[:5000] + b"appended\n"
     expected = [sha256(content) for content in (moved, bytes(1001 << 10), moved)]
     lines = out.decode().splitlines()

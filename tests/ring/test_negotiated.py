@@ -7,6 +7,7 @@ Must not test what the agreement should be. Specification: docs/caps.md, "A runn
 from __future__ import annotations
 
 import errno
+import json
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from tests.ring.event_sources import FILESYSTEM_MARK, INOTIFY, start_share
 from tests.ring.events import NOTIFYING, STOCK, Delivery, EventGuest
 from tests.ring.share import Share, refused
 from tests.server import awaited
+from vhostfs.cli import main
 from vhostfs.frontend import Machine, ProtocolFeature
 from vhostfs.frontend import fsnotify as wire
 from vhostfs.frontend.fsnotify import Granted
@@ -185,3 +187,20 @@ def test_what_was_agreed_goes_with_the_guest(share: Share) -> None:
     assert awaited(lambda: negotiated(share)["vmm"] is None)
     told = negotiated(share)
     assert (told["vmm"], told["fuse"], told["fsnotify"]) == (None, None, None)
+
+
+def test_the_command_shows_a_server_by_its_socket_and_by_its_share(
+    share: Share, capsys: pytest.CaptureFixture[str]
+) -> None:
+    EventGuest(share, delivery=Delivery.PARKED, machine=LIKE_VHOST_USER_FS)
+    assert main(["caps", f"--control={share.server.socket_path}"]) == 0
+    out = capsys.readouterr().out
+    assert f"directory  {share.server.shared_dir} (" in out
+    assert "  delivery              parked: this VMM does not pass VIRTIO_FS_F_NOTIFICATION" in out
+    assert "  INIT flags            FUSE_ASYNC_READ" in out
+    assert "FUSE_FSNOTIFY_PARKED FUSE_FSNOTIFY_RENAME" in out
+    assert main(["caps", "--json", str(share.path)]) == 0
+    (server,) = json.loads(capsys.readouterr().out)["servers"]
+    assert server["control"] == f"{share.server.socket_path}.ctl"
+    assert server["delivery"] == negotiated(share)["delivery"]
+    assert "type" not in server

@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import image_or_lacking
-from tests.guest.events.conftest import PARKED, EventShare, Parts, as_share, complaints_of, start_share
+from tests.guest.events.conftest import EventSession, EventShare, Parts, complaints_of, start_share
 from tests.guest.events.qmp import Monitor
 from tests.guest.events.scenario import a_day
 from tests.guest.events.watching import Watch
 from tests.guest.place import Place, awaited
+from vhostfs.cli.run_events import delivered
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import SERIES
 from vhostfs.vm.lifeline import Lifeline
+from vhostfs.vm.machine import Share, ShareDevice
 
 TIMEOUT_S = 30.0
 AT_ONCE_S = 5.0
@@ -30,7 +32,7 @@ STATE = "cat /sys/bus/virtio/devices/*/notifications/state"
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """A guest whose share has no notification queue."""
+    """A guest whose share has no notification queue, because its VMM does not pass it."""
 
     guest: Guest
     share: EventShare
@@ -57,9 +59,10 @@ def stock(request: pytest.FixtureRequest, parts: Parts, real_directory: Path) ->
     directory.mkdir()
     image = image_or_lacking(parts.launchpad, parts.image_spec(request.param))
     with Lifeline() as lifeline:
-        share = start_share(lifeline, directory, "share", (PARKED,))
+        share = start_share(lifeline, directory, "share")
         monitor_path = lifeline.directory / "qmp.sock"
-        machine = parts.launchpad.machine(image, (as_share(share, parts.launchpad.qemu),))
+        place = Share("share", share.server.spec.socket_path, "/share", device=ShareDevice.STOCK)
+        machine = parts.launchpad.machine(image, (place,))
         machine = replace(machine, qemu_arguments=("-qmp", f"unix:{monitor_path},server=on,wait=off"))
         guest = Guest(machine, lifeline=lifeline)
         with guest:
@@ -79,6 +82,61 @@ def test_a_day_s_work_is_seen_without_a_notification_queue(stock: Stock) -> None
     watch = stock.watch(place, ".", "sub")
     a_day(watch)
     watch.close()
+
+
+def driver_lines(guest: Guest) -> list[str]:
+    """What the driver says of its devices, oldest first."""
+    text = guest.run("dmesg | grep 'notifications from the host'", TIMEOUT_S).check().text
+    return [line.partition("notifications from the host ")[2] for line in text.splitlines()]
+
+
+def server_line(share: EventShare) -> str:
+    """The newest line of the log about delivery."""
+    prefix = "events for the guest: by "
+    lines = [line for line in share.server.log_path.read_text().splitlines() if prefix in line]
+    return lines[-1].partition(prefix)[2]
+
+
+def test_server_driver_and_run_say_what_is_delivered_and_what_was_missing(stock: Stock) -> None:
+    told = stock.share.control.negotiated()
+    assert told["delivery"]["chosen"] == "parked"
+    missing = told["delivery"]["missing"]
+    assert missing.startswith("this VMM does not pass VIRTIO_FS_F_NOTIFICATION (QEMU: needs")
+    assert server_line(stock.share).startswith("parked requests (driver 1.0, ")
+    assert server_line(stock.share).endswith(f": {missing}")
+    said = driver_lines(stock.guest)[0]
+    assert said.startswith("by parked requests: the device has no VIRTIO_FS_F_NOTIFICATION")
+    line, _ = delivered(told, None)
+    assert line == f"events: {told['source']['reason']}; delivered by parked requests: {missing}"
+
+
+def test_with_the_queue_they_say_so_and_nothing_is_missing(session: EventSession) -> None:
+    share = session.shares["auto"]
+    told = share.control.negotiated()
+    assert told["delivery"]["chosen"] == "virtqueue"
+    assert told["delivery"]["missing"] == ""
+    assert server_line(share).startswith("the notification queue (driver 1.0, ")
+    assert "by the notification queue" in driver_lines(session.guest)
+    line, _ = delivered(told, None)
+    assert line == f"events: {told['source']['reason']}; delivered by the notification queue"
+
+
+def test_a_server_names_what_the_real_driver_and_vmm_have_negotiated(session: EventSession) -> None:
+    for tag, role in (("auto", "notification"), ("parked", "request")):
+        told = session.shares[tag].control.negotiated()
+        vmm, fuse, fsnotify = told["vmm"], told["fuse"], told["fsnotify"]
+        assert told["server"]["shared_dir"] == str(session.shares[tag].directory)
+        assert ("VIRTIO_FS_F_NOTIFICATION" in vmm["features_acked"]) == (tag == "auto")
+        assert "VIRTIO_F_VERSION_1" in vmm["features_acked"]
+        assert ("VHOST_USER_PROTOCOL_F_CONFIG" in vmm["protocol_features_acked"]) == (tag == "auto")
+        assert vmm["queues"][1]["role"] == role
+        assert "FUSE_INIT_EXT" in fuse["flags_granted"]
+        assert fuse["guest_version"].startswith("7.")
+        way = "FUSE_FSNOTIFY_VIRTQUEUE" if tag == "auto" else "FUSE_FSNOTIFY_PARKED"
+        assert {way, "FUSE_FSNOTIFY_RENAME", "FUSE_FSNOTIFY_CHILD"} <= set(fsnotify["flags_granted"])
+        assert {"CREATE", "MOVED_TO", "DELETE_SELF"} <= set(fsnotify["events"])
+        assert fsnotify["driver_version"] == "1.0"
+        assert fsnotify["refused"] is None
 
 
 def test_a_burst_goes_through_few_requests_in_order(stock: Stock) -> None:

@@ -182,6 +182,10 @@ class Control:
         """As docs/events.md has it."""
         return self._client.stats()
 
+    def negotiated(self) -> dict[str, Any]:
+        """What server, VMM and guest have agreed on, as docs/caps.md has it."""
+        return self._client.negotiated()
+
     def counters(self) -> dict[str, int]:
         """Those of events."""
         found: dict[str, int] = self.stats()["events"]["counters"]
