@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from ..control.client import ControlClient, ControlError, find_control_socket, running_servers
 from ..share.options import CONTROL_SUFFIX
 
-ANSWER_TIMEOUT_S = 0.5
-"""For servers that nobody named: one that hangs must not hold up the rest."""
-MAX_SERVERS = 8
+ANSWER_TIMEOUT_S = 2.0
+"""For servers that nobody named. All are asked at once, so that one that hangs does not add to another."""
+MAX_ASKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +45,20 @@ def ask_server(given: str) -> ServerProbe:
 
 def ask_running_servers(shared_dir: str | None) -> list[ServerProbe]:
     """All that let this user ask, at their default place. shared_dir: only those that share it, or a
-    directory that it is in."""
-    found = []
-    for path in running_servers()[:MAX_SERVERS]:
-        try:
-            with ControlClient(path, timeout_s=ANSWER_TIMEOUT_S) as client:
-                found.append(ServerProbe(path, client.negotiated()))
-        except ControlError as error:
-            if shared_dir is None:
-                found.append(ServerProbe(path, None, str(error)))
+    directory that it is in, and those that do not say what they share."""
+    with ThreadPoolExecutor(MAX_ASKED_AT_ONCE) as threads:
+        found = list(threads.map(_ask_briefly, running_servers()))
     if shared_dir is None:
         return found
-    return [probe for probe in found if probe.shared_dir and _is_in(shared_dir, probe.shared_dir)]
+    return [probe for probe in found if probe.shared_dir is None or _is_in(shared_dir, probe.shared_dir)]
+
+
+def _ask_briefly(path: str) -> ServerProbe:
+    try:
+        with ControlClient(path, timeout_s=ANSWER_TIMEOUT_S) as client:
+            return ServerProbe(path, client.negotiated())
+    except ControlError as error:
+        return ServerProbe(path, None, str(error))
 
 
 def _is_in(path: str, directory: str) -> bool:
