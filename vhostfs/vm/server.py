@@ -37,6 +37,8 @@ class ServerSpec:
     read_only: bool = False
     options: tuple[str, ...] = ()
     """Further options of `vhostfs serve`."""
+    under: tuple[str, ...] = ()
+    """A command that runs the server: its words follow."""
 
 
 def server_command(spec: ServerSpec, template: str | None) -> list[str]:
@@ -91,7 +93,7 @@ class ShareServer:
         self.spec = spec
         self.log_path = log_path or spec.socket_path.with_suffix(".log")
         self._lifeline = lifeline
-        command = server_command(spec, template_from_environment())
+        command = [*spec.under, *server_command(spec, template_from_environment())]
         self.process = lifeline.start(command, log=self.log_path)
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not is_listening(spec.socket_path):

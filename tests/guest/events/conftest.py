@@ -12,6 +12,8 @@ import itertools
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,8 +52,26 @@ WRITTEN = {
     "written-always": ("--cache=always", "--writeback", "--events=fanotify:inodes"),
 }
 """All three share one directory: one writer on the host is seen in every cache mode and by every source."""
-SHARES = {**CACHE_MODES, **SOURCES, **WRITTEN, "parked": (PARKED,)}
+SHARES = {
+    **CACHE_MODES,
+    **SOURCES,
+    **WRITTEN,
+    "parked": (PARKED,),
+    "user": (),
+    "few": ("--events=inotify",),
+}
 """Options of the server by tag; each is mounted at /TAG. Those of CACHE_MODES have the best source."""
+NOBODY = 65534
+MAX_WATCHES_OF_FEW = 6
+_LIMITED = f'echo {MAX_WATCHES_OF_FEW} >/proc/sys/user/max_inotify_watches && exec "$@"'
+UNDER = {
+    "user": ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"),
+    "few": ("unshare", "--user", "--map-root-user", "sh", "-c", _LIMITED, "sh"),
+}
+"""Under what its server runs: as somebody without rights; where the host has room for few watches.
+
+A machine that cannot do it has no such share.
+"""
 _BAD_LOG = re.compile(
     r"Traceback \(most recent call last\)|AddressSanitizer|runtime error:|Fatal Python error"
     r"|free\(\): |malloc\(\): |stack smashing|internal:|[Ee]rror"
@@ -122,13 +142,22 @@ class EventShare:
 
 
 def start_share(
-    lifeline: Lifeline, directory: Path, tag: str, options: Sequence[str] = (), *, name: str | None = None
+    lifeline: Lifeline,
+    directory: Path,
+    tag: str,
+    options: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    sockets: Path | None = None,
+    under: tuple[str, ...] = (),
 ) -> EventShare:
     """Starts a server with events on; its control socket is asked from now on."""
-    socket_path = lifeline.directory / f"{name or tag}.sock"
-    control_path = lifeline.directory / f"{name or tag}.ctl"
+    sockets = sockets or lifeline.directory
+    socket_path = sockets / f"{name or tag}.sock"
+    control_path = sockets / f"{name or tag}.ctl"
     own = ("--events=auto", f"--control-socket={control_path}")
-    server = ShareServer(ServerSpec(directory, socket_path, tag, options=(*own, *options)), lifeline)
+    spec = ServerSpec(directory, socket_path, tag, options=(*own, *options), under=under)
+    server = ShareServer(spec, lifeline)
     return EventShare(tag, directory, server, Control(control_path))
 
 
@@ -183,9 +212,18 @@ def session(parts: Parts, real_directory: Path) -> Iterator[EventSession]:
     with Lifeline() as lifeline:
         shares = {}
         for tag, options in SHARES.items():
+            probe = [*UNDER.get(tag, ()), sys.executable, "-c", "import vhostfs"]
+            if tag in UNDER and subprocess.run(probe, stderr=subprocess.DEVNULL).returncode:
+                continue
             directory = real_directory / ("written" if tag in WRITTEN else tag)
             directory.mkdir(exist_ok=True)
-            shares[tag] = start_share(lifeline, directory, tag, options)
+            sockets = None
+            if tag == "user":
+                sockets = real_directory / "sockets"
+                sockets.mkdir()
+                os.chown(sockets, NOBODY, NOBODY)
+            under = UNDER.get(tag, ())
+            shares[tag] = start_share(lifeline, directory, tag, options, sockets=sockets, under=under)
         places = tuple(as_share(share, parts.qemu) for share in shares.values())
         guest = Guest(parts.launchpad.machine(image, places, qemu=parts.qemu), lifeline=lifeline)
         with guest:
@@ -237,6 +275,8 @@ def watched_on(session: EventSession, request: pytest.FixtureRequest) -> Iterato
     made: list[WatchedPlace] = []
 
     def make(tag: str) -> WatchedPlace:
+        if tag not in session.shares:
+            lacking(f"a server under {' '.join(UNDER[tag])}")
         name = re.sub(r"[^a-z0-9_-]", "-", request.node.originalname.lower())[:40]
         made.append(WatchedPlace(session, tag, name))
         return made[-1]
