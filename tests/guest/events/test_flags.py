@@ -117,6 +117,8 @@ def twins(
         (directory / "d").mkdir()
         for name in ("f", "d/f", "d/g"):
             (directory / name).write_text("text\n")
+    # What was done until here has been read by the server, and is not of the watches that come.
+    found.step(lambda _: None)
     yield found
     found.close()
 
