@@ -57,6 +57,25 @@ struct fsnotify_group *vhostfs_group;
 struct fsnotify_group *vhostfs_share_group;
 const struct file_system_type *vhostfs_type;
 
+/* For experiments: what FUSE_FSNOTIFY_INIT says */
+static unsigned long without;
+module_param(without, ulong, 0444);
+MODULE_PARM_DESC(without,
+		 "Flags not to ask for (bit 0: the queue is not accepted either)");
+
+static unsigned int major = FUSE_FSNOTIFY_MAJOR;
+module_param(major, uint, 0444);
+MODULE_PARM_DESC(major, "Version of the protocol to speak");
+
+static unsigned int minor = FUSE_FSNOTIFY_MINOR;
+module_param(minor, uint, 0444);
+MODULE_PARM_DESC(minor, "Likewise");
+
+static unsigned int buf_size;
+module_param(buf_size, uint, 0444);
+MODULE_PARM_DESC(buf_size,
+		 "Most bytes to take in one notification (0: what a buffer holds)");
+
 static void vhostfs_release(struct kref *kref)
 {
 	struct vhostfs_notify *n = container_of(kref, struct vhostfs_notify,
@@ -187,15 +206,16 @@ static void vhostfs_send_init(struct vhostfs_notify *n, struct fuse_mount *fm)
 		return;
 	}
 	in = &req->init_in;
-	in->major = cpu_to_le32(FUSE_FSNOTIFY_MAJOR);
-	in->minor = cpu_to_le32(FUSE_FSNOTIFY_MINOR);
-	in->flags = cpu_to_le64(vhostfs_deliveries(n) |
-				FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD |
-				FUSE_FSNOTIFY_INVALIDATE |
-				FUSE_FSNOTIFY_WATCH_FILESYSTEM |
-				FUSE_FSNOTIFY_PARENT);
+	in->major = cpu_to_le32(major);
+	in->minor = cpu_to_le32(minor);
+	in->flags = cpu_to_le64((vhostfs_deliveries(n) |
+				 FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD |
+				 FUSE_FSNOTIFY_INVALIDATE |
+				 FUSE_FSNOTIFY_WATCH_FILESYSTEM |
+				 FUSE_FSNOTIFY_PARENT) & ~(u64)without);
 	in->mask = cpu_to_le64(VHOSTFS_EVENTS | FS_ISDIR | FS_Q_OVERFLOW);
-	in->buf_size = cpu_to_le32(n->buf_size);
+	in->buf_size = cpu_to_le32(buf_size ? min(buf_size, n->buf_size) :
+				   n->buf_size);
 	/* A server with a newer minor number answers with the prefix it has */
 	req->args.out_argvar = true;
 	req->end = vhostfs_init_end;
@@ -600,6 +620,10 @@ int vhostfs_notify_validate(struct virtio_device *vdev)
 
 	if (!__virtio_test_bit(vdev, VIRTIO_FS_F_NOTIFICATION))
 		return 0;
+	if (without & FUSE_FSNOTIFY_VIRTQUEUE) {
+		__virtio_clear_bit(vdev, VIRTIO_FS_F_NOTIFICATION);
+		return 0;
+	}
 	size = vhostfs_config_buf_size(vdev);
 	if (size < VHOSTFS_MIN_BUF_SIZE || size > VHOSTFS_MAX_BUF_SIZE) {
 		dev_warn(&vdev->dev,

@@ -35,6 +35,7 @@ COMMANDS = (
     Command("watch", "vhostfs.cli.watch", "show the events of a running server as they happen"),
     Command("stats", "vhostfs.cli.stats", "show what a running server has counted"),
     Command("caps", "vhostfs.cli.caps", "show what this host can do, what is negotiated, what is missing"),
+    Command("lab", "vhostfs.cli.lab", "try what guests are told, for many servers, VMMs and drivers"),
 )
 
 # What libvirt reads (docs/interop/vhost-user.json of QEMU, "VHostUserBackendCapabilities"):

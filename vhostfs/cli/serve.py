@@ -117,7 +117,7 @@ def _serve(
     import encodings.idna  # noqa: F401 (socket's, for any address)
 
     from ..events.coherence import settle_coherence
-    from ..events.kernel import KernelWithoutTargets, RunningKernel
+    from ..events.kernel import LesserKernel
     from ..events.source import choose_source
     from ..fuse.forced import forced
     from ..server import ControlOptions, ServerOptions, run_server
@@ -157,7 +157,7 @@ def _serve(
             source = choose_source(
                 options.events,
                 root_fd,
-                RunningKernel() if force.target_fid else KernelWithoutTargets(),
+                LesserKernel(target_fid=force.target_fid, inotify=force.inotify),
                 use_rename=options.fan_rename,
             )
             _log.info("%s", source)

@@ -41,8 +41,19 @@ class RunningKernel:
         os.close(fd)
 
 
-class KernelWithoutTargets(RunningKernel):
-    """As before Linux 5.17, where a record does not name the child of an event; for experiments."""
+class LesserKernel(RunningKernel):
+    """For experiments: without what it is told to be without.
+
+    target_fid: records name the child of an event, since Linux 5.17. inotify: instances may be had.
+    """
+
+    def __init__(self, *, target_fid: bool, inotify: bool) -> None:
+        self._target_fid = target_fid
+        self._inotify = inotify
 
     def fanotify_init(self, flags: int) -> int:
-        return -errno.EINVAL if flags & FAN_REPORT_TARGET_FID else super().fanotify_init(flags)
+        is_lacking = flags & FAN_REPORT_TARGET_FID and not self._target_fid
+        return -errno.EINVAL if is_lacking else super().fanotify_init(flags)
+
+    def inotify_init(self, flags: int) -> int:
+        return super().inotify_init(flags) if self._inotify else -errno.EMFILE

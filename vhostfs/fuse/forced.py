@@ -47,6 +47,8 @@ class Forced:
     """Events that the host can report; others are as if it could not."""
     target_fid: bool = True
     """Whether the host's fanotify names the child of an event (Linux 5.17)."""
+    inotify: bool = True
+    """Whether the host's inotify can be had, as the source or beside fanotify for the order of events."""
     sys_admin: bool = True
     """Whether the server may use CAP_SYS_ADMIN for its source where it has it."""
     source_works: bool = True
@@ -100,6 +102,7 @@ _VALUES: dict[str, Callable[[str], int]] = {
     "max_watches": _up_to(1 << 24),
     "mask": _events,
     "target_fid": _switch,
+    "inotify": _switch,
     "sys_admin": _switch,
     "source_works": _switch,
     **dict.fromkeys(FLAG_KEYS, _switch),
