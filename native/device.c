@@ -161,6 +161,8 @@ static void queue_free(struct vf_queue *q)
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
 		if (fds[i] >= 0)
 			close(fds[i]);
+	if (q->ready)
+		vf_req_free(q->ready);
 	while (q->spare) {
 		struct vf_req *r = q->spare;
 

@@ -104,7 +104,7 @@ static void call_if_needed(struct vf_queue *q, bool still_draining)
 static int drain(struct vf_queue *q, struct vf_thread *t)
 {
 	const char *why = "out of memory";
-	struct vf_req *r = NULL;
+	struct vf_req *r = q->ready;
 	uint32_t since_call = 0;
 	int taken = 0;
 
@@ -145,12 +145,7 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 			call_if_needed(q, true);
 		}
 	}
-	if (r) {
-		pthread_mutex_lock(&q->lock);
-		r->next = q->spare;
-		q->spare = r;
-		pthread_mutex_unlock(&q->lock);
-	}
+	q->ready = r;
 	call_if_needed(q, false);
 	if (taken < 0)
 		vf_faults_add(&q->device->faults, (int32_t)q->index, "queue %u stopped: %s",

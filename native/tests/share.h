@@ -48,13 +48,13 @@ static int remove_one(const char *path, const struct stat *st, int type, struct 
 	return ftw->level ? remove(path) : 0;
 }
 
-static void host_clean(void)
+static inline void host_clean(void)
 {
 	CHECK_EQ(nftw(base, remove_one, 20, FTW_DEPTH | FTW_PHYS | FTW_MOUNT), 0);
 }
 
-static void with(const char *what, void (*test)(struct guest *), enum vf_handle_mode mode,
-		 uint32_t budget)
+static inline void with(const char *what, void (*test)(struct guest *), enum vf_handle_mode mode,
+			uint32_t budget)
 {
 	struct vf_share *share = open_share(mode, budget);
 	struct guest g;

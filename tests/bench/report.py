@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.figures import Burst, Foreign, Latency, Memory, StartUp
+from tests.bench.instructions import TABLE as INSTRUCTIONS
 from tests.bench.workloads import WORKLOADS
 
 OURS, C, RUST = "vhostfs", "C virtiofsd", "Rust virtiofsd"
@@ -182,6 +183,13 @@ def text(results: Results) -> list[str]:
     return [*table(lines), "", *_summary(lines), "", *_other_figures(results)]
 
 
+def _instructions() -> str:
+    rows = [line.split() for line in INSTRUCTIONS.read_text().splitlines() if not line.startswith("#")]
+    return "\n".join(
+        ["| operation | instructions |", "|---|---|", *(f"| {name} | {n} |" for name, n in rows)]
+    )
+
+
 def write(results: Results, template: Path, target: Path) -> None:
     """The document, and its plots beside it. What people write is in the template."""
     lines = lines_of(results.points)
@@ -194,6 +202,7 @@ def write(results: Results, template: Path, target: Path) -> None:
         "summary": "\n".join(_summary(lines)),
         "table": "\n".join(table(lines)),
         "figures": "\n".join(_other_figures(results)),
+        "instructions": _instructions(),
         "workloads": "\n".join(f"- **{one.name}**: {one.what}" for one in WORKLOADS),
     }
     text = template.read_text()
