@@ -237,6 +237,9 @@ def test_a_directory_that_may_not_be_read_is_known_as_that(directory: Path) -> N
 def test_rights_are_those_of_the_process() -> None:
     here, nobody = probe_rights(), as_nobody(probe_rights)
     assert here.uid == os.geteuid()
+    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert here.effective == int(status["CapEff"], 16)
+    assert here.bounding == int(status["CapBnd"], 16) & sum(1 << each for each in Capability)
     assert nobody.effective == 0 if os.geteuid() == 0 else True
     assert not nobody.has(Capability.SYS_ADMIN)
     assert here.seccomp in ("off", "filter")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..errors import UserError
 from ..vm.cache import cache_place
 from . import qemu, servers
 from .advice import Advice, advise
@@ -78,6 +79,8 @@ def gather(directory: str | None, control: str | None) -> HostReport:
             if named is None
             else [named]
         )
+    except OSError as error:
+        raise UserError(f"this host cannot be looked at: {error.strerror or error} (ulimit -n?)") from None
     finally:
         qemus = qemu.finish_probes(started)
     system = os.uname()

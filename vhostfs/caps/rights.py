@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rights of this process, and what each of them would buy a server that is started like it.
 Must not use or change any of them.
-Specification: capabilities(7), user_namespaces(7), proc_pid_status(5)."""
+Specification: capabilities(7), capget(2), user_namespaces(7), proc_pid_status(5)."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 from ..share.capabilities import Capability
 
 _INITIAL_USER_NAMESPACE = 0xEFFF_FFFD  # PROC_USER_INIT_INO in linux/proc_ns.h
+_CAPABILITY_VERSION_3 = 0x20080522
+_PR_CAPBSET_READ = 23
 _SECCOMP = {"0": "off", "1": "strict", "2": "filter"}
 
 BUYS: Mapping[Capability, str] = {
@@ -69,13 +72,6 @@ class Rights:
 def probe_rights() -> Rights:
     """Of this process; what cannot be read counts as absent."""
     fields = _status_fields()
-
-    def mask(name: str) -> int:
-        try:
-            return int(fields.get(name, "0"), 16)
-        except ValueError:
-            return 0
-
     try:
         namespace = os.stat("/proc/self/ns/user").st_ino
     except OSError:
@@ -83,12 +79,27 @@ def probe_rights() -> Rights:
     return Rights(
         os.geteuid(),
         os.getegid(),
-        mask("CapEff"),
-        mask("CapBnd"),
+        _effective(),
+        _bounding(),
         namespace == _INITIAL_USER_NAMESPACE,
         _SECCOMP.get(fields.get("Seccomp", ""), "unknown"),
         fields.get("NoNewPrivs") == "1",
     )
+
+
+def _effective() -> int:
+    """By capget(2), which needs no /proc."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None).capget(header, data):
+        return 0
+    # Two times effective, permitted, inheritable: the low words, then the high ones.
+    return int(data[0] | data[3] << 32)
+
+
+def _bounding() -> int:
+    prctl = ctypes.CDLL(None).prctl
+    return sum(1 << each for each in Capability if prctl(_PR_CAPBSET_READ, int(each), 0, 0, 0) == 1)
 
 
 def _status_fields() -> dict[str, str]:

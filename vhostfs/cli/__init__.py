@@ -94,6 +94,7 @@ def _print_help() -> None:
     print("  vhostfs run . -- ls -l /share")
     print("  vhostfs serve --socket-path /run/vm1.sock --shared-dir /srv/vm1 --tag share")
     print("  vhostfs watch /run/vm1.sock")
+    print("  vhostfs caps --advice /srv/vm1")
 
 
 def _run_command(command: Command, program: str, arguments: list[str]) -> int:

@@ -92,7 +92,7 @@ def _control_listener(options: ServeOptions) -> Listener | None:
     except ListenError as error:
         if options.control_socket is not None:
             raise
-        _log.warning("`vhostfs watch` and `stats` cannot reach this server: %s", error)
+        _log.warning("`vhostfs watch`, `stats` and `caps` cannot reach this server: %s", error)
         return None
 
 

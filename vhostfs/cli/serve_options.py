@@ -230,7 +230,7 @@ def _add_events(parser: Parser) -> None:
     add(
         "--control-socket",
         metavar="PATH",
-        help="socket for `vhostfs watch` and `vhostfs stats` (default: that of --socket-path and .ctl)",
+        help="socket for `vhostfs watch`, `stats` and `caps` (default: that of --socket-path and .ctl)",
     )
     add(
         "--no-control-socket",
