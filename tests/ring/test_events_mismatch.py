@@ -224,7 +224,9 @@ class Visit:
         if want.error:
             return f"it is granted, where the table has {want}"
         seen = (answer.flags, answer.notify_buf_size, answer.minor, answer.max_watches, answer.reserved)
-        if seen != (want.flags, want.size, want.minor, self.server.max_watches, 0):
+        seen += (answer.major, answer.mask)
+        of_server = (self.server.major, self.server.mask)
+        if seen != (want.flags, want.size, want.minor, self.server.max_watches, 0, *of_server):
             return f"{answer}, where the table has {want}"
         parked = self.server.max_parked if want.flags & Granted.PARKED else 0
         if answer.max_parked != parked:
