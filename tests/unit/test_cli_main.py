@@ -140,6 +140,16 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert run.stderr == ""
 
 
+@pytest.mark.parametrize("where", [">/dev/full", ">&-", ">&- 2>&-"])
+def test_where_nothing_can_be_written_that_is_said_if_it_can_be(where: str) -> None:
+    command = f"{sys.executable} -m vhostfs --help {where}"
+    ended = subprocess.run(command, shell=True, check=False, capture_output=True, text=True)
+    full = where == ">/dev/full"
+    assert ended.returncode == int(full)
+    complaint = "vhostfs: error: the output cannot be written: No space left on device\n"
+    assert ended.stderr == (complaint if full else "")
+
+
 def test_a_log_line_is_one_line_whatever_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     before = root.level, root.handlers[:]

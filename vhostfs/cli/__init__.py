@@ -5,6 +5,7 @@ Specification: exit status 0 done, 1 failed, 2 wrong options; `vhostfs run` pass
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -110,6 +111,7 @@ def _run_command(command: Command, program: str, arguments: list[str]) -> int:
 
 def _ended(program: str, body: Callable[[], int]) -> int:
     """Runs body; whatever it raises becomes one line on stderr and a status."""
+    _open_missing_streams()
     try:
         status = body()
         sys.stdout.flush()
@@ -124,7 +126,19 @@ def _ended(program: str, body: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            # What could not be written would be tried once more at exit, and complained of.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            print(f"{program}: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
         logging.getLogger("vhostfs").debug("internal error", exc_info=True)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"{program}: error: internal: {text} (--log-level=debug shows where)", file=sys.stderr)
         return 1
+
+
+def _open_missing_streams() -> None:
+    """Started with `>&-`, Python has None where output would go."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the process)

@@ -117,7 +117,11 @@ def inspect_qemu(path: Path) -> Qemu:
 
 def inspect_command(command: tuple[str, ...]) -> Qemu:
     """What the QEMU that is run by `command` is. Raises VmError when it does not run or is not QEMU."""
-    version = parse_version(_ask(command, "-version"))
+    said = _ask(command, "-version")
+    try:
+        version = parse_version(said)
+    except VmError as error:
+        raise VmError(f"{command[0]} is no QEMU: {error}") from None
     devices = parse_devices(_ask(command, "-device", "help"))
     has_fs_device = FS_DEVICE in devices
     return Qemu(
@@ -212,7 +216,11 @@ def find_patched(cache: Path) -> Qemu:
 
 def kept_commands(cache: Path) -> list[tuple[str, ...]]:
     """What runs those that are in the cache already, the kit and those with our patch; fetches nothing."""
-    folders = [cache / "qemu" / f"kit-{_KIT_FORMAT}", *sorted((cache / "qemu").glob(f"{PATCHED}-*"))]
+    try:
+        patched = sorted((cache / "qemu").glob(f"{PATCHED}-*"))
+    except OSError:
+        patched = []  # somebody else's cache, as after `su`
+    folders = [cache / "qemu" / f"kit-{_KIT_FORMAT}", *patched]
     return [self_contained_command(folder) for folder in folders if os.path.isfile(folder / PROGRAM)]
 
 
