@@ -68,8 +68,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.experiments:
         names = ", ".join(shipped_names())
         raise ExperimentError(f"no experiment; give a TOML file, '{ALL}', or one of {names}")
-    given = [name for word in args.experiments for name in (shipped_names() if word == ALL else [word])]
-    experiments = [load(name) for name in given]
+    experiments = []
+    for word in args.experiments:
+        if word == ALL:
+            experiments += [each for each in map(load, shipped_names()) if each.level in _levels(args)]
+        else:
+            experiments.append(load(word))
     if args.output is not None:
         try:
             args.output.mkdir(parents=True, exist_ok=True)
@@ -79,6 +83,13 @@ def run(args: argparse.Namespace) -> int:
     results = [_run(experiment, args) for experiment in experiments]
     _report(results, args, started_s)
     return int(any(cell.trouble for result in results for cell in result.cells))
+
+
+def _levels(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of the shipped experiments that `all` means: those that are made for the level."""
+    from ..lab.experiment import LEVELS
+
+    return ("ring",) if args.ring else ("guest",) if args.guest else LEVELS
 
 
 def _run(experiment: Experiment, args: argparse.Namespace) -> ExperimentResult:

@@ -40,9 +40,9 @@ _QUIET_S = 1.0
 _MOUNT_POINT = "/lab"
 _numbers = itertools.count()
 _DEVICES = {
-    "stock": (None, ShareDevice.STOCK),
-    "test-device": (KIT, ShareDevice.PASS_THROUGH),
-    "patched": (PATCHED, ShareDevice.QUEUE),
+    "stock": ShareDevice.STOCK,
+    "test-device": ShareDevice.PASS_THROUGH,
+    "patched": ShareDevice.QUEUE,
 }
 _COUNTERS = "/sys/bus/virtio/devices/*/notifications"
 _EVENTS = "modify,attrib,close_write,move,create,delete"
@@ -78,10 +78,8 @@ def _boot(
     experiment: Experiment, group: _Group, cells: Sequence[Cell], lifeline: Lifeline, progress: Progress
 ) -> Iterator[tuple[Cell, CellResult]]:
     cache = cache_root()
-    choice, device = _DEVICES[group.vmm]
-    qemu = find_qemu(choice, cache, progress)
-    if not device.is_of(qemu):
-        raise VmError(f"QEMU {qemu.version_text} has no {device.value}")
+    device = _DEVICES[group.vmm]
+    qemu = _qemu_with(device, cache, progress)
     image = build_image(ImageSpec(group.kernel, driver=group.is_ours), cache, progress)
     number = next(_numbers)
     servers = [
@@ -102,6 +100,19 @@ def _boot(
             yield cell, result
     for server in servers:
         server.stop()
+
+
+def _qemu_with(device: ShareDevice, cache: Path, progress: Progress) -> Qemu:
+    """The machine's own where that has the device. Raises VmError."""
+    if device is ShareDevice.QUEUE:
+        qemu = find_qemu(PATCHED, cache, progress)
+    else:
+        qemu = find_qemu(None, cache, progress, notifications=device is ShareDevice.PASS_THROUGH)
+        if not device.is_of(qemu):
+            qemu = find_qemu(KIT, cache, progress)
+    if not device.is_of(qemu):
+        raise VmError(f"QEMU {qemu.version_text} has no {device.value}")
+    return qemu
 
 
 def _machine(qemu: Qemu, image: Image, shares: tuple[Share, ...], cache: Path) -> Machine:
