@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import itertools
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,14 @@ class EventGuest:
     def told(self, timeout_s: float = 10.0) -> list[str]:
         """The same in words."""
         return [self.describe(element) for element in self.elements(timeout_s)]
+
+    def told_until(self, last: str, timeout_s: float = 10.0) -> list[str]:
+        """The same until this has come, where the fence may overtake it: order holds within a directory."""
+        deadline = time.monotonic() + timeout_s
+        told = self.told()
+        while last not in told and time.monotonic() < deadline:
+            told += self.told()
+        return told
 
     def describe(self, element: Element) -> str:
         words = "|".join(bit.name or hex(bit) for bit in reversed(Event) if bit & element.mask)
