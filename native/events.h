@@ -12,8 +12,8 @@
  *   watch.c                               what the guest watches, and marks on the host for it
  *   watch_share.c                         a watch on everything in the share
  *   handle_index.c                        from a file handle to the guest's inodes
- *   coherent.c                            what the guest may keep, and what of it is no longer
- * right events.c                              the thread, its life, counters, trace
+ *   coherent.c                            what the guest keeps, and when it is told to forget
+ *   events.c                              the thread, its life, counters, trace
  *
  * Threads: one thread of the share's reads the source and reports.  Watches
  * change in the threads of the request queues.  Elements leave in the source's
