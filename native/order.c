@@ -38,6 +38,9 @@
 /* Rounds in one turn, while objects' own events keep coming. */
 #define MAX_ROUNDS 8u
 #define RETRY_NS 50000
+#define N_BEGUN 1024u
+/* So long fanotify's record of what happened before a watch may be read after that began. */
+#define BEGUN_NS 1000000000u
 #define N_EARLY 2048u
 /* Whoever makes a change may be held up between telling inotify and telling fanotify. */
 #define EARLY_NS 100000000u
@@ -81,6 +84,11 @@ struct early {
 	uint64_t owed, owed_since_ns; /* of them, those without a fact */
 };
 
+/* When inotify was last asked to watch something. */
+struct begun {
+	uint64_t nodeid, since_ns;
+};
+
 struct arena {
 	struct arena *next;
 	uint64_t used;
@@ -107,6 +115,7 @@ struct vf_order {
 	bool (*read_facts)(struct vf_events *events);
 	uint64_t picks, facts;
 	struct early early[N_EARLY]; /* by key */
+	struct begun begun[N_BEGUN]; /* by nodeid */
 	uint32_t unsaid; /* facts to be reported that inotify has not said anything of yet */
 	uint32_t n_arenas;
 	uint32_t patience; /* how often facts may still be waited for in this round */
@@ -884,6 +893,31 @@ static bool is_behind_its_end(struct vf_order *order, const struct fact *fact)
 	return gone;
 }
 
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static struct begun *begun_slot(struct vf_order *order, uint64_t nodeid)
+{
+	return &order->begun[(nodeid * 0x9e3779b97f4a7c15u >> 32) % N_BEGUN];
+}
+
+/*
+ * It was done to an object before anybody watched for it, and fanotify, with its one mark on the
+ * file system, had it all the same.
+ */
+static bool is_from_before(struct vf_order *order, const struct fact *fact)
+{
+	const struct begun *begun = begun_slot(order, fact->nodeid);
+
+	return begun->nodeid == fact->nodeid && order->reader.now_ns - begun->since_ns < BEGUN_NS &&
+	       !(fact->mask & EVENTS & ~CHILD_EVENTS & ~fact->used & ~fact->said);
+}
+
 /*
  * What inotify should have said by now, and did not: the host's queue of it had no room, say, while
  * fanotify's had. Late, but not lost.
@@ -894,7 +928,7 @@ static void tell_unsaid(struct vf_order *order, const struct generation *g)
 		if (!is_unsaid(fact))
 			continue;
 		fact->used |= fact->said;
-		if (is_behind_its_end(order, fact))
+		if (is_behind_its_end(order, fact) || is_from_before(order, fact))
 			set_silent(order, fact);
 		else
 			tell_fact(order, fact);
@@ -984,7 +1018,10 @@ void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask
 	uint64_t bits = mask & ~VF_FS_EVENT_ON_CHILD ? vf_inotify_bits(inode, mask) : 0;
 	struct vf_events *events = order->events;
 	int error = vf_inotify_watch(events, VF_WD_ORDER, inode, bits, wd);
+	uint64_t nodeid = vf_inode_nodeid(inode);
 
+	if (bits)
+		*begun_slot(order, nodeid) = (struct begun){nodeid, now_ns()};
 	if (!error)
 		return;
 	if (error != events->order_error)
