@@ -6,12 +6,15 @@ Must not know what they do. Specification: qemu/README.md.
 
 from __future__ import annotations
 
+import pytest
+
 from tests.conftest import lacking
 from vhostfs.vm.cache import cache_root
 from vhostfs.vm.errors import VmError
 from vhostfs.vm.qemu_source import SERIES, BrokenPatchError, check_series
 
 
+@pytest.mark.timeout(400, func_only=True)  # 64 MB to download, once
 def test_the_patches_apply_to_debians_qemus() -> None:
     applied, missing = [], []
     for series in SERIES:
