@@ -331,6 +331,19 @@ def test_a_server_whose_guest_hears_nothing_is_said(server: ServerProbe, text: s
     assert text in only(replace(BEST, servers=[server])).seen
 
 
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        ("this VMM does not pass it", "a device that passes"),
+        ("the notification queue is switched off by --delivery", "serve with --delivery=auto"),
+        ("no --tag is given, without which there is no notification queue", "serve with --tag=TAG"),
+    ],
+)
+def test_parked_requests_come_with_what_would_bring_the_queue(missing: str, remedy: str) -> None:
+    told = {**TOLD, "delivery": {"chosen": "parked", "missing": missing, "offered": ["parked"]}}
+    assert only(replace(BEST, servers=[ServerProbe("/s", told)])).remedy.startswith(remedy)
+
+
 def test_a_server_that_waits_for_its_vmm_needs_no_advice() -> None:
     waiting = {**TOLD, "vmm": None, "delivery": {"chosen": "none", "missing": "x", "offered": []}}
     assert replace(BEST, servers=[ServerProbe("/s", waiting)]).advice == []

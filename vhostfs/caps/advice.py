@@ -74,12 +74,17 @@ def _delivery(servers: Sequence[ServerProbe]) -> Iterator[Advice]:
         if server.told["vmm"] is None or delivery["chosen"] == "virtqueue":
             continue
         where = f"the guest of {socket_of(server.control)}"
+        remedy = "a device that passes VIRTIO_FS_F_NOTIFICATION (docs/guest.md), where that matters"
+        if "--delivery" in delivery["missing"]:
+            remedy = "serve with --delivery=auto, where that matters"
+        elif "--tag" in delivery["missing"]:
+            remedy = "serve with --tag=TAG, and take a device that passes the queue (docs/guest.md)"
         if delivery["chosen"] == "parked":
             yield Advice(
                 "delivery",
                 f"{where} gets its events by parked requests: {delivery['missing']}",
                 "nothing is missing, but up to an eighth of its request queue is taken by them",
-                "a device that passes VIRTIO_FS_F_NOTIFICATION (docs/guest.md), where that matters",
+                remedy,
             )
         else:
             yield Advice(

@@ -207,7 +207,8 @@ def _vmm(vmm: Mapping[str, Any] | None, max_queues: int, painter: _Painter) -> I
     if vmm is None:
         yield from painter.value("VMM", "none is connected")
         return
-    memory = f"{vmm['memory_bytes'] >> 20} MiB in {vmm['memory_regions']} regions"
+    count = vmm["memory_regions"]
+    memory = f"{vmm['memory_bytes'] >> 20} MiB in {count} region{'' if count == 1 else 's'}"
     yield from painter.value("VMM", f"{vmm['state']}, {memory}, up to {max_queues} queues")
     yield from _pairs("virtio features", vmm["features_offered"], vmm["features_acked"], "acked", painter)
     offered, acked = vmm["protocol_features_offered"], vmm["protocol_features_acked"]

@@ -427,7 +427,8 @@ def _event_options(args: argparse.Namespace, equipment: Equipment) -> list[str]:
         return []
     if equipment.events_missing:
         return ["--events=off"]
-    return [f"--events={args.events}", f"--delivery={equipment.delivery.value}"]
+    # As it was asked for: so the server names what is missing, and it is not our choice of an option.
+    return [f"--events={args.events}", f"--delivery={args.delivery}"]
 
 
 def _machine(
