@@ -44,6 +44,7 @@ class Results:
     versions: Mapping[str, str]
     commands: Mapping[str, str]
     rounds: int
+    load: tuple[float, float]  # of the machine, before and after
     points: Sequence[Point]
     start: Mapping[str, StartUp]
     memory: Memory | None = None
@@ -126,6 +127,14 @@ def _machine() -> str:
     return f"{cores} cores of {model}, {memory_gib:.0f} GiB, Linux {os.uname().release}"
 
 
+def _load(load: tuple[float, float]) -> str:
+    before, after = load
+    text = f"Load average before and after: {before:.1f} and {after:.1f}"
+    if before > 1:
+        text += ": **the machine had other work**, so figures at depth 1, percentiles and rates are too low"
+    return f"{text}."
+
+
 def _summary(lines: Sequence[Line]) -> list[str]:
     text = []
     for peer, goal, all_goal in ((C, GOAL_MEDIAN, GOAL_C), (RUST, GOAL_RUST, GOAL_RUST)):
@@ -196,7 +205,7 @@ def write(results: Results, template: Path, target: Path) -> None:
     commands = [f"    {name}: {command}" for name, command in results.commands.items()]
     versions = "; ".join(f"{name} {version}" for name, version in results.versions.items())
     filled = {
-        "when": f"{results.date}, {_machine()}. {versions}. {results.rounds} rounds, medians.",
+        "when": f"{results.date}, {_machine()}. {versions}. {results.rounds} rounds, medians. {_load(results.load)}",
         "command": f"    {results.command}",
         "commands": "\n".join(commands),
         "summary": "\n".join(_summary(lines)),

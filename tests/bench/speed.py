@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = _peers(given)
     library = build_library(cache_root() / "bench")
     points: list[report.Point] = []
+    load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="vhostfs-bench-files-", dir=given.directory) as files:
         place = Path(files)
         prepare(place)
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         versions={peer.name: peer.version for peer in peers},
         commands={peer.name: peer.shown() for peer in peers},
         rounds=given.rounds,
+        load=(load_before, os.getloadavg()[0]),
         points=points,
         start=start,
         memory=memory,
