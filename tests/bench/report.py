@@ -204,8 +204,9 @@ def write(results: Results, template: Path, target: Path) -> None:
     lines = lines_of(results.points)
     commands = [f"    {name}: {command}" for name, command in results.commands.items()]
     versions = "; ".join(f"{name} {version}" for name, version in results.versions.items())
+    how = f"{results.rounds} rounds, medians. {_load(results.load)}"
     filled = {
-        "when": f"{results.date}, {_machine()}. {versions}. {results.rounds} rounds, medians. {_load(results.load)}",
+        "when": f"{results.date}, {_machine()}. {versions}. {how}",
         "command": f"    {results.command}",
         "commands": "\n".join(commands),
         "summary": "\n".join(_summary(lines)),
