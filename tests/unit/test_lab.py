@@ -193,7 +193,7 @@ def result() -> ExperimentResult:
     return ExperimentResult(experiment, "ring", tuple(cells))
 
 
-HERE = Circumstances("2026-01-01", "0.1", "6.1", 2, "vhostfs lab one.toml")
+HERE = Circumstances("2026-01-01", "0.1", "6.1", 2, 0.5, "vhostfs lab one.toml")
 
 
 def test_the_table_for_people_has_a_line_for_each_cell() -> None:

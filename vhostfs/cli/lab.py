@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LabError(f"--output={args.output}: {error.strerror}") from None
-    started_s = time.time()
+    started_s, busy = time.time(), os.getloadavg()[0]
     results = [_run(experiment, args) for experiment in experiments]
-    _report(results, args, started_s)
+    _report(results, args, started_s, busy)
     return int(any(cell.trouble for result in results for cell in result.cells))
 
 
@@ -142,7 +142,7 @@ def _print(result: ExperimentResult) -> None:
     print(flush=True)
 
 
-def _report(results: list[ExperimentResult], args: argparse.Namespace, started_s: float) -> None:
+def _report(results: list[ExperimentResult], args: argparse.Namespace, started_s: float, busy: float) -> None:
     from ..lab.report import Circumstances, html_text, json_text
 
     words = [
@@ -154,6 +154,7 @@ def _report(results: list[ExperimentResult], args: argparse.Namespace, started_s
         vhostfs=__version__,
         kernel=platform.release(),
         processors=os.cpu_count() or 1,
+        load=round(max(busy, os.getloadavg()[0]), 1),
         command=f"vhostfs lab {shlex.join(words)}",
     )
     if args.json:

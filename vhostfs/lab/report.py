@@ -25,12 +25,14 @@ class Circumstances:
     vhostfs: str
     kernel: str
     processors: int
+    load: float
+    """The larger load average of its beginning and its end: figures of a busy machine are no measure."""
     command: str
 
     def __str__(self) -> str:
         return (
-            f"vhostfs {self.vhostfs} on Linux {self.kernel}, {self.processors} processors, {self.when}: "
-            f"{self.command}"
+            f"vhostfs {self.vhostfs} on Linux {self.kernel}, {self.processors} processors "
+            f"(load {self.load:.1f}), {self.when}: {self.command}"
         )
 
 
@@ -70,7 +72,7 @@ def json_text(results: Iterable[ExperimentResult], circumstances: Circumstances)
         "format": FORMAT,
         "circumstances": {
             name: getattr(circumstances, name)
-            for name in ("when", "vhostfs", "kernel", "processors", "command")
+            for name in ("when", "vhostfs", "kernel", "processors", "load", "command")
         },
         "experiments": [_experiment(result) for result in results],
     }

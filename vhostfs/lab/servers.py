@@ -5,6 +5,7 @@ Specification: docs/lab.md; docs/events.md, "The control socket"."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,5 +61,9 @@ class LabServer:
 
     def _cpu_s(self) -> float:
         # The first number: time on a processor, in nanoseconds; utime and stime are too coarse here.
-        tasks = Path(f"/proc/{self._server.process.pid}/task").glob("*/schedstat")
-        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+        spent_ns = 0
+        for task in Path(f"/proc/{self._server.process.pid}/task").glob("*/schedstat"):
+            # Threads of the queues of the cell before may be ending.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                spent_ns += int(task.read_text().split()[0])
+        return spent_ns / 1e9
