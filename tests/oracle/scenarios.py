@@ -450,6 +450,78 @@ _TEXTS = {
         unwatch again
         write d/f
     """,
+    "a directory that goes where nobody looks, behind its own events": """
+        mkdir d
+        mkdir u
+        mkdir d/s
+        file d/s/x
+        watch d d CHANGES
+        watch s d/s ALL
+        rename d/s u/s
+        rename u/s/x u/x
+        rmdir u/s
+        chmod d
+    """,
+    "a directory that changes, moves and is removed": """
+        mkdir u
+        mkdir u/s
+        mkdir u/s/x
+        mkdir u/t
+        watch s u/s CHANGES
+        chmod u/s
+        rmdir u/s/x
+        exchange u/s u/t
+        rmdir u/t
+    """,
+    "a directory that changes and is replaced": """
+        mkdir u
+        mkdir u/s
+        mkdir u/t
+        watch s u/s CHANGES
+        chmod u/s
+        rename u/t u/s
+    """,
+    "renames of one name, one right after the other": """
+        mkdir d
+        mkdir e
+        mkdir u
+        file d/a
+        file u/b
+        watch d d MOVED_FROM
+        watch e e MOVED_TO
+        exchange d/a u/b
+        rename d/a e/c
+    """,
+    "a name that goes from hand to hand while it is written": """
+        mkdir d
+        mkdir u
+        file d/a
+        link d/a u/a
+        watch d d ALL
+        watch a d/a ALL
+        write d/a
+        file d/.tmp
+        write d/.tmp
+        rename d/.tmp d/a
+        write d/a
+        rename u/a d/a
+        write d/a
+        file d/.tmp
+        rename d/.tmp d/a
+        allocate d/a
+    """,
+    "a file that was opened by a name that is gone": """
+        mkdir d
+        mkdir u
+        file d/a
+        watch a d/a OPEN|MODIFY|ATTRIB
+        open 1 d/a
+        link d/a u/a
+        unlink d/a
+        unlink u/a
+        put 1
+        chmod d
+    """,
 }
 
 SCENARIOS: dict[str, Script] = {name: parse(text) for name, text in _TEXTS.items()}
