@@ -27,9 +27,8 @@ from .fsnotify import (
     negotiate_events,
     refused,
 )
+from .guest_log import GuestLog
 from .init import SessionOptions, negotiate
-
-_log = logging.getLogger("vhostfs.fuse")
 
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
@@ -99,6 +98,7 @@ class Operations:
 
         when_mounted: told of each session, on its thread, before the guest is.
         """
+        self._log = GuestLog(logging.getLogger("vhostfs.fuse"))
         self._tree = tree
         self._options = options
         self._readonly = readonly
@@ -124,11 +124,11 @@ class Operations:
         try:
             offer = InitIn.unpack(request.args)
         except ValueError as error:
-            _log.warning("%s", error)
+            self._log.say(logging.WARNING, str(error))
             raise OSError(errno.EINVAL, "FUSE_INIT") from None
         answer = negotiate(offer, self._options)
         for note in answer.notes:
-            _log.info("%s", note)
+            self._log.say(logging.INFO, note)
         if answer.error:
             raise OSError(answer.error, "FUSE_INIT")
         if answer.max_write_bytes:
@@ -136,7 +136,7 @@ class Operations:
             self._events_are_missed = self._event_abilities is not None
             self._tree.start_session(answer.reply.flags, answer.max_write_bytes)
             self.session = AgreedSession(offer, answer.reply)
-            _log.info("guest mounted the share (FUSE 7.%d)", offer.minor)
+            self._log.say(logging.INFO, f"guest mounted the share (FUSE 7.{offer.minor})")
             if self._when_mounted is not None:
                 self._when_mounted(self.session)
         return answer.reply.pack()
@@ -144,7 +144,7 @@ class Operations:
     def destroy(self, request: Request) -> bytes:
         """The guest unmounted: what it held is forgotten."""
         self.end_session()
-        _log.info("guest unmounted the share")
+        self._log.say(logging.INFO, "guest unmounted the share")
         return b""
 
     def end_session(self) -> None:
@@ -179,7 +179,7 @@ class Operations:
             room = f"it has room for {request.reply_room_bytes} bytes of the answer, which has {len(reply)}"
             raise self._refusal(refused(offer, errno.EINVAL, room))
         for line in (answer.note, *answer.reductions):
-            _log.info("%s", line)
+            self._log.say(logging.INFO, line)
         # Without a way for events to travel none are made.
         if answer.reply.flags & TRANSPORTS:
             size_bytes = answer.reply.notify_buf_size_bytes
@@ -206,7 +206,7 @@ class Operations:
         """One line when the session goes on and nothing was said about its events: its driver knows none."""
         if self.session is session and self.event_answer is None and not self._event_refusal_said:
             self._events_are_missed = False
-            _log.info("%s", log_line(*self.delivery))
+            self._log.say(logging.INFO, log_line(*self.delivery))
 
     def _refusal(self, answer: FsnotifyAnswer) -> OSError:
         self.event_refusal = self.event_refusal or answer
@@ -216,13 +216,14 @@ class Operations:
     def _say_refused(self, note: str) -> None:
         """Once in a session: a guest may go on offering nonsense for ever."""
         if not self._event_refusal_said:
-            _log.warning("events for the guest: %s", note)
+            self._log.say(logging.WARNING, f"events for the guest: {note}")
             self._event_refusal_said = True
 
     def _say_unasked(self) -> None:
         """Of a session that was too short for say_if_silent()."""
         if self._events_are_missed:
-            _log.info("events for the guest: there were none: its driver never asked for them")
+            text = "events for the guest: there were none: its driver never asked for them"
+            self._log.say(logging.INFO, text)
 
     def ioctl(self, request: Request) -> bytes:
         """Attribute flags and project ids of files; anything else is for devices, which the guest has."""
