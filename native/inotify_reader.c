@@ -204,20 +204,30 @@ static struct inotify_event *own_record(struct vf_inotify_reader *reader,
 					const struct vf_inode *known, bool certain,
 					struct places *objects)
 {
+	const struct inotify_event *before = record;
 	struct inotify_event *own;
 	uint32_t at = reader->end;
 
 	if (!record_at(reader, at) && known && tells_itself(reader, known, record))
 		read_more(reader, 1000000);
+	/* What follows at once says it better than what the name means by now. */
+	if (!certain && suits(reader, record, known, certain) &&
+	    (own = own_record_at(reader, at, record, objects)))
+		return own;
 	for (uint32_t i = 0; known && i < MAX_BEFORE_OWN && record_at(reader, at); i++) {
-		own = own_record_at(reader, at, record, objects);
+		/* Behind another of the same event with a name it is that one's. */
+		bool others = before != record && before->len &&
+			      !((before->mask ^ record->mask) & (EVENTS | IN_ISDIR));
+
+		own = others ? NULL : own_record_at(reader, at, record, objects);
 		if (own && has(objects, known))
 			return own;
 		put(reader->events, objects);
 		objects->n = 0;
-		at = record_end(at, record_at(reader, at));
+		before = record_at(reader, at);
+		at = record_end(at, before);
 	}
-	if (!suits(reader, record, known, certain))
+	if (!certain || !suits(reader, record, known, certain))
 		return NULL;
 	return own_record_at(reader, reader->end, record, objects);
 }

@@ -63,15 +63,17 @@ class RingGuest:
 
     def look(self, path: str) -> tuple[Key, bool]:
         """Looks up each component; the object, and whether it is a directory. Raises OSError."""
-        at, is_dir = self._root, True
+        at, is_dir, is_link = self._root, True, False
         for part in path.split("/"):
             if part == ".":
                 continue
+            if is_link:
+                raise FileNotFoundError(errno.ENOENT, "a symlink of a script leads nowhere", path)
             entry = self._fs.lookup(at[0], part)
             found = entry.nodeid, entry.generation
             self._counts[found] = self._counts.get(found, 0) + 1
             self._places[found] = at, part.encode()
-            at, is_dir = found, stat.S_ISDIR(entry.attr.mode)
+            at, is_dir, is_link = found, stat.S_ISDIR(entry.attr.mode), stat.S_ISLNK(entry.attr.mode)
         return at, is_dir
 
     def forget(self) -> None:

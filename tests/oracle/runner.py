@@ -23,12 +23,12 @@ class Source:
 
     name: str
     options: tuple[str, ...]
-    inotify_alone: bool = False
-    """It knows what Linux keeps in inotify's queue, and nothing else."""
+    halves_by_inotify: bool = False
+    """Of the halves of renames it knows what Linux keeps in inotify's queue, and nothing else."""
 
     @property
     def compare(self) -> Compare:
-        return differences_from_inotify if self.inotify_alone else differences
+        return differences_from_inotify if self.halves_by_inotify else differences
 
 
 SOURCES = {
@@ -36,9 +36,9 @@ SOURCES = {
     for source in (
         Source("fanotify:filesystem", ("--events=fanotify:filesystem",)),
         Source("fanotify:inodes", ("--events=fanotify:inodes",)),
-        Source("inotify", ("--events=inotify",), inotify_alone=True),
-        Source("filesystem-no-rename", ("--events=fanotify:filesystem", "--no-fan-rename")),
-        Source("inodes-no-rename", ("--events=fanotify:inodes", "--no-fan-rename")),
+        Source("inotify", ("--events=inotify",), halves_by_inotify=True),
+        Source("filesystem-no-rename", ("--events=fanotify:filesystem", "--no-fan-rename"), True),
+        Source("inodes-no-rename", ("--events=fanotify:inodes", "--no-fan-rename"), True),
     )
 }
 """By what the command line calls them."""
