@@ -530,7 +530,10 @@ struct candidates {
 
 static bool is_used_up(const struct fact *fact)
 {
-	return fact->past || !(fact->mask & EVENTS & ~fact->used);
+	/* What had the name before may leave it behind what comes: two names are exchanged. */
+	uint64_t events = fact->past ? ARRIVALS | DEPARTURES : EVENTS;
+
+	return !(fact->mask & events & ~fact->used);
 }
 
 static void unlink_fact(struct generation *g, uint32_t bucket, struct fact **link)
@@ -569,13 +572,13 @@ static void look(struct vf_order *order, struct generation *g, uint32_t bucket, 
 		else
 			compared++;
 		link = &fact->next;
-		if (!(fact->mask & event) || (fact->past && !(event & ARRIVALS)))
+		if (!(fact->mask & event) || (fact->past && !(event & (ARRIVALS | DEPARTURES))))
 			continue;
 		set_said(order, fact, event);
 		c->any = fact;
 		if (fact->told && !c->told)
 			c->told = fact;
-		if (fact->past || (fact->used & event))
+		if ((fact->past && !(event & DEPARTURES)) || (fact->used & event))
 			continue;
 		if (!c->unused)
 			c->unused = fact;
