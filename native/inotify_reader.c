@@ -359,8 +359,7 @@ static bool is_last_link(struct vf_inotify_reader *reader, const struct inotify_
 			 struct vf_inode *inode)
 {
 	return (vf_watch_mask(reader->events->watches, inode) & VF_FS_DELETE_SELF) &&
-	       vf_events_is_gone(reader->events, inode) &&
-	       !has_more_links(reader, record, inode);
+	       vf_events_is_gone(reader->events, inode) && !has_more_links(reader, record, inode);
 }
 
 static void take_own_event(struct vf_inotify_reader *reader, const struct inotify_event *record,

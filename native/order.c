@@ -65,9 +65,9 @@ struct fact {
 	uint64_t picked; /* when it was last used; 0: not yet */
 	uint64_t number; /* in the order of fanotify */
 	int32_t pid;
-	bool silent;   /* our own doing, or reported already */
-	bool told;     /* with its other half, before inotify said this one */
-	bool past;     /* of an object that had the name before the one that has it now */
+	bool silent; /* our own doing, or reported already */
+	bool told;   /* with its other half, before inotify said this one */
+	bool past;   /* of an object that had the name before the one that has it now */
 	bool not_its_end;
 	bool itself;   /* of what happened to the object itself, which is also in nodeid */
 	bool deferred; /* not inotify's to tell: it waits in a list, not in a generation */
@@ -823,8 +823,7 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 				     (bits_of(order, change.child) & VF_FS_DELETE_SELF);
 	}
 	if (!fact || fact->silent ||
-	    !(((change.mask & VF_FS_MOVED_FROM) &&
-	       report_by_fact(order, &change, fact->second)) ||
+	    !(((change.mask & VF_FS_MOVED_FROM) && report_by_fact(order, &change, fact->second)) ||
 	      ((change.mask & VF_FS_MOVED_TO) && report_with_half(order, &change, fact->half))))
 		report(order, &change, 1, fact && fact->silent);
 	if (held)
