@@ -340,6 +340,15 @@ int vf_umount_detach(const char *target);
 int vf_keep_capabilities(uint64_t mask);
 /* Effective capabilities of this thread. */
 uint64_t vf_effective_capabilities(void);
+/* This signal comes when the parent ends; a change of ids undoes it (PR_SET_PDEATHSIG(2const)). */
+int vf_die_with_parent(int signal_number);
+/*
+ * Whether the object behind any descriptor has a file handle: 0, or why not.
+ * for_events: one that need not lead back to it, as fanotify reports it.
+ */
+int vf_encode_handle(int fd, bool for_events);
+/* An O_PATH descriptor of the object behind fd, by its handle; mount_fd: open for reading. */
+int vf_open_by_own_handle(int fd, int mount_fd);
 /*
  * Loads a seccomp filter into all threads of the process by libseccomp:
  * the named system calls are allowed, every other one kills the process

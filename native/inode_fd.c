@@ -90,6 +90,24 @@ int handle_of(int dir_fd, const char *name, int flags, struct handle *handle)
 	return handle->size && handle->size <= HANDLE_MAX ? 0 : -EOPNOTSUPP;
 }
 
+int vf_encode_handle(int fd, bool for_events)
+{
+	struct handle handle;
+
+	return handle_of(fd, "", AT_EMPTY_PATH | (for_events ? VF_AT_HANDLE_FID : 0), &handle);
+}
+
+int vf_open_by_own_handle(int fd, int mount_fd)
+{
+	struct handle handle;
+	int error = handle_of(fd, "", AT_EMPTY_PATH, &handle);
+
+	if (error)
+		return error;
+	fd = open_by_handle_at(mount_fd, (void *)&handle, O_PATH | O_CLOEXEC);
+	return fd < 0 ? -errno : fd;
+}
+
 static bool fits_inline(const struct handle *handle)
 {
 	return handle->size <= HANDLE_INLINE && handle->type >= 0 && handle->type < UINT8_MAX;

@@ -90,6 +90,11 @@ int vf_keep_capabilities(uint64_t mask)
 	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -errno : 0;
 }
 
+int vf_die_with_parent(int signal_number)
+{
+	return prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) ? -errno : 0;
+}
+
 int vf_fanotify_init(uint32_t flags, uint32_t event_f_flags)
 {
 	int fd = fanotify_init(flags, event_f_flags);

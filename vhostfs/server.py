@@ -14,7 +14,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import uvloop
@@ -35,6 +34,7 @@ from .fuse.fsnotify import (
 from .fuse.init import SessionOptions
 from .fuse.operations import AgreedSession, Operations
 from .fuse.upcalls import Upcalls
+from .record import Record
 from .share.native_share import Share
 from .share.options import EventsMode
 from .vhost_user.device import DeviceOptions
@@ -58,8 +58,7 @@ GRACE_S = 10.0
 STUCK_EXIT_STATUS = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EventOptions:
+class EventOptions(Record, kw_only=True):
     """Events that the share has begun to read, as far as a guest and people are concerned.
 
     proc_fd_dir, root: /proc/self/fd (the caller's) and the share's root in this process's view, by which
@@ -84,8 +83,7 @@ class EventOptions:
     """Why not, where --cache=coherent was asked for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerOptions:
+class ServerOptions(Record, kw_only=True):
     """What one server offers.
 
     shared_dir, sandbox: for people. tag: for a VMM that fetches the configuration space; None: the VMM has
@@ -102,8 +100,7 @@ class ServerOptions:
     events: EventOptions | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlOptions:
+class ControlOptions(Record, kw_only=True):
     """Where people and programs ask a running server: a socket that listens already, the caller's.
 
     allowed_uids: of whoever may ask, as this process sees them.

@@ -9,7 +9,6 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +36,7 @@ from vhostfs.events.records import EventFate, EventsStats, EventTrace
 from vhostfs.fuse.abi import InitIn, InitOut
 from vhostfs.fuse.fsnotify import Delivery, FsnotifyAnswer, FsnotifyInitIn, FsnotifyInitOut
 from vhostfs.fuse.operations import AgreedSession
+from vhostfs.record import replace
 from vhostfs.share.native_share import ShareStats
 from vhostfs.vhost_user.device import Device, DeviceOptions
 from vhostfs.vhost_user.messages import MemoryRegion

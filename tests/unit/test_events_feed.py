@@ -10,7 +10,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from vhostfs.events.feed import TURN, EventFeed, SeenEvent
 from vhostfs.events.masks import FsEvent
 from vhostfs.events.paths import KEPT_S, MAX_KEPT, NodePaths
 from vhostfs.events.records import LATENCY_BUCKETS, EventFate, EventsStats, EventTrace
+from vhostfs.record import replace
 
 TRACE = EventTrace(
     time_ns=0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -24,6 +23,7 @@ from vhostfs.fuse.fsnotify import (
     FsnotifyInitOut,
     negotiate_events,
 )
+from vhostfs.record import replace
 
 ALL = int(DELIVERABLE)
 U32 = st.integers(0, 0xFFFFFFFF)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 
 import pytest
@@ -12,9 +11,10 @@ from hypothesis import strategies as st
 
 from vhostfs.fuse.abi import InitFlag, InitIn
 from vhostfs.fuse.init import MAX_WRITE_BYTES, SessionOptions, negotiate, wanted_flags
+from vhostfs.record import field_names
 
 EVERYTHING = (1 << 64) - 1
-NAMES = [field.name for field in dataclasses.fields(SessionOptions)]
+NAMES = field_names(SessionOptions)
 options = st.builds(SessionOptions, **{name: st.booleans() for name in NAMES})
 
 NEVER = (

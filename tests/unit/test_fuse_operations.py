@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from vhostfs.fuse.abi import Opcode
 from vhostfs.fuse.fsnotify import NO_NOTIFICATION_QUEUE, Delivery, EventAbilities, FsnotifyFlag
 from vhostfs.fuse.init import SessionOptions
 from vhostfs.fuse.operations import EVENTS_OFF, NOT_ASKED, NOT_MOUNTED, AgreedSession, Operations
+from vhostfs.record import replace
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import cast
 
 import pytest
 
-from vhostfs.fuse.abi import Opcode
+from vhostfs.frontend import Opcode
 from vhostfs.fuse.operations import Operation, Request
 from vhostfs.fuse.upcalls import TURN, Upcalls
 from vhostfs.share.native_share import Share, Upcall

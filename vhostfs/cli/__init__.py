@@ -11,15 +11,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from .. import __version__
 from ..errors import UserError
+from ..record import Record
 from .parser import Parser, UsageError, nearest
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(Record):
     """A command; its module has add_arguments(parser) and run(args) -> exit status."""
 
     name: str

@@ -12,9 +12,9 @@ import os
 import socket
 import stat
 import time
-from dataclasses import dataclass
 
 from ..errors import UserError
+from ..record import Record
 
 # sockaddr_un.sun_path is 108 bytes with its NUL.
 SOCKET_PATH_MAX_BYTES = 107
@@ -27,8 +27,7 @@ class ListenError(UserError):
     """A socket that cannot be listened on; the text says what is in the way."""
 
 
-@dataclass(slots=True)
-class Listener:
+class Listener(Record):
     """A stream socket, listening or about to, and, when it was made here, the files to remove at the end."""
 
     socket: socket.socket

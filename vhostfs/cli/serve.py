@@ -114,7 +114,6 @@ def _serve(
     os.environ["UV_USE_IO_URING"] = "0"
     # Everything that serving will ever need is imported here: enter_sandbox ends imports.
     import concurrent.futures.thread  # noqa: F401 (asyncio looks it up when the first thread is wanted)
-    import encodings.idna  # noqa: F401 (socket's, for any address)
 
     from ..events.coherence import settle_coherence
     from ..events.kernel import LesserKernel

@@ -6,12 +6,12 @@ Specification: docs/migrating-from-virtiofsd.md (the option table)."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
 from ..fuse.forced import KEYS, parse_pair
+from ..record import field_names
 from ..share.capabilities import parse_modcaps
 from ..share.idmap import parse_namespace_range, parse_translation
 from ..share.options import (
@@ -66,7 +66,7 @@ _LOG_LEVEL = choice(
     {level.value: level for level in LogLevel}, hidden={"err": LogLevel.ERROR, "warning": LogLevel.WARN}
 )
 
-_FIELDS = frozenset(field.name for field in dataclasses.fields(ServeOptions))
+_FIELDS = frozenset(field_names(ServeOptions))
 
 
 class _DebugFlag(argparse.Action):

@@ -6,7 +6,6 @@ Specification: docs/caps.md, "A running server"."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
@@ -14,12 +13,12 @@ from ..caps import names
 from ..fuse.abi import KERNEL_VERSION
 from ..fuse.fsnotify import REDUCTION, Delivery, FsnotifyAnswer, FsnotifyFlag, delivery_of
 from ..fuse.operations import AgreedSession
+from ..record import Record
 from ..vhost_user.device import Negotiated, queue_role
 from ..virtio.config import FsConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NegotiatedState:
+class NegotiatedState(Record, kw_only=True):
     """Everything that is told, at one moment; None: not (yet) there.
 
     shared_dir, sandbox, source and reason as the server was started or has moved; host_mask: FS_* bits of

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
 from ..events.records import EventFate
+from ..record import Record
 
 PROTOCOL_VERSION = 1
 MAX_LINE_BYTES = 4096
@@ -24,20 +24,17 @@ MAX_WAITING_BYTES = 1 << 20
 FATES: Mapping[str, EventFate] = {fate.name.lower(): fate for fate in EventFate}
 
 
-@dataclass(frozen=True, slots=True)
-class StatsCommand:
+class StatsCommand(Record):
     """{"command": "stats"}: one object with everything that is counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class WatchCommand:
+class WatchCommand(Record):
     """{"command": "watch"}: an object for each event, until the client leaves; fates: only these."""
 
     fates: frozenset[EventFate]
 
 
-@dataclass(frozen=True, slots=True)
-class NegotiatedCommand:
+class NegotiatedCommand(Record):
     """{"command": "negotiated"}: one object with what server, VMM and guest have agreed on."""
 
 

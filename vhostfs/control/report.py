@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import __version__
@@ -15,6 +14,7 @@ from ..events.feed import SeenEvent
 from ..events.masks import FsEvent, event_names
 from ..events.records import COUNTERS, EventsStats
 from ..fuse.fsnotify import Delivery, FsnotifyAnswer, flag_list
+from ..record import Record, as_dict
 from ..share.native_share import ShareStats
 from ..vhost_user.device import Negotiated
 from ..vhost_user.messages import ProtocolFeature
@@ -50,8 +50,7 @@ def utc_text(time_ns: int) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest_ns // 1000:06d}Z"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerState:
+class ServerState(Record, kw_only=True):
     """Everything that statistics are made of, at one moment."""
 
     uptime_s: float
@@ -71,7 +70,7 @@ def stats_message(state: ServerState) -> dict[str, Any]:
     return {
         "type": "stats",
         "server": {"version": __version__, "uptime_s": round(state.uptime_s, 3), "tag": state.tag},
-        "share": asdict(state.share),
+        "share": as_dict(state.share),
         "events": {
             "source": state.source,
             "reason": state.reason,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 
+from ..record import replace
 from ..share.options import EventsMode
 from .source import EventSource
 

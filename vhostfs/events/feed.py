@@ -9,9 +9,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
+from ..record import Record
 from .masks import FsEvent
 from .paths import NodePaths
 from .records import EventTrace
@@ -33,8 +33,7 @@ class EventRecords(Protocol):
     def next_event_notice(self) -> str | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class SeenEvent:
+class SeenEvent(Record):
     """A record, and the path of its nodeid; None: it has none, or the event belongs to no node."""
 
     trace: EventTrace

@@ -6,7 +6,8 @@ Specification: native/api.h, "events"."""
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+from ..record import Record, field_names
 
 LATENCY_BUCKETS = 24
 
@@ -18,8 +19,7 @@ class NativeSource(enum.IntEnum):
     INOTIFY = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EventsConfig:
+class EventsConfig(Record, kw_only=True):
     """struct vf_events_config; the descriptors (-1: none) are handed over."""
 
     source: NativeSource
@@ -61,8 +61,7 @@ _REASONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class EventTrace:
+class EventTrace(Record):
     """struct vf_event_trace. name: as bytes, for it need not be text."""
 
     time_ns: int  # CLOCK_REALTIME
@@ -76,8 +75,7 @@ class EventTrace:
     name: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EventsStats:
+class EventsStats(Record, kw_only=True):
     """struct vf_events_stats. latency[i]: how many took less than 2**i us, and at least half of that."""
 
     received: int = 0
@@ -112,5 +110,5 @@ class EventsStats:
         return 1 << (len(self.latency) - 1)
 
 
-COUNTERS = tuple(name for name in EventsStats.__dataclass_fields__ if name != "latency")
+COUNTERS = tuple(name for name in field_names(EventsStats) if name != "latency")
 """The single numbers of EventsStats, in the order of the C struct."""

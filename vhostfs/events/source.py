@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..errors import UserError
+from ..record import Record, replace
 from ..share.options import EventsMode
 from .masks import DELIVERABLE, INOTIFY_EVENTS, FsEvent
 
@@ -63,8 +63,7 @@ class Kernel(Protocol):
     def close(self, fd: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class EventSource:
+class EventSource(Record):
     """An open group and what it can do; the descriptor is the owner's to close or hand on."""
 
     mode: EventsMode  # FANOTIFY_FILESYSTEM, FANOTIFY_INODES or INOTIFY

@@ -6,9 +6,9 @@ Specification: docs/lab.md, "What can be forced"."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
 
 from ..events.masks import FsEvent
+from ..record import Record, as_dict, replace
 from .fsnotify import (
     FSNOTIFY_INIT_OUT_BYTES,
     FSNOTIFY_MAJOR,
@@ -26,8 +26,7 @@ _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forced:
+class Forced(Record, kw_only=True):
     """What a server says and does in an experiment. Sizes are in bytes."""
 
     flags_off: FsnotifyFlag = _NO_FLAGS
@@ -135,6 +134,6 @@ def forced(pairs: Iterable[tuple[str, int]]) -> Forced:
     for key, flag in FLAG_KEYS.items():
         if not values.pop(key, 1):
             flags_off |= flag
-    kinds = {field.name: field.type for field in fields(Forced)}
-    given = {key: bool(value) if kinds[key] == "bool" else value for key, value in values.items()}
-    return Forced(flags_off=flags_off, **given)  # type: ignore[arg-type]
+    usual = as_dict(Forced())
+    given = {key: bool(value) if isinstance(usual[key], bool) else value for key, value in values.items()}
+    return replace(Forced(flags_off=flags_off), **given)

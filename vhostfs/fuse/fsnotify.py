@@ -11,9 +11,10 @@ import enum
 import errno
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ..events.masks import DELIVERABLE, event_names
+from ..record import Record
 
 FSNOTIFY_MAJOR = 1
 FSNOTIFY_MINOR = 0
@@ -93,8 +94,7 @@ def delivery_of(flags: int) -> Delivery:
     return Delivery.PARKED if flags & FsnotifyFlag.PARKED else Delivery.NONE
 
 
-@dataclass(frozen=True, slots=True)
-class FsnotifyInitIn:
+class FsnotifyInitIn(Record):
     """What the driver asks for. Of a newer minor, the part that is known here."""
 
     major: int
@@ -121,8 +121,7 @@ class FsnotifyInitIn:
         return cls(major, minor, flags, mask, buf_size)
 
 
-@dataclass(frozen=True, slots=True)
-class FsnotifyInitOut:
+class FsnotifyInitOut(Record):
     """The answer, 40 bytes."""
 
     major: int = FSNOTIFY_MAJOR
@@ -148,8 +147,7 @@ class FsnotifyInitOut:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EventAbilities:
+class EventAbilities(Record, kw_only=True):
     """What the server can do for the session that asks.
 
     flags: granted if wanted, of VIRTQUEUE and PARKED only the first. no_queue, no_parking: why VIRTQUEUE and
@@ -164,7 +162,7 @@ class EventAbilities:
     max_parked: int = 0
     no_queue: str = NO_NOTIFICATION_QUEUE
     no_parking: str = "this server parks no requests"
-    withheld: Mapping[FsnotifyFlag, str] = field(default_factory=dict)
+    withheld: Mapping[FsnotifyFlag, str] = MappingProxyType({})
     major: int = FSNOTIFY_MAJOR
     minor: int = FSNOTIFY_MINOR
     reply_bytes: int = FSNOTIFY_INIT_OUT_BYTES
@@ -175,8 +173,7 @@ class EventAbilities:
         return bool(self.flags & TRANSPORTS)
 
 
-@dataclass(frozen=True, slots=True)
-class FsnotifyAnswer:
+class FsnotifyAnswer(Record):
     """error: 0 or a positive errno, and then reply means nothing. note: one line for the log.
 
     driver_mask: FS_* bits that both sides know, of which elements are made. reductions: what the guest does

@@ -8,8 +8,8 @@ Source: fs/fuse/inode.c (process_init_reply), include/uapi/linux/fuse.h.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 
+from ..record import Record
 from .abi import KERNEL_MINOR_VERSION, KERNEL_VERSION, MIN_MINOR_VERSION, InitFlag, InitIn, InitOut
 
 MAX_WRITE_BYTES = 1 << 20
@@ -17,8 +17,7 @@ PAGE_BYTES = 4096
 MAX_BACKGROUND = 0xFFFF
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionOptions:
+class SessionOptions(Record, kw_only=True):
     """What the server was asked for, as far as FUSE_INIT is concerned."""
 
     posix_lock: bool = True
@@ -36,8 +35,7 @@ class SessionOptions:
     """Symlinks alone: one never changes, what changes is which one a name means."""
 
 
-@dataclass(frozen=True, slots=True)
-class Negotiated:
+class Negotiated(Record):
     """The answer: error (0 or a positive errno), the reply, and lines worth logging.
 
     A session begins only when max_write_bytes is not 0.

@@ -13,9 +13,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
+from ..record import Record
 from .abi import InitIn, InitOut, IoctlIn, Opcode, pack_ioctl
 from .fsnotify import (
     TRANSPORTS,
@@ -74,8 +74,7 @@ NOT_MOUNTED = "the guest has not mounted the share"
 NOT_ASKED = "its driver has not asked for them; the kernel's own does not, vhostfs_virtiofs (qemu/guest) does"
 
 
-@dataclass(frozen=True, slots=True)
-class AgreedSession:
+class AgreedSession(Record):
     """What FUSE_INIT has settled."""
 
     offer: InitIn

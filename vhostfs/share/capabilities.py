@@ -6,7 +6,8 @@ Specification: capabilities(7), linux/capability.h; --modcaps of virtiofsd(1).""
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+from ..record import Record
 
 
 class CapabilityError(ValueError):
@@ -74,8 +75,7 @@ SERVER_CAPABILITIES = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CapabilityChanges:
+class CapabilityChanges(Record):
     """--modcaps: kept besides, or dropped from, the server's own set."""
 
     added: frozenset[Capability] = frozenset()

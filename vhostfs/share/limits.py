@@ -5,13 +5,13 @@ Specification: getrlimit(2), open_by_handle_at(2), --rlimit-nofile and --inode-f
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import resource
-from dataclasses import dataclass
 
+from .._native import lib
 from ..errors import UserError
+from ..record import Record
 from .options import HandleMode
 
 DEFAULT_NOFILE = 1_000_000
@@ -25,10 +25,6 @@ WORKING_INODE_FDS = 32
 
 # How proc_pid_mountinfo(5) writes the characters that separate its fields; the backslash comes last.
 _MOUNTINFO_ESCAPES = (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\"))
-
-_MAX_HANDLE_BYTES = 128  # MAX_HANDLE_SZ
-_AT_EMPTY_PATH = 0x1000
-_AT_HANDLE_FID = 0x200
 
 
 class LimitError(UserError):
@@ -76,8 +72,7 @@ def raise_nofile_limit(wanted: int | None) -> tuple[int, str | None]:
     return limit, f"open files are limited to {limit} (the hard limit); raising it needs CAP_SYS_RESOURCE"
 
 
-@dataclass(frozen=True, slots=True)
-class DescriptorBudget:
+class DescriptorBudget(Record):
     """How the limit is shared out; the parts add up to the limit."""
 
     limit: int
@@ -108,16 +103,7 @@ def split_descriptors(limit: int, handle_mode: HandleMode, threads: int) -> Desc
     return DescriptorBudget(limit, reserve, rest - open_files, open_files)
 
 
-class _FileHandle(ctypes.Structure):
-    _fields_ = (
-        ("handle_bytes", ctypes.c_uint),
-        ("handle_type", ctypes.c_int),
-        ("f_handle", ctypes.c_ubyte * _MAX_HANDLE_BYTES),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class HandleProbe:
+class HandleProbe(Record):
     """Whether the share's root can be named, and opened again, by file handle."""
 
     file_system: str
@@ -149,22 +135,12 @@ def encode_handle(fd: int, *, for_events: bool = False) -> int:
 
     for_events: one that need not lead back to the object (AT_HANDLE_FID, Linux 6.5), as fanotify reports it.
     """
-    flags = _AT_EMPTY_PATH | (_AT_HANDLE_FID if for_events else 0)
-    return _encode(fd, _FileHandle(handle_bytes=_MAX_HANDLE_BYTES), flags)
-
-
-def _encode(fd: int, handle: _FileHandle, flags: int) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    mount_id = ctypes.c_int()
-    if libc.name_to_handle_at(fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), ctypes.c_int(flags)):
-        return ctypes.get_errno()
-    return 0
+    return -lib.vf_encode_handle(fd, for_events)
 
 
 def probe_file_handles(root_fd: int, file_system: str) -> HandleProbe:
     """Tries both calls once on the share's root (any directory descriptor), with this thread's rights."""
-    handle = _FileHandle(handle_bytes=_MAX_HANDLE_BYTES)
-    refusal = _encode(root_fd, handle, _AT_EMPTY_PATH)
+    refusal = encode_handle(root_fd)
     if refusal:
         return HandleProbe(file_system, refusal, 0)
     # The mount is named by a descriptor that must not be O_PATH.
@@ -173,10 +149,9 @@ def probe_file_handles(root_fd: int, file_system: str) -> HandleProbe:
     except OSError as error:
         return HandleProbe(file_system, 0, error.errno or errno.EIO)
     try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        fd = libc.open_by_handle_at(mount_fd, ctypes.byref(handle), os.O_PATH | os.O_CLOEXEC)
+        fd = lib.vf_open_by_own_handle(root_fd, mount_fd)
         if fd < 0:
-            return HandleProbe(file_system, 0, ctypes.get_errno())
+            return HandleProbe(file_system, 0, -fd)
         os.close(fd)
         return HandleProbe(file_system, 0, 0)
     finally:

@@ -8,11 +8,11 @@ Specification: native/api.h.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from .._native import ffi, lib
 from ..events.records import COUNTERS, EventFate, EventsConfig, EventsStats, EventTrace
+from ..record import Record
 from .idmap import IdRule
 from .options import CacheMode, HandleMode
 from .xattrmap import XattrRule
@@ -21,8 +21,7 @@ LOCK_WAITERS = 256
 _NOTICE_BYTES = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShareConfig:
+class ShareConfig(Record, kw_only=True):
     """struct vf_share_config in Python's words; times in seconds."""
 
     root_fd: int
@@ -46,8 +45,7 @@ class ShareConfig:
     xattr_rules: tuple[XattrRule, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ShareStats:
+class ShareStats(Record):
     """struct vf_share_stats."""
 
     inodes: int
@@ -57,8 +55,7 @@ class ShareStats:
     requests: int
 
 
-@dataclass(frozen=True, slots=True)
-class Upcall:
+class Upcall(Record):
     """One request that Python decides; args is a copy. Answer it once, by Share.reply()."""
 
     handle: Any

@@ -9,9 +9,9 @@ import enum
 import errno
 import os
 import stat
-from dataclasses import dataclass
 
 from ..errors import UserError
+from ..record import Record
 from .capabilities import NO_CHANGES, CapabilityChanges
 from .idmap import IdMapError, IdRule, NamespaceRange, check_namespace_ranges, check_translations
 from .xattrmap import XattrRule
@@ -104,8 +104,7 @@ LASTING_TIMEOUT_S = 3600.0
 """With CacheMode.COHERENT, of what the guest is told when it changes: as good as for ever."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
+class ServeOptions(Record, kw_only=True):
     """Everything that one server was asked for. Raises OptionError when the parts do not go together."""
 
     shared_dir: str

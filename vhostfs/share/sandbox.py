@@ -6,7 +6,6 @@ Specification: virtiofsd(1) "SANDBOXING"; namespaces(7), pivot_root(2), capabili
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import linecache
 import logging
@@ -18,13 +17,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from importlib.machinery import BuiltinImporter, FrozenImporter
 from types import TracebackType
 from typing import Any, NoReturn
 
 from .._native import ffi, lib
 from ..errors import UserError
+from ..record import Record
 from .capabilities import SERVER_CAPABILITIES, Capability, capability_mask
 from .idmap import NamespaceRange
 from .options import SandboxMode, SeccompAction, ServeOptions
@@ -32,7 +31,7 @@ from .seccomp import ALLOWED_SYSTEM_CALLS
 
 _log = logging.getLogger("vhostfs.sandbox")
 
-# linux/sched.h, linux/mount.h, linux/prctl.h
+# linux/sched.h, linux/mount.h
 _CLONE_NEWNS = 0x0002_0000
 _CLONE_NEWUSER = 0x1000_0000
 _CLONE_NEWPID = 0x2000_0000
@@ -40,7 +39,6 @@ _CLONE_NEWNET = 0x4000_0000
 _MS_BIND = 0x1000
 _MS_REC = 0x4000
 _MS_SLAVE = 0x8_0000
-_PR_SET_PDEATHSIG = 1
 
 # How long a serving process may take to end after SIGTERM before it is killed: longer than it gives
 # itself (GRACE_S in vhostfs/server.py).
@@ -54,8 +52,7 @@ class SandboxError(UserError):
     """A wall that could not be put up; the text says what was refused and what to try."""
 
 
-@dataclass(frozen=True, slots=True)
-class SandboxedShare:
+class SandboxedShare(Record):
     """What the serving process holds inside; both descriptors are O_PATH directories and its own."""
 
     root_fd: int
@@ -293,7 +290,7 @@ def _fork_supervised(listener_fds: Collection[int], when_ended: Callable[[], Non
 
 def _die_with_parent(alive_fd: int) -> None:
     """Must come after the last change of ids, which undoes it (PR_SET_PDEATHSIG(2const))."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    lib.vf_die_with_parent(signal.SIGKILL)
     if select.select([alive_fd], [], [], 0)[0]:
         os._exit(1)  # the parent was gone before it could be followed
     os.close(alive_fd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device state machine asks of the world around it: one frozen dataclass for each kind of action.
+"""What the device state machine asks of the world around it: one record for each kind of action.
 
 Must not know who carries them out.
 Specification: device.py, whose output they are.
@@ -8,9 +8,9 @@ Specification: device.py, whose output they are.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import ClassVar
 
+from ..record import Record
 from .messages import MemoryRegion
 
 
@@ -22,8 +22,7 @@ class QueueRole(enum.IntEnum):
     REQUEST = 2
 
 
-@dataclass(frozen=True, slots=True)
-class QueueConfig:
+class QueueConfig(Record):
     """Everything that starting a queue takes. Descriptors are borrowed; -1 stands for none."""
 
     index: int
@@ -40,42 +39,36 @@ class QueueConfig:
     indirect: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(Record):
     """Base of all. After one with is_awaited the machine waits for action_done(result)."""
 
     is_awaited: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, slots=True)
 class SendReply(Action):
     """Bytes for the front end."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
 class CloseFd(Action):
     """This descriptor is no longer used by the machine or by any earlier action."""
 
     fd: int
 
 
-@dataclass(frozen=True, slots=True)
 class LogLine(Action):
     """Something that the person who runs the server should know."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
 class FeaturesAcked(Action):
     """SET_FEATURES was accepted: virtio feature bits, VHOST_USER_F_PROTOCOL_FEATURES included."""
 
     features: int
 
 
-@dataclass(frozen=True, slots=True)
 class ResetDevice(Action):
     """The device was reset: every queue has stopped, the driver starts anew: end its session.
 
@@ -85,7 +78,6 @@ class ResetDevice(Action):
     is_awaited: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, slots=True)
 class MapMemory(Action):
     """Replace the whole memory map; fds[i], borrowed, belongs to regions[i]. Result: 0 or negative errno."""
 
@@ -94,7 +86,6 @@ class MapMemory(Action):
     fds: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class AddRegion(Action):
     """Map one more region; fd is borrowed. Result: 0 or negative errno."""
 
@@ -103,7 +94,6 @@ class AddRegion(Action):
     fd: int
 
 
-@dataclass(frozen=True, slots=True)
 class RemoveRegion(Action):
     """Unmap a region; no running queue has its rings there. Result: 0 or negative errno."""
 
@@ -111,7 +101,6 @@ class RemoveRegion(Action):
     region: MemoryRegion
 
 
-@dataclass(frozen=True, slots=True)
 class StartQueue(Action):
     """Serve a queue. Result: 0 or negative errno."""
 
@@ -119,7 +108,6 @@ class StartQueue(Action):
     config: QueueConfig
 
 
-@dataclass(frozen=True, slots=True)
 class StopQueue(Action):
     """Finish what is under way and stop. Result: next available index (0..65535) or negative errno."""
 
@@ -127,7 +115,6 @@ class StopQueue(Action):
     index: int
 
 
-@dataclass(frozen=True, slots=True)
 class SetCall(Action):
     """Exchange a running queue's interrupt eventfd (-1: none). Result: 0 or negative errno."""
 
@@ -136,7 +123,6 @@ class SetCall(Action):
     fd: int
 
 
-@dataclass(frozen=True, slots=True)
 class SetErr(Action):
     """Exchange a running queue's error eventfd (-1: none). Result: 0 or negative errno."""
 

@@ -38,8 +38,8 @@ import enum
 import errno
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 
+from ..record import Record
 from ..virtio.features import DeviceStatus, VirtioFeature, flag_names
 from .actions import (
     Action,
@@ -132,8 +132,7 @@ _ALLOWED: dict[DeviceState, frozenset[FrontEndRequest]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceOptions:
+class DeviceOptions(Record):
     """What the device offers.
 
     max_queues counts all of them, hiprio included; config is the configuration space ("" : CONFIG is
@@ -164,8 +163,7 @@ class DeviceOptions:
         return features & self.protocol_feature_mask
 
 
-@dataclass(frozen=True, slots=True)
-class Negotiated:
+class Negotiated(Record):
     """What both sides have agreed on so far, for people and tests."""
 
     state: DeviceState

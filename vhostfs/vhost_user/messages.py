@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from ..record import Record
 
 
 class ProtocolError(Exception):
@@ -63,19 +64,6 @@ class FrontEndRequest(enum.IntEnum):
     GET_SHARED_OBJECT = 41
     SET_DEVICE_STATE_FD = 42
     CHECK_DEVICE_STATE = 43
-
-
-class BackEndRequest(enum.IntEnum):
-    """Requests that a back end may send on the channel of SET_BACKEND_REQ_FD."""
-
-    IOTLB_MSG = 1
-    CONFIG_CHANGE_MSG = 2
-    VRING_HOST_NOTIFIER_MSG = 3
-    VRING_CALL = 4
-    VRING_ERR = 5
-    SHARED_OBJECT_ADD = 6
-    SHARED_OBJECT_REMOVE = 7
-    SHARED_OBJECT_LOOKUP = 8
 
 
 class ProtocolFeature(enum.IntFlag):
@@ -136,8 +124,7 @@ VRING_NO_FD = 0x100
 _U64_LIMIT = 1 << 64
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Record):
     """One message's first 12 bytes."""
 
     request: int
@@ -145,28 +132,24 @@ class Header:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Empty:
+class Empty(Record):
     """No payload."""
 
 
-@dataclass(frozen=True, slots=True)
-class U64:
+class U64(Record):
     """A single 64-bit value."""
 
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class VringState:
+class VringState(Record):
     """A vring's index and one number: its size, base, or whether it is enabled."""
 
     index: int
     num: int
 
 
-@dataclass(frozen=True, slots=True)
-class VringAddress:
+class VringAddress(Record):
     """Where a vring lies, in the front end's own addresses."""
 
     index: int
@@ -177,16 +160,14 @@ class VringAddress:
     log: int
 
 
-@dataclass(frozen=True, slots=True)
-class VringFile:
+class VringFile(Record):
     """A vring whose eventfd comes along, unless has_fd is False."""
 
     index: int
     has_fd: bool
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryRegion:
+class MemoryRegion(Record):
     """One region of guest memory: guest physical address, front end's address, offset in its descriptor."""
 
     guest_addr: int
@@ -209,22 +190,19 @@ class MemoryRegion:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryTable:
+class MemoryTable(Record):
     """All regions of guest memory at once."""
 
     regions: tuple[MemoryRegion, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SingleRegion:
+class SingleRegion(Record):
     """One region to add or to remove."""
 
     region: MemoryRegion
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigAccess:
+class ConfigAccess(Record):
     """A part of the configuration space; data has the length that was asked for."""
 
     offset: int
@@ -232,8 +210,7 @@ class ConfigAccess:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Unparsed:
+class Unparsed(Record):
     """The payload of a message that this back end does not serve."""
 
     data: bytes
@@ -244,8 +221,7 @@ Payload = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Record):
     """A whole message: its request number, header flags, payload, and the descriptors that came along."""
 
     request: int
@@ -382,8 +358,7 @@ def _region_fds(payload: Payload) -> range:
     return range(len(payload.regions), len(payload.regions) + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class MessageSpec:
+class MessageSpec(Record):
     """How one front-end request looks.
 
     parse validates the payload; fd_counts are the possible numbers of descriptors; needs is the protocol

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from .messages import MemoryRegion, ProtocolError, VringAddress
 
@@ -60,21 +59,21 @@ ALL_FACTS = (
 )
 
 
-@dataclass(slots=True)
 class Vring:
     """The facts of one vring. Descriptors here are owned by it; NO_FD stands for none."""
 
-    index: int
-    size: int = 0
-    base: int = 0
-    address: VringAddress | None = None
-    kick_fd: int = NO_FD
-    call_fd: int = NO_FD
-    err_fd: int = NO_FD
-    is_enabled: bool = False
-    is_running: bool = False
-    waits_for_memory: bool = False
-    """It ran until a memory message took its place away, and goes on when it is back."""
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.size = 0
+        self.base = 0
+        self.address: VringAddress | None = None
+        self.kick_fd = NO_FD
+        self.call_fd = NO_FD
+        self.err_fd = NO_FD
+        self.is_enabled = False
+        self.is_running = False
+        # It ran until a memory message took its place away, and goes on when it is back.
+        self.waits_for_memory = False
 
     def facts(self, regions: Iterable[MemoryRegion], *, is_negotiated: bool) -> VringFact:
         """What holds, with this guest memory."""

@@ -8,7 +8,8 @@ Specification: virtio 1.3, section 5.11.4.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from ..record import Record
 
 TAG_BYTES = 36
 _LAYOUT = struct.Struct(f"<{TAG_BYTES}sII")
@@ -32,8 +33,7 @@ def encode_tag(tag: str) -> bytes:
     return data
 
 
-@dataclass(frozen=True, slots=True)
-class FsConfig:
+class FsConfig(Record):
     """The whole space; tag is "" when the VMM has its own.
 
     notify_buf_size_bytes exists for the driver only with VIRTIO_FS_F_NOTIFICATION; without it the

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from .._native import ffi, lib
+from ..record import Record
 from ..share.native_share import Share
 from ..vhost_user.actions import QueueConfig
 from ..vhost_user.messages import MemoryRegion
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(Record):
     """Why a queue stopped serving (queue -1: not tied to one); one line."""
 
     queue: int
