@@ -173,6 +173,7 @@ struct vf_events {
 	/* marker.c */
 	pthread_mutex_t marker_lock;
 	uint32_t mark_wishes;
+	bool is_marked;
 	int marker_error; /* the last that people were told of */
 	uint8_t *buffer;  /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
 	/* From the first watch by inotify on; NULL: own changes are told apart otherwise. */

@@ -60,7 +60,7 @@ struct records {
 struct vf_fanotify_move {
 	int next_fd; /* -1 when it is the source's, or was given up */
 	atomic_uint phase;
-	atomic_bool wanted;
+	atomic_bool wanted, markerless;
 	/* MEASURING */
 	uint64_t since_ns, since_cpu_ns, received, elsewhere; /* when the window began */
 	uint64_t spent_ns; /* on what nobody watches, in the busy windows by now */
@@ -73,8 +73,7 @@ struct vf_fanotify_move {
 	atomic_uint_fast64_t marks;
 	/* From the end of MARKING to the report. */
 	struct records first, next;
-	bool lost;		 /* something is, and the guest is told */
-	char reason[MAX_REASON]; /* once MOVED */
+	bool lost; /* something is, and the guest is told */
 };
 
 static uint64_t clock_ns(clockid_t clock)
@@ -450,6 +449,14 @@ bool vf_fanotify_move_report(struct vf_events *events)
 
 /* ---- the move ---------------------------------------------------------------------------- */
 
+static void tell_reason(struct vf_events *events)
+{
+	char reason[MAX_REASON];
+
+	if (vf_fanotify_move_reason(events, reason, sizeof(reason)))
+		vf_events_notice(events, "events: now by %s", reason);
+}
+
 static void become_source(struct vf_events *events)
 {
 	struct epoll_event source = {.events = EPOLLIN, .data.fd = events->move->next_fd};
@@ -474,13 +481,8 @@ static void become_source(struct vf_events *events)
 		vf_watch_share_renew(events);
 		move->lost = true;
 	}
-	snprintf(move->reason, sizeof(move->reason),
-		 "fanotify, marks on watched inodes (the file system is busy: %u"
-		 " events a second that nobody in the guest watches took %u.%u"
-		 "%% of a processor)",
-		 move->a_second, move->permille / 10, move->permille % 10);
 	atomic_store(&move->phase, MOVED);
-	vf_events_notice(events, "events: now by %s", move->reason);
+	tell_reason(events);
 }
 
 static void move_over(struct vf_events *events)
@@ -531,15 +533,21 @@ static void wait_for_need(struct vf_events *events)
 		stay(events, "marks on watched inodes", error);
 }
 
+/* False: another thread was faster. */
+static bool enter(struct vf_fanotify_move *move, uint32_t from, uint32_t to)
+{
+	return atomic_compare_exchange_strong(&move->phase, &from, to);
+}
+
 void vf_fanotify_move_turn(struct vf_events *events)
 {
 	struct vf_fanotify_move *move = events->move;
 
 	if (!move)
 		return;
-	if (atomic_load(&move->phase) == MEASURING && measure(events) && !is_needed(events)) {
+	if (atomic_load(&move->phase) == MEASURING && measure(events) && !is_needed(events) &&
+	    enter(move, MEASURING, MARKING)) {
 		set_marking(events, true);
-		atomic_store(&move->phase, MARKING);
 	} else if (atomic_load(&move->phase) == MARKING && is_needed(events)) {
 		wait_for_need(events);
 	} else if (atomic_load(&move->phase) == MARKING) {
@@ -554,11 +562,41 @@ void vf_fanotify_move_want(struct vf_events *events)
 		atomic_store(&events->move->wanted, true);
 }
 
+bool vf_fanotify_move_without_marker(struct vf_events *events, bool is_marked)
+{
+	struct vf_fanotify_move *move = events->move;
+
+	if (!move)
+		return false;
+	atomic_store(&move->markerless, true);
+	if (is_marked) {
+		vf_fanotify_move_want(events);
+		return true;
+	}
+	/* One that is under way goes on, and the first group has what is watched meanwhile. */
+	vf_watches_hold(events->watches);
+	atomic_store(&events->filesystem_mask, 0);
+	vf_watches_go_on(events->watches);
+	if (enter(move, MEASURING, MOVED) || enter(move, STAYED, MOVED))
+		tell_reason(events);
+	return true;
+}
+
 bool vf_fanotify_move_reason(const struct vf_events *events, char *text, size_t size)
 {
-	if (!events->move || atomic_load(&events->move->phase) != MOVED)
+	const struct vf_fanotify_move *move = events->move;
+
+	if (!move || atomic_load(&move->phase) != MOVED)
 		return false;
-	snprintf(text, size, "%s", events->move->reason);
+	if (atomic_load(&move->markerless))
+		snprintf(text, size,
+			 "fanotify, marks on watched inodes (the process vhostfs-mark has ended)");
+	else
+		snprintf(text, size,
+			 "fanotify, marks on watched inodes (the file system is busy: %u"
+			 " events a second that nobody in the guest watches took %u.%u"
+			 "%% of a processor)",
+			 move->a_second, move->permille / 10, move->permille % 10);
 	return true;
 }
 

@@ -5,8 +5,9 @@
  *
  * One mark costs the server for every change on the file system; marks on
  * inodes cost for each watch, once.  So the source moves when what nobody
- * watches has cost as much as the marks would.  It does not come back: a mark
- * on a file system takes rights that are given up before the first guest.
+ * watches has cost as much as the marks would, and when the process that sets
+ * the one mark has ended.  It does not come back: a mark on a file system takes
+ * rights that are given up before the first guest.
  */
 #ifndef VHOSTFS_FANOTIFY_MOVE_H
 #define VHOSTFS_FANOTIFY_MOVE_H
@@ -23,6 +24,12 @@ void vf_fanotify_move_turn(struct vf_events *events);
 bool vf_fanotify_move_report(struct vf_events *events);
 /* Moves at the next turn, whatever it costs. */
 void vf_fanotify_move_want(struct vf_events *events);
+/*
+ * Nobody can set the mark on the file system any more.  is_marked: it is there, and the source
+ * moves at the next turn.  Else from now on what the guest watches is marked; it watches nothing
+ * yet.  False: the source cannot do without.
+ */
+bool vf_fanotify_move_without_marker(struct vf_events *events, bool is_marked);
 
 /* Under watches->change_lock.  The group that gets all marks, too; -1: there is none. */
 int vf_fanotify_move_fd(const struct vf_events *events);

@@ -6,6 +6,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 
+#include "fanotify_move.h"
 #include "marker.h"
 
 enum { SET_MARK = '+', REMOVE_MARK = '-' };
@@ -80,6 +81,9 @@ static _Noreturn void marker_main(struct marker *marker)
 
 /* ---- the server's side --------------------------------------------------------- */
 
+/* Nobody answers: the process has ended.  fanotify_mark(2) has other errors. */
+#define GONE (-EPIPE)
+
 static int32_t read_answer(int fd)
 {
 	int32_t result;
@@ -88,7 +92,7 @@ static int32_t read_answer(int fd)
 	do {
 		n = recv(fd, &result, sizeof(result), MSG_WAITALL);
 	} while (n < 0 && errno == EINTR);
-	return n == sizeof(result) ? result : -EIO;
+	return n == sizeof(result) ? result : GONE;
 }
 
 int vf_marker_start(int group_fd, int dir_fd, uint64_t mask)
@@ -116,21 +120,42 @@ int vf_marker_start(int group_fd, int dir_fd, uint64_t mask)
 
 static int command(int fd, char what)
 {
-	return send(fd, &what, 1, MSG_NOSIGNAL) == 1 ? read_answer(fd) : -errno;
+	return send(fd, &what, 1, MSG_NOSIGNAL) == 1 ? read_answer(fd) : GONE;
+}
+
+static void end(struct vf_events *events)
+{
+	if (events->config.marker_fd >= 0)
+		close(events->config.marker_fd);
+	events->config.marker_fd = -1;
+}
+
+static int set_mark(struct vf_events *events, bool on)
+{
+	int error;
+
+	if (events->config.marker_fd < 0 || events->is_marked == on)
+		return 0;
+	error = command(events->config.marker_fd, on ? SET_MARK : REMOVE_MARK);
+	if (!error)
+		events->is_marked = on;
+	if (error != GONE || !vf_fanotify_move_without_marker(events, events->is_marked))
+		return error;
+	end(events);
+	return 0;
 }
 
 int vf_marker_want(struct vf_events *events, enum vf_mark_wish wish, bool on)
 {
-	uint32_t before, after;
+	uint32_t after;
 	bool is_news;
-	int error = 0;
+	int error;
 
 	pthread_mutex_lock(&events->marker_lock);
-	before = events->mark_wishes;
 	/* What nobody reads would fill the host's memory. */
-	after = on && !atomic_load(&events->failed) ? before | wish : before & ~(uint32_t)wish;
-	if (events->config.marker_fd >= 0 && !before != !after)
-		error = command(events->config.marker_fd, after ? SET_MARK : REMOVE_MARK);
+	after = on && !atomic_load(&events->failed) ? events->mark_wishes | wish
+						    : events->mark_wishes & ~(uint32_t)wish;
+	error = set_mark(events, after);
 	if (!error || !on)
 		events->mark_wishes = after;
 	is_news = on && error && error != events->marker_error;
@@ -142,15 +167,14 @@ int vf_marker_want(struct vf_events *events, enum vf_mark_wish wish, bool on)
 		vf_events_notice(events,
 				 "marking the file system: %s; no changes on the host reach the "
 				 "guest",
-				 strerror(-error));
+				 error == GONE ? "the process vhostfs-mark has ended"
+					       : strerror(-error));
 	return error;
 }
 
 void vf_marker_end(struct vf_events *events)
 {
 	pthread_mutex_lock(&events->marker_lock);
-	if (events->config.marker_fd >= 0)
-		close(events->config.marker_fd);
-	events->config.marker_fd = -1;
+	end(events);
 	pthread_mutex_unlock(&events->marker_lock);
 }

@@ -7,6 +7,7 @@ Specification: docs/protocol.md, "What the sources tell"; docs/events.md for the
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,3 +63,13 @@ def start_share(
         if refusal is None:
             raise
         lacking(f"{source.name}: {refusal}")
+
+
+def file_system_marks(share: Share) -> list[str]:
+    """Of all processes of the server, as the kernel lists them."""
+    lines: list[str] = []
+    for pid in share.server.pids():
+        for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+            with contextlib.suppress(OSError):
+                lines += entry.read_text().splitlines()
+    return [line for line in lines if line.startswith("fanotify sdev:")]

@@ -7,7 +7,6 @@ Specification: docs/events.md, "On a busy file system".
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import random
@@ -24,7 +23,7 @@ import pytest
 
 from tests.ring.conftest import MakeShare
 from tests.ring.control import stats
-from tests.ring.event_sources import FILESYSTEM_MARK, Source, start_share
+from tests.ring.event_sources import FILESYSTEM_MARK, Source, file_system_marks, start_share
 from tests.ring.events import WATCHED, EventGuest
 from tests.ring.share import Share
 from tests.ring.test_events_order import EVENTS, HostWatcher, Seen, churn, without_repeats
@@ -243,16 +242,6 @@ def test_after_the_move_a_change_elsewhere_costs_nothing(make_share: MakeShare, 
     told = guest.told()
     assert "ISDIR|DELETE_SELF d/sub" in told
     assert "ISDIR|DELETE d[sub]=d/sub" in told
-
-
-def file_system_marks(share: Share) -> list[str]:
-    """Of all processes of the server, as the kernel lists them."""
-    lines: list[str] = []
-    for pid in share.server.pids():
-        for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
-            with contextlib.suppress(OSError):
-                lines += entry.read_text().splitlines()
-    return [line for line in lines if line.startswith("fanotify sdev:")]
 
 
 def cpu_s(share: Share) -> float:
