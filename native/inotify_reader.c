@@ -195,6 +195,21 @@ static struct inotify_event *own_record_at(struct vf_inotify_reader *reader, uin
 	return objects->n ? own : NULL;
 }
 
+/* Has this name been given away since?  Then what it means by now is not whom it was about. */
+static bool name_changed(struct vf_inotify_reader *reader, const struct inotify_event *record)
+{
+	uint32_t at = reader->end;
+	const struct inotify_event *other;
+
+	do {
+		for (; (other = record_at(reader, at)); at = record_end(at, other))
+			if (other->wd == record->wd && (other->mask & VF_FS_ENTRY_EVENTS) &&
+			    other->len && !strcmp(other->name, record->name))
+				return true;
+	} while (read_more(reader, 0));
+	return false;
+}
+
 /*
  * When an object in a watched directory is watched too, its own record follows the directory's:
  * that says which object it was.  Its inodes, referenced, are in objects.
@@ -220,7 +235,7 @@ static struct inotify_event *own_record(struct vf_inotify_reader *reader,
 			      !((before->mask ^ record->mask) & (EVENTS | IN_ISDIR));
 
 		own = others ? NULL : own_record_at(reader, at, record, objects);
-		if (own && has(objects, known))
+		if (own && has(objects, known) && (!i || certain || !name_changed(reader, record)))
 			return own;
 		put(reader->events, objects);
 		objects->n = 0;

@@ -212,5 +212,6 @@ class _Run:
         if not ended:
             return seen
         own = (i for i, event in enumerate(seen, 1) if event.watch == ended[0].watch)
-        at = max(own, default=0 if op.kind == "rmdir" else len(seen))
+        # A link count is told ahead of the name that goes, and behind both halves of a rename.
+        at = max(own, default=0 if op.kind in ("rmdir", "unlink") else len(seen))
         return [*seen[:at], *ended, *seen[at:]]

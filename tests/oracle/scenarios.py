@@ -211,6 +211,26 @@ _TEXTS = {
         file d/f
         write d/f
     """,
+    "the end of a file that is open, to who does not watch its links": """
+        mkdir d
+        file d/f
+        watch d d ALL
+        watch f d/f MODIFY|DELETE_SELF
+        openr 1 d/f
+        unlink d/f
+        close 1
+    """,
+    "a name that is a watched file's by the time": """
+        mkdir d
+        mkdir u
+        file u/x
+        watch d d ALL
+        watch x u/x ALL
+        file d/c
+        truncate u/x
+        write u/x
+        rename u/x d/c
+    """,
     "the end of hard links": """
         mkdir d
         mkdir u
