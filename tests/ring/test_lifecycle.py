@@ -212,6 +212,19 @@ def test_a_reboot_by_reset_device_starts_afresh(share: Share, ours: None) -> Non
         assert fs.walk(f"{share.relative}/a").attr.size == 1
 
 
+def test_another_device_on_the_same_connection_starts_afresh(share: Share, ours: None) -> None:
+    """As QEMU has it after device_del and device_add with the chardev that is there."""
+    fs = share.mount()
+    fs.write_file(fs.root, "a", b"x")
+    for _ in range(3):
+        fs.vmm.negotiate_again()
+        fs.vmm.start()
+        fs.init()
+        fs.root = ROOT
+        assert fs.walk(f"{share.relative}/a").attr.size == 1
+    assert share.log().count("the front end begins anew on its connection") == 3
+
+
 def test_the_status_is_kept_and_cleared(share: Share, ours: None) -> None:
     fs = share.mount()
     if not fs.vmm.protocol & ProtocolFeature.STATUS:

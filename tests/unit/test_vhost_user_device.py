@@ -201,11 +201,38 @@ def test_before_set_owner_little_is_possible(request_number: int) -> None:
     machine.close()
 
 
-def test_set_owner_comes_once() -> None:
+def test_set_owner_again_begins_anew_as_for_another_device_on_the_connection() -> None:
     machine = Machine()
+    machine.negotiate()
+    for index in range(2):
+        machine.set_up_ring(index)
+        machine.send(R.SET_VRING_ERR, VringFile(index, True), fds=1)
+        machine.enable(index)
+    machine.send(R.SET_BACKEND_REQ_FD, fds=1)
+    machine.send(R.SET_STATUS, U64(0x0F))
+    machine.device.device_failed()
     machine.send(R.SET_OWNER)
-    with pytest.raises(ProtocolError, match="not possible while the device is OWNED"):
-        machine.send(R.SET_OWNER)
+    assert isinstance(machine.back_end.log[-1], ResetDevice)
+    assert machine.running == set()
+    assert machine.back_end.regions == ()
+    assert len(machine.ledger.open) == 1, "the back end's channel alone is kept"
+    seen = machine.device.negotiated
+    assert (seen.state, seen.features_acked, seen.status) == (DeviceState.OWNED, 0, 0)
+    assert seen.protocol_features_acked == seen.protocol_features_offered
+    assert machine.get_base(1) == 0
+    machine.negotiate()
+    machine.set_up_ring(1)
+    machine.enable(1)
+    assert machine.running == {1}
+    machine.close()
+
+
+def test_memory_regions_of_the_device_before_do_not_stand_in_the_way() -> None:
+    machine = Machine()
+    for _ in range(2):
+        machine.negotiate(memory=False)
+        assert machine.acknowledged(R.ADD_MEM_REG, SingleRegion(REGION), fds=1)
+    machine.close()
 
 
 # ---- acknowledgements -----------------------------------------------------------------------------------

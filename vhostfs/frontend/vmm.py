@@ -159,6 +159,19 @@ class Vmm:
             theirs.close()
         self.tell(Message.SET_OWNER)
 
+    def negotiate_again(self) -> None:
+        """As another device that is made on the same connection: nothing is known of the one before."""
+        if self.backend_requests is not None:
+            self.backend_requests.close()
+            self.backend_requests = None
+        self._added.clear()
+        for queue in self.queues.values():
+            queue.close()
+        self.queues.clear()
+        self.running = False
+        self.protocol = ProtocolFeature(0)
+        self.negotiate()
+
     def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Sends a message that has no reply of its own; waits for the acknowledgement where negotiated."""
         if self.protocol & ProtocolFeature.REPLY_ACK:

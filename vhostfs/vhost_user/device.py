@@ -20,6 +20,11 @@ The device itself has three states. Each message may come from the state of the 
     OWNED       --SET_FEATURES-->   NEGOTIATED
     NEGOTIATED  --RESET_DEVICE, SET_STATUS 0-->  OWNED
 
+SET_OWNER begins a session, as the specification has it, so another one on the same connection begins
+another: nothing of the device before it is left but the protocol features and the back end's channel,
+which QEMU has renewed by then. That is how QEMU uses a connection again by device_add, after
+device_del or after a device that could not be made.
+
 Vrings run by the rule in vring.py, which is looked at again after every message: so a vring starts
 at whichever message makes the last of its facts true, and a memory table that replaces the one under
 running vrings pauses them for the exchange (QEMU does that whenever guest memory changes).
@@ -127,8 +132,8 @@ _ALLOWED: dict[DeviceState, frozenset[FrontEndRequest]] = {
             _R.SET_OWNER,
         }
     ),
-    DeviceState.OWNED: frozenset(map(_R, MESSAGES)) - {_R.SET_OWNER},
-    DeviceState.NEGOTIATED: frozenset(map(_R, MESSAGES)) - {_R.SET_OWNER},
+    DeviceState.OWNED: frozenset(map(_R, MESSAGES)),
+    DeviceState.NEGOTIATED: frozenset(map(_R, MESSAGES)),
 }
 
 
@@ -236,6 +241,16 @@ class Device:
     def features_acked(self) -> int:
         """Virtio feature bits that the driver has acked; 0 before SET_FEATURES and after a reset."""
         return self._features
+
+    @property
+    def smallest_request_queue(self) -> int:
+        """Size in descriptors of the smallest request queue that runs; 0: none does."""
+        sizes = (
+            vring.size
+            for vring in self._vrings
+            if vring.is_running and queue_role(vring.index, self._features) is QueueRole.REQUEST
+        )
+        return min(sizes, default=0)
 
     def is_placed(self, index: int) -> bool:
         """Whether the front end has said where in guest memory this vring lies."""
@@ -357,6 +372,8 @@ class Device:
             case _R.SET_PROTOCOL_FEATURES, U64(value):
                 self._set_protocol_features(value)
             case _R.SET_OWNER, _:
+                if self._state is not DeviceState.NEW:
+                    yield from self._begin_anew()
                 self._state = DeviceState.OWNED
             case _R.RESET_OWNER, _:
                 pass  # deprecated; the specification lets a back end ignore it
@@ -456,6 +473,22 @@ class Device:
                 vring.address = None
         self._features = 0
         self._state = DeviceState.OWNED
+
+    def _begin_anew(self) -> Steps:
+        """The front end has made another device, and has this connection go on with it."""
+        yield from self._reset_vrings(keeps_base=False)
+        for vring in self._vrings:
+            for fd in vring.fds():
+                yield CloseFd(fd)
+            vring.call_fd = vring.err_fd = NO_FD
+        while self._regions:
+            region, self._regions = self._regions[-1], self._regions[:-1]
+            result = yield RemoveRegion(region)
+            if result < 0:
+                raise RefusedError(f"unmapping a region failed: {_error_text(result)}")
+        self._status = DeviceStatus(0)
+        yield ResetDevice()
+        yield LogLine("the front end begins anew on its connection, as for another device")
 
     def _set_vring_base(self, vring: Vring, base: int) -> Steps:
         # A ring that begins anew, not where it stopped, belongs to a driver that has begun anew: the

@@ -110,6 +110,12 @@ class Listener:
         return connection is not None and connection.device.is_placed(index)
 
     @property
+    def smallest_request_queue(self) -> int:
+        """Size in descriptors of the smallest request queue that runs; 0: none does."""
+        connection = self.connection
+        return 0 if connection is None else connection.device.smallest_request_queue
+
+    @property
     def protocol_features_acked(self) -> int:
         """vhost-user protocol features likewise."""
         connection = self.connection
