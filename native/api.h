@@ -198,6 +198,8 @@ int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask);
  * vf_share_grant_events(), and until the session ends.  Without it: notify_buf_size.
  */
 int vf_share_limit_elements(vf_share *share, uint32_t size);
+/* Likewise the requests that may be parked.  Without it: max_parked. */
+int vf_share_limit_parked(vf_share *share, uint32_t max);
 /* Has the host's source failed, so that nothing comes of it any more? */
 bool vf_share_events_failed(vf_share *share);
 

@@ -285,6 +285,14 @@ int vf_share_limit_elements(vf_share *share, uint32_t size)
 	return 0;
 }
 
+int vf_share_limit_parked(vf_share *share, uint32_t max)
+{
+	if (!share->events)
+		return -ENOSYS;
+	vf_parked_limit(share->events->parked, max);
+	return 0;
+}
+
 bool vf_share_events_failed(vf_share *share)
 {
 	return share->events && atomic_load(&share->events->failed);

@@ -398,6 +398,8 @@ void vf_parked_free(struct vf_parked *parked);
 void vf_parked_open(struct vf_parked *parked);
 /* No longer; those that wait are answered with ENOTCONN.  What waits for the guest stays. */
 void vf_parked_close(struct vf_parked *parked);
+/* No more than these may wait until it is closed. */
+void vf_parked_limit(struct vf_parked *parked, uint32_t max);
 /* Those of one queue that wait (NULL: of all) are answered with ENOTCONN.  parked may be NULL. */
 void vf_parked_send_back(struct vf_parked *parked, const struct vf_queue *queue);
 

@@ -15,6 +15,7 @@ struct vf_parked {
 	struct vf_events *events;
 	uint32_t max;
 	pthread_mutex_t lock;
+	uint32_t limit; /* of this session, at most max */
 	struct vf_req *first, **end;
 	uint32_t n;
 	bool open;
@@ -87,7 +88,7 @@ struct vf_parked *vf_parked_new(struct vf_events *events, uint32_t max, int *err
 		return NULL;
 	parked->sink = (struct vf_sink){put, done, buffers};
 	parked->events = events;
-	parked->max = max;
+	parked->max = parked->limit = max;
 	parked->end = &parked->first;
 	pthread_mutex_init(&parked->lock, NULL);
 	return parked;
@@ -113,8 +114,16 @@ void vf_parked_close(struct vf_parked *parked)
 {
 	pthread_mutex_lock(&parked->lock);
 	parked->open = false;
+	parked->limit = parked->max;
 	pthread_mutex_unlock(&parked->lock);
 	vf_parked_send_back(parked, NULL);
+}
+
+void vf_parked_limit(struct vf_parked *parked, uint32_t max)
+{
+	pthread_mutex_lock(&parked->lock);
+	parked->limit = max < parked->max ? max : parked->max;
+	pthread_mutex_unlock(&parked->lock);
 }
 
 void vf_parked_send_back(struct vf_parked *parked, const struct vf_queue *queue)
@@ -157,7 +166,7 @@ int32_t vf_op_fsnotify_park(struct vf_thread *t, struct vf_req *r)
 		result = -ENOSYS;
 	} else if (r->out_size < largest(events)) {
 		result = -EINVAL;
-	} else if (parked->n >= parked->max) {
+	} else if (parked->n >= parked->limit) {
 		result = -ENOSPC;
 	} else {
 		r->next = NULL;

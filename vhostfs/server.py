@@ -40,6 +40,7 @@ from .share.options import EventsMode
 from .vhost_user.device import DeviceOptions
 from .vhost_user.messages import ProtocolFeature
 from .vhost_user.transport import Listener
+from .vhost_user.vring import MAX_VRING_SIZE
 from .virtio.config import FsConfig
 from .virtio.features import VirtioFeature
 from .virtio.queues import NativeDevice
@@ -147,12 +148,14 @@ def event_abilities(
     *,
     fetches_config: bool = True,
     has_queue: bool = True,
+    request_ring_size: int = MAX_VRING_SIZE,
     source_failed: bool = False,
 ) -> EventAbilities:
     """What can be done for a driver that has acked these virtio features; there are events.
 
     fetches_config: the VMM's device has no configuration space of its own. has_queue: the front end has set
-    queue 1 up. source_failed: no more events come from the host.
+    queue 1 up. request_ring_size: of the smallest request queue, in descriptors. source_failed: no more
+    events come from the host.
     """
     events = options.events
     assert events is not None
@@ -171,10 +174,13 @@ def event_abilities(
         withheld[FsnotifyFlag.INVALIDATE] = events.no_coherence
     no_queue = _no_queue(options, features_acked, fetches_config, has_queue)
     no_parking = None
+    max_parked = min(force.max_parked, parking_places(request_ring_size, features_acked))
     if not events.transports & FsnotifyFlag.PARKED:
         no_parking = "parked requests are switched off by --delivery"
     elif not force.max_parked:
         no_parking = "no request may be parked (max_parked is 0)"
+    elif not max_parked:
+        no_parking = f"a request queue of {request_ring_size} has no place for parked requests"
     elif force.flags_off & FsnotifyFlag.PARKED:
         no_parking = f"parked requests are {_SWITCHED_OFF}"
     if source_failed:
@@ -190,7 +196,7 @@ def event_abilities(
         mask=events.mask & force.mask,
         max_watches=events.max_watches,
         notify_buf_size_bytes=force.notify_buf_size,
-        max_parked=0 if no_parking else force.max_parked,
+        max_parked=0 if no_parking else max_parked,
         no_queue=no_queue or "",
         no_parking=no_parking or "",
         withheld=withheld,
@@ -198,6 +204,12 @@ def event_abilities(
         minor=force.minor,
         reply_bytes=force.reply_bytes,
     )
+
+
+def parking_places(request_ring_size: int, features_acked: int) -> int:
+    """Requests that may be parked in a ring with so many descriptors: half of it is for the others."""
+    descriptors = 1 if features_acked & VirtioFeature.RING_INDIRECT_DESC else 2
+    return request_ring_size // 2 // descriptors
 
 
 _SWITCHED_OFF = "switched off by --negotiate"
@@ -245,6 +257,8 @@ async def serve(
             listener.features_acked,
             fetches_config=bool(listener.protocol_features_acked & ProtocolFeature.CONFIG),
             has_queue=listener.has_vring(NOTIFICATION_QUEUE),
+            # While the queues are stopped nothing is known of them, and nobody asks.
+            request_ring_size=listener.smallest_request_queue or MAX_VRING_SIZE,
             source_failed=share.events_failed,
         )
 

@@ -116,6 +116,7 @@ struct vhostfs_wire_element {
 #define VHOSTFS_MAX_BUFFERS	256
 #define VHOSTFS_MAX_PARKED	64
 #define VHOSTFS_PARKED_SHARE	8	/* of the ring: one in so many */
+#define VHOSTFS_PARKED_DESCS	2	/* of each: one to read, one to write */
 #define VHOSTFS_PARK_WAIT	(HZ / 4)	/* after the device sent some back */
 #define VHOSTFS_PARK_UNIQUE	BIT_ULL(62)	/* the FUSE core does not get there */
 #define VHOSTFS_BATCH		16	/* elements copied before acting */

@@ -46,7 +46,8 @@ void vhostfs_notify_unregister(struct file_system_type *type);
 /*
  * Device, in the order of its life: features, state, queue 1 filled; then
  * stopped (device still running), buffers taken back (device reset), freed.
- * Tokens come out of request queues: those of parked requests are not virtio_fs.c's.
+ * Tokens come out of request queues: those of parked requests are not virtio_fs.c's;
+ * room is what these leave of a queue, in descriptors.
  */
 int vhostfs_notify_validate(struct virtio_device *vdev);
 int vhostfs_notify_probe(struct virtio_device *vdev,
@@ -57,6 +58,8 @@ bool vhostfs_notify_is_parked(const struct vhostfs_notify *notify,
 			      const void *token);
 bool vhostfs_notify_answered(struct vhostfs_notify *notify, void *token,
 			     unsigned int len);
+unsigned int vhostfs_notify_room(const struct vhostfs_notify *notify,
+				 struct virtqueue *vq);
 void vhostfs_notify_start(struct vhostfs_notify *notify, struct virtqueue *vq,
 			  struct virtqueue *requests);
 void vhostfs_notify_stop(struct vhostfs_notify *notify);

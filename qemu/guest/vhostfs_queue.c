@@ -8,6 +8,8 @@
 
 #include <linux/module.h>
 #include <linux/virtio.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ring.h>
 #include "vhostfs_internal.h"
 
 static unsigned int queue_buffers = VHOSTFS_MAX_BUFFERS;
@@ -212,6 +214,24 @@ bool vhostfs_notify_answered(struct vhostfs_notify *n, void *token,
 	spin_unlock(&n->answered_lock);
 	queue_work(vhostfs_wq, &n->receive_work);
 	return true;
+}
+
+/*
+ * Descriptors for a request of the FUSE core, which makes none that needs more
+ * than all there are. What parked requests have comes off: a request that does
+ * not fit beside them would wait until the host has something to tell.
+ */
+unsigned int vhostfs_notify_room(const struct vhostfs_notify *n,
+				 struct virtqueue *vq)
+{
+	unsigned int size = virtqueue_get_vring_size(vq), taken;
+
+	if (!n)
+		return size;
+	taken = n->nparked;
+	if (!virtio_has_feature(n->vdev, VIRTIO_RING_F_INDIRECT_DESC))
+		taken *= VHOSTFS_PARKED_DESCS;
+	return size - min(taken, size);
 }
 
 void vhostfs_alloc_parked(struct vhostfs_notify *n, struct virtqueue *vq)

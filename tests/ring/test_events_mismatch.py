@@ -559,7 +559,8 @@ def test_a_driver_that_never_asks_is_named_when_it_leaves(make_share: MakeShare,
     if asks:
         guest.ask(Driver())
     guest.close()
-    assert share.serves()
+    # The next one is heard when that has left; what is said when it leaves itself is not of interest.
+    share.mount()
     named = "its driver never asked for them"
     if asks:
         assert named not in share.server.log_since(mark)

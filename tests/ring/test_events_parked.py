@@ -10,6 +10,8 @@ import errno
 import os
 import signal
 import struct
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,7 +22,16 @@ from tests.ring.event_sources import FILESYSTEM_MARK, start_share
 from tests.ring.events import NOTIFYING, STOCK, Delivery, EventGuest
 from tests.ring.share import Share
 from tests.server import awaited
-from vhostfs.frontend import FuseError, NotificationQueue, ParkedRequests
+from vhostfs.frontend import (
+    Feature,
+    FuseError,
+    Message,
+    NotificationQueue,
+    ParkedRequests,
+    ProtocolFeature,
+    Status,
+    Vmm,
+)
 from vhostfs.frontend import operations as op
 from vhostfs.frontend.fsnotify import HEAD_BYTES, NAME_MAX, OVERFLOW, Granted, park
 from vhostfs.frontend.fuse_abi import OUT_HEADER
@@ -29,6 +40,7 @@ from vhostfs.frontend.session import Pending
 pytestmark = pytest.mark.usefixtures("ours")
 
 MAX_PARKED = 64
+AT_ONCE_S = 5.0
 SMALLEST_ROOM = HEAD_BYTES + NAME_MAX - OUT_HEADER.size
 
 
@@ -137,9 +149,12 @@ def test_requests_go_on_while_others_are_parked(share: Share) -> None:
 
 def test_several_request_queues_may_hold_them(share: Share) -> None:
     guest = guest_of(share, machine=replace(STOCK, request_queues=2), buffers=1)
+    # Each queue has a thread of its own: that of the first has come before the other one is sent.
+    assert awaited(lambda: event_counters(share)["buffers"] == 1)
     other = guest.fs.session.submit(park(), queue=guest.fs.vmm.request_queue(1))
+    assert awaited(lambda: event_counters(share)["buffers"] == 2)
     expected = make(share, 0, 2)
-    # In the order in which they came: after hundreds of others the one of queue 1 has its turn.
+    # In the order in which they came.
     first = guest.describe(parked(guest).take())
     assert [first] == expected[:1]
     assert struct.unpack_from("<Q", other.wait())[0] == guest.node("d").nodeid
@@ -192,6 +207,26 @@ def test_more_than_the_most_are_refused_and_the_others_stay(share: Share) -> Non
     assert guest.told() == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "indirect", "places"),
+    [(2, True, 1), (4, True, 2), (8, True, 4), (64, True, 32), (16, False, 4), (64, False, 16)],
+)
+def test_a_small_ring_keeps_half_of_its_places_for_others(
+    share: Share, size: int, indirect: bool, places: int
+) -> None:
+    features = STOCK.features if indirect else STOCK.features & ~Feature.INDIRECT_DESC
+    mounted = share.mount(replace(STOCK, queue_size=size, hiprio_queue_size=128, features=features))
+    guest = EventGuest(share, delivery=Delivery.PARKED, mounted=mounted, buffers=places)
+    assert guest.granted.max_parked == places
+    guest.watch("d")
+    assert guest.notifications.with_device == places
+    assert error_of(guest.fs.submit(park())) == errno.ENOSPC
+    for _ in range(3 * size):
+        guest.fs.getattr(guest.fs.root)
+    expected = make(share, 0, 5 * size)
+    assert guest.told() == expected
+
+
 # ---- the end ---------------------------------------------------------------------------------------------
 
 
@@ -204,6 +239,47 @@ def test_unmounting_answers_all(share: Share) -> None:
     guest.fs.destroy()
     assert all_come_back(parked(guest))
     assert error_of(guest.fs.submit(park())) == errno.EIO
+
+
+def test_a_ring_with_a_single_place_has_none_for_parked_requests(share: Share) -> None:
+    fs = share.mount(replace(STOCK, queue_size=1, hiprio_queue_size=128))
+    assert not fs.fsnotify_init(Granted.PARKED | Granted.CHILD).flags & Granted.PARKED
+    assert "a request queue of 1 has no place for parked requests" in share.log()
+
+
+def stop_queue(vmm: Vmm) -> None:
+    vmm.stop_queue(vmm.first_request_queue)
+
+
+def disable_queue(vmm: Vmm) -> None:
+    vmm.enable_queue(vmm.first_request_queue, on=False)
+
+
+def pause(vmm: Vmm) -> None:
+    vmm.set_status(Status(0))
+
+
+def reset(vmm: Vmm) -> None:
+    vmm.tell(Message.RESET_DEVICE)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [stop_queue, disable_queue, pause, reset, Vmm.stop, Vmm.set_memory, Vmm.negotiate_again],
+    ids=lambda end: end.__name__,
+)
+def test_whatever_stops_the_queue_answers_all_at_once(share: Share, end: Callable[[Vmm], object]) -> None:
+    """As QEMU has it before a migration, when the machine pauses, its memory changes, or the guest resets."""
+    machine = replace(STOCK, protocol_features=STOCK.protocol_features & ~ProtocolFeature.CONFIGURE_MEM_SLOTS)
+    guest = EventGuest(share, delivery=Delivery.PARKED, machine=machine, buffers=MAX_PARKED)
+    queue = guest.fs.vmm.request_queue()
+    assert awaited(lambda: guest.notifications.with_device == MAX_PARKED)
+    used = queue.device_used_index()
+    started_s = time.monotonic()
+    end(guest.fs.vmm)
+    assert time.monotonic() - started_s < AT_ONCE_S
+    # Whoever stops it finds them answered: nothing is written behind its back.
+    assert (queue.device_used_index() - used) & 0xFFFF == MAX_PARKED
 
 
 def test_a_new_session_answers_those_of_the_one_before(own_share: Share) -> None:

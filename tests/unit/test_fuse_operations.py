@@ -34,7 +34,7 @@ class FakeTree:
 
     def __init__(self, file: Path | None = None) -> None:
         self.sessions: list[tuple[int, int] | None] = []
-        self.grants: list[tuple[int, int, int]] = []
+        self.grants: list[tuple[int, int, int, int]] = []
         self._file = file
 
     def start_session(self, init_flags: int, max_write_bytes: int) -> None:
@@ -43,8 +43,8 @@ class FakeTree:
     def end_session(self) -> None:
         self.sessions.append(None)
 
-    def grant_events(self, flags: int, mask: int, element_bytes: int) -> None:
-        self.grants.append((flags, mask, element_bytes))
+    def grant_events(self, flags: int, mask: int, element_bytes: int, max_parked: int) -> None:
+        self.grants.append((flags, mask, element_bytes, max_parked))
 
     def open_file(self, nodeid: int, fh: int) -> int:
         if fh != 5 or self._file is None:
@@ -190,7 +190,7 @@ def test_a_driver_that_asks_for_events_is_granted_them_once_in_a_session() -> No
     server.call(Opcode.INIT, init_args())
     reply = server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
     assert struct.unpack_from("<IIQQII", reply) == (1, 0, VIRTQUEUE, 0x1FFF, 320, 10)
-    assert server.tree.grants == [(VIRTQUEUE, 0xFFF, 320)]
+    assert server.tree.grants == [(VIRTQUEUE, 0xFFF, 320, 0)]
     with pytest.raises(OSError) as again:
         server.call(Opcode.FSNOTIFY_INIT, FSNOTIFY_ARGS)
     assert again.value.errno == errno.EALREADY

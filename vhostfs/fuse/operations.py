@@ -49,7 +49,7 @@ class Tree(Protocol):
     def start_session(self, init_flags: int, max_write_bytes: int) -> None: ...
     def end_session(self) -> None: ...
     def open_file(self, nodeid: int, fh: int) -> int: ...
-    def grant_events(self, flags: int, mask: int, element_bytes: int) -> None: ...
+    def grant_events(self, flags: int, mask: int, element_bytes: int, max_parked: int) -> None: ...
 
 
 class Request(Protocol):
@@ -181,8 +181,12 @@ class Operations:
             self._log.say(logging.INFO, line)
         # Without a way for events to travel none are made.
         if answer.reply.flags & TRANSPORTS:
-            size_bytes = answer.reply.notify_buf_size_bytes
-            self._tree.grant_events(answer.reply.flags, answer.driver_mask, size_bytes)
+            self._tree.grant_events(
+                answer.reply.flags,
+                answer.driver_mask,
+                answer.reply.notify_buf_size_bytes,
+                answer.reply.max_parked,
+            )
         self.event_answer = answer
         return reply
 

@@ -168,12 +168,14 @@ class Share:
         native.max_parked = config.max_parked
         _checked(lib.vf_share_start_events(self.native, native))
 
-    def grant_events(self, flags: int, mask: int, element_bytes: int) -> None:
+    def grant_events(self, flags: int, mask: int, element_bytes: int, max_parked: int) -> None:
         """What FUSE_FSNOTIFY_INIT granted for this session: FsnotifyFlag and FS_* bits.
 
-        element_bytes: the largest element that the guest takes, fuse_out_header included.
+        element_bytes: the largest element that the guest takes, fuse_out_header included. max_parked:
+        requests that may be parked at a time.
         """
         _checked(lib.vf_share_limit_elements(self.native, element_bytes))
+        _checked(lib.vf_share_limit_parked(self.native, max_parked))
         _checked(lib.vf_share_grant_events(self.native, flags, mask))
 
     def events_stats(self) -> EventsStats:
