@@ -353,10 +353,16 @@ int vf_encode_handle(int fd, bool for_events);
 int vf_open_by_own_handle(int fd, int mount_fd);
 /*
  * Loads a seccomp filter into all threads of the process by libseccomp:
- * the named system calls are allowed, every other one kills the process
- * (or is logged, when log_only).  A name that this kernel's libseccomp does
- * not know is skipped.
+ * the named system calls are allowed, ioctl(2) only for the few requests that a
+ * share needs; what libraries try and do without is answered with ENOSYS; every
+ * other one has the action for its result.  A name that this kernel's
+ * libseccomp does not know is skipped.
  */
-int vf_seccomp_allow(const char *const *names, uint32_t n_names, bool log_only);
+enum vf_seccomp_action {
+	VF_SECCOMP_KILL = 0, /* the process is gone at once */
+	VF_SECCOMP_TRAP = 1, /* it is gone by SIGSYS, and says on stderr which call it was */
+	VF_SECCOMP_LOG = 2,  /* the call is done, and the kernel logs it */
+};
+int vf_seccomp_allow(const char *const *names, uint32_t n_names, uint32_t action);
 
 #endif

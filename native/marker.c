@@ -68,7 +68,7 @@ static _Noreturn void marker_main(struct marker *marker)
 	/* The other right is for a directory of the mark's that only its owner may look into. */
 	if (keep_own_fds(marker) ||
 	    vf_keep_capabilities(1ull << CAP_SYS_ADMIN | 1ull << CAP_DAC_READ_SEARCH) ||
-	    vf_seccomp_allow(allowed, sizeof(allowed) / sizeof(allowed[0]), false))
+	    vf_seccomp_allow(allowed, sizeof(allowed) / sizeof(allowed[0]), VF_SECCOMP_KILL))
 		_exit(1);
 	/* The mark is there already: the first answer says whether it could be set from here, too.
 	 */

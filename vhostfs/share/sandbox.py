@@ -139,7 +139,8 @@ def _open_directory(path: str) -> int:
     try:
         return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise SandboxError(f"cannot open {path}: {error.strerror}") from None
+        hint = "; the server needs /proc to be mounted" if path.startswith("/proc") else ""
+        raise SandboxError(f"cannot open {path}: {error.strerror}{hint}") from None
 
 
 def _drop_supplementary_groups() -> None:
@@ -342,7 +343,7 @@ def _await_child(child: int) -> int:
     if number == signal.SIGSYS:
         _log.error(
             "the server made a system call that its filter forbids and was killed; "
-            "--seccomp=log shows which (kernel log, type=1326)"
+            "--seccomp=trap says which, --seccomp=log lets it pass and logs it (kernel log, type=1326)"
         )
     elif deadline is None:
         _log.error("the server was ended by %s", signal.Signals(number).name)
@@ -366,7 +367,13 @@ def _pivot_into(shared_dir: str) -> int:
     null = ffi.NULL
     directory = os.fsencode(shared_dir)
     # What the host mounts later still shows up here; nothing done here shows up there.
-    _check(lib.vf_mount(null, b"/", null, _MS_SLAVE | _MS_REC, null), "cannot make mounts private")
+    result = lib.vf_mount(null, b"/", null, _MS_SLAVE | _MS_REC, null)
+    if result == -errno.EINVAL:
+        raise SandboxError(
+            "--sandbox=namespace: the root directory is no mount point, as in a chroot, and cannot be "
+            "exchanged for the share; use --sandbox=chroot"
+        )
+    _check(result, "cannot make mounts private")
     # A mount of its own, so that '..' from the descriptor leads nowhere; it is taken away again at once,
     # which leaves it to the descriptor alone.
     _check(lib.vf_mount(b"/proc/self/fd", b"/proc", null, _MS_BIND, null), "cannot bind /proc/self/fd")
@@ -427,11 +434,14 @@ def _drop_capabilities(keep: frozenset[Capability]) -> None:
     _check(lib.vf_keep_capabilities(capability_mask(keep)), "cannot drop capabilities")
 
 
+_SECCOMP_ACTIONS = {SeccompAction.KILL: 0, SeccompAction.TRAP: 1, SeccompAction.LOG: 2}
+"""enum vf_seccomp_action of the C core."""
+
+
 def _load_filter(action: SeccompAction) -> None:
     if action is SeccompAction.NONE:
         return
     names = [ffi.new("char[]", name.encode()) for name in ALLOWED_SYSTEM_CALLS]
-    # Nothing here handles SIGSYS, so 'trap' ends the process as 'kill' does.
-    result = lib.vf_seccomp_allow(ffi.new("char *[]", names), len(names), action is SeccompAction.LOG)
+    result = lib.vf_seccomp_allow(ffi.new("char *[]", names), len(names), _SECCOMP_ACTIONS[action])
     hint = "; this kernel may lack seccomp: use --seccomp=none" if result == -errno.EINVAL else ""
     _check(result, "cannot load the system call filter", hint)

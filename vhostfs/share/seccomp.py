@@ -25,12 +25,12 @@ _CREDENTIALS = (
     "setgroups setresgid setresuid unshare"
 )
 # The vhost-user connection (already listening: no socket, bind or connect) and event loops.
-# ioctl is allowed by request: allowed_ioctls in native/process.c.
+# Of ioctl a few requests are allowed: allowed_ioctls in native/process.c.
 _CONNECTION = (
     "accept accept4 close close_range dup dup2 dup3 epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 "
-    "epoll_wait eventfd2 fcntl getpeername getsockname getsockopt pipe pipe2 poll ppoll pselect6 recvfrom "
-    "recvmsg select sendmsg sendto setsockopt shutdown socketpair timerfd_create timerfd_gettime "
-    "timerfd_settime"
+    "epoll_wait eventfd2 fcntl getpeername getsockname getsockopt ioctl pipe pipe2 poll ppoll pselect6 "
+    "recvfrom recvmsg select sendmsg sendto setsockopt shutdown socketpair timerfd_create "
+    "timerfd_gettime timerfd_settime"
 )
 # Memory, threads, time and signals of the process itself.
 _PROCESS = (
