@@ -292,7 +292,13 @@ def test_use_is_the_sum_over_the_user_s_processes(tmp_path: Path) -> None:
 def test_counting_ends_in_time_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits_module, "COUNTING_TIME_S", -1)
     assert not probe_limits(fake_proc(tmp_path, 3)).is_complete
-    assert not probe_limits(tmp_path / "none").is_complete
+
+
+def test_without_proc_nothing_is_said_to_be_in_use(tmp_path: Path) -> None:
+    for proc in (tmp_path, tmp_path / "none"):
+        limits = probe_limits(proc)
+        assert not limits.is_complete
+        assert {limit.used for limit in limits.limits.values()} == {None}
 
 
 # ---- QEMU

@@ -122,7 +122,7 @@ def _events(directory: DirectoryProbe, rights: Rights, kernel: str) -> Iterator[
     if directory.chosen == EventsMode.FANOTIFY_INODES.value:
         if "CAP_SYS_ADMIN" not in filesystem.reason:
             remedy = "nothing, if few things are watched; else share a directory of another file system"
-        elif rights.has(Capability.SYS_ADMIN) and not rights.is_initial:
+        elif rights.has(Capability.SYS_ADMIN) and rights.is_initial is False:
             remedy = "start the server outside of this user namespace, where CAP_SYS_ADMIN counts"
         else:
             remedy = "start the server as root or with CAP_SYS_ADMIN; it gives it up before a guest comes"
@@ -171,7 +171,7 @@ def _handles(directory: DirectoryProbe, rights: Rights) -> Iterator[Advice]:
     else:
         seen = f"file handles cannot be opened: {directory.reopen.reason}"
         remedy = "start the server as root or with CAP_DAC_READ_SEARCH"
-        if rights.has(Capability.DAC_READ_SEARCH) and not rights.is_initial:
+        if rights.has(Capability.DAC_READ_SEARCH) and rights.is_initial is False:
             remedy = "start the server outside of this user namespace, where CAP_DAC_READ_SEARCH counts"
     yield Advice("handles", seen, "a descriptor for each file or directory that the guest holds", remedy)
 

@@ -66,17 +66,21 @@ class _Use:
     fanotify_groups: int = 0
     fanotify_marks: int = 0
     is_complete: bool = True
+    has_processes: bool = True
+    """There is a /proc: at least this process is in it."""
 
 
 def probe_limits(proc: Path = Path("/proc")) -> Limits:
     """Values as seen from here: in a user namespace some of them are the namespace's own."""
     use = _count(proc, time.monotonic() + COUNTING_TIME_S)
-    used = {
-        "inotify.max_user_watches": use.inotify_watches,
-        "inotify.max_user_instances": use.inotify_instances,
-        "fanotify.max_user_groups": use.fanotify_groups,
-        "fanotify.max_user_marks": use.fanotify_marks,
-    }
+    used = {}
+    if use.has_processes:
+        used = {
+            "inotify.max_user_watches": use.inotify_watches,
+            "inotify.max_user_instances": use.inotify_instances,
+            "fanotify.max_user_groups": use.fanotify_groups,
+            "fanotify.max_user_marks": use.fanotify_marks,
+        }
     limits = {name: Limit(_number(proc / "sys/fs" / place), used.get(name)) for name, place in _FILES.items()}
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Limits(limits, use.is_complete, soft, hard, _number(proc / "sys/fs/nr_open"))
@@ -95,8 +99,8 @@ def _count(proc: Path, deadline_s: float) -> _Use:
     try:
         pids = [name for name in os.listdir(proc) if name.isdecimal()]
     except OSError:
-        use.is_complete = False
-        return use
+        pids = []
+    use.is_complete = use.has_processes = bool(pids)
     uid = os.geteuid()
     for pid in pids:
         # A process may end while it is looked at; those of others are not ours to look into.

@@ -5,6 +5,7 @@ Specification: capabilities(7), capget(2), user_namespaces(7), proc_pid_status(5
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Mapping
@@ -38,13 +39,14 @@ BUYS: Mapping[Capability, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """effective, bounding: bit = capability number. is_initial: they hold for the whole machine."""
+    """effective, bounding: bit = capability number. is_initial: they hold for the whole machine; None:
+    nobody can tell, for there is no /proc."""
 
     uid: int
     gid: int
     effective: int
     bounding: int
-    is_initial: bool
+    is_initial: bool | None
     seccomp: str
     no_new_privs: bool
 
@@ -72,16 +74,15 @@ class Rights:
 def probe_rights() -> Rights:
     """Of this process; what cannot be read counts as absent."""
     fields = _status_fields()
-    try:
-        namespace = os.stat("/proc/self/ns/user").st_ino
-    except OSError:
-        namespace = 0
+    is_initial = None
+    with contextlib.suppress(OSError):
+        is_initial = os.stat("/proc/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE
     return Rights(
         os.geteuid(),
         os.getegid(),
         _effective(),
         _bounding(),
-        namespace == _INITIAL_USER_NAMESPACE,
+        is_initial,
         _SECCOMP.get(fields.get("Seccomp", ""), "unknown"),
         fields.get("NoNewPrivs") == "1",
     )

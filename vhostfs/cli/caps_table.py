@@ -137,7 +137,7 @@ def _names(title: str, outcomes: Mapping[str, Outcome], painter: _Painter) -> It
 
 
 def _rights(rights: Rights, painter: _Painter) -> Iterator[str]:
-    notes = [] if rights.is_initial else ["in a user namespace: they hold there only"]
+    notes = ["in a user namespace: they hold there only"] if rights.is_initial is False else []
     if rights.seccomp == "filter":
         notes.append("system calls are filtered (seccomp)")
     if rights.no_new_privs:
@@ -149,6 +149,8 @@ def _rights(rights: Rights, painter: _Painter) -> Iterator[str]:
 
 def _limits(limits: Limits, painter: _Painter) -> Iterator[str]:
     note = "of this user; in use now" if limits.is_complete else "of this user; in use now, counted in part"
+    if all(limit.used is None for limit in limits.limits.values()):
+        note = "of this user; without /proc nobody can tell what is in use"
     yield painter.heading("limits", note)
     for name, limit in limits.limits.items():
         value = "-" if limit.value is None else str(limit.value)

@@ -6,6 +6,7 @@ Specification: argparse; house style "errors to people"."""
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -33,6 +34,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=100)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Lines that are too long are broken, the others kept."""
+        lines = (line if len(line) <= width else textwrap.fill(line, width) for line in text.splitlines())
+        return "".join(f"{indent}{line}\n" for line in lines)
 
 
 class Parser(argparse.ArgumentParser):

@@ -183,10 +183,10 @@ def describe_inodes(
 
 
 def file_system_name(path: str) -> str:
-    """The type of the file system at path, as mount(8) prints it; "file system" when unknown."""
+    """The type of the file system at path, as mount(8) prints it; "unknown file system" without /proc."""
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    best, best_length = "file system", -1
+    best, best_length = "unknown file system", -1
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             for line in file:
