@@ -71,3 +71,14 @@ def test_bursts_are_measured_and_what_does_not_fit_is_told_as_a_loss(tmp_path: P
             assert figures["told"] + figures["lost"] >= 200
         else:
             assert (figures["told"], figures["lost"], figures["losses told"]) == (200, 0, 0)
+
+
+def test_a_cell_that_does_not_come_to_its_end_says_so_and_the_others_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhostfs.lab.ring._CELL_TIMEOUT_S", 0.0)
+    path = tmp_path / "experiment.toml"
+    path.write_text('[matrix]\nsource = ["inotify"]\nbuffers = [1, 16]\n')
+    assert main(["lab", "--ring", str(path), "--output", str(tmp_path)]) == 1
+    (experiment,) = json.loads((tmp_path / "report.json").read_text())["experiments"]
+    assert [cell["trouble"] for cell in experiment["cells"]] == ["the cell was not done after 0 s"] * 2

@@ -28,7 +28,16 @@ from .experiment import Cell, Experiment
 from .native import HostWatcher, paired
 from .results import LOSS, CellResult, Step
 from .servers import LabServer
-from .workloads import KNOWN, MEASURED, WATCHED, WORKLOADS, Act, prepare
+from .workloads import (
+    KNOWN,
+    MEASURED,
+    WATCHED,
+    WORKLOADS,
+    Act,
+    CellTimeoutError,
+    Deadline,
+    prepare,
+)
 
 Progress = Callable[[str], None]
 
@@ -37,6 +46,8 @@ _COMMAND_TIMEOUT_S = 60.0
 _WATCHER_TIMEOUT_S = 30.0
 _STEP_TIMEOUT_S = 5.0
 _QUIET_S = 1.0
+_CELL_TIMEOUT_S = 120.0
+_CHANGE_TIMEOUT_S = 0.05
 _MOUNT_POINT = "/lab"
 _numbers = itertools.count()
 _DEVICES = {
@@ -94,7 +105,7 @@ def _boot(
             result = CellResult(cell)
             try:
                 _run_cell(experiment, guest, server, result)
-            except (GuestError, ControlError, VmError) as error:
+            except (GuestError, ControlError, VmError, CellTimeoutError) as error:
                 result.trouble = str(error).splitlines()[0]
             result.took_s = time.monotonic() - started_s
             yield cell, result
@@ -151,7 +162,9 @@ def _run_cell(experiment: Experiment, guest: Guest, server: LabServer, result: C
         _agreed(server, result)
         watcher = _Watcher(guest, server, result)
         try:
-            acts = WORKLOADS[experiment.workload](experiment.count, experiment.names)
+            count = experiment.count if experiment.workload in MEASURED else 0
+            deadline = Deadline(_CELL_TIMEOUT_S, count, _CHANGE_TIMEOUT_S)
+            acts = deadline.each(WORKLOADS[experiment.workload](experiment.count, experiment.names))
             if experiment.workload in MEASURED:
                 _measure(experiment, watcher, acts, place, result, server)
             else:

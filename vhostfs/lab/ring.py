@@ -33,13 +33,15 @@ from .experiment import Cell, Experiment
 from .native import HostWatcher, paired, word
 from .results import LESS, LOSS, CellResult, Step
 from .servers import LabServer
-from .workloads import KNOWN, MEASURED, WATCHED, WORKLOADS, Act, prepare
+from .workloads import KNOWN, MEASURED, WATCHED, WORKLOADS, Act, Deadline, prepare
 
 _MEMORY_BYTES = 16 << 20
 _FENCE_WAIT_S = 0.5
 _FENCE_TRIES = 4
 _QUIET_S = 0.06
 _SINGLE_TIMEOUT_S = 5.0
+_CELL_TIMEOUT_S = 60.0
+_CHANGE_TIMEOUT_S = 0.005
 _numbers = itertools.count()
 
 
@@ -56,8 +58,9 @@ def machine_of(cell: Cell) -> Machine:
 class RingGuest:
     """One guest: connects, mounts, asks for events and watches."""
 
-    def __init__(self, server: LabServer, cell: Cell, place: Path) -> None:
+    def __init__(self, server: LabServer, cell: Cell, place: Path, deadline: Deadline) -> None:
         self.cell = cell
+        self.deadline = deadline
         self.place = place
         self.vmm = Vmm.boot(server.socket_path, machine_of(cell))
         self.elements: NotificationQueue | ParkedRequests | None = None
@@ -139,6 +142,7 @@ class RingGuest:
                     element = self.elements.take(_FENCE_WAIT_S if self._fence_works else _QUIET_S)
                     if element.nodeid in self._fence:
                         return
+                    self.deadline.check()
                     yield element
             except TimeoutError:
                 continue
@@ -195,7 +199,8 @@ def _run_cell(experiment: Experiment, cell: Cell, server: LabServer, result: Cel
     place = server.directory / f"cell{next(_numbers)}"
     prepare(place)
     server.begin()
-    guest = RingGuest(server, cell, place)
+    count = experiment.count if experiment.workload in MEASURED else 0
+    guest = RingGuest(server, cell, place, Deadline(_CELL_TIMEOUT_S, count, _CHANGE_TIMEOUT_S))
     try:
         guest.mount(result)
         result.said = server.said()
@@ -205,7 +210,7 @@ def _run_cell(experiment: Experiment, cell: Cell, server: LabServer, result: Cel
         except FuseError as error:
             result.said.append(f"{LESS}a watch is refused: {str(error).partition(':')[0]}")
             guest.nothing_marks_the_end()
-        acts = WORKLOADS[experiment.workload](experiment.count, experiment.names)
+        acts = guest.deadline.each(WORKLOADS[experiment.workload](experiment.count, experiment.names))
         if experiment.workload not in MEASURED:
             result.steps = list(_steps(guest, acts, place))
         elif result.way != "none":

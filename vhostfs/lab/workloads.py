@@ -6,6 +6,7 @@ Specification: docs/lab.md, "Workloads"."""
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,30 @@ class Act:
 
     label: str
     do: Callable[[Path], None]
+
+
+class CellTimeoutError(Exception):
+    """A cell has not come to its end in its time."""
+
+
+class Deadline:
+    """When a cell must be over, whatever its guest and server do: a time, and more for each change."""
+
+    def __init__(self, least_s: float, count: int, each_s: float) -> None:
+        self._limit_s = least_s + count * each_s
+        self._end_s = time.monotonic() + self._limit_s
+
+    def check(self) -> None:
+        """Raises CellTimeoutError when it has passed."""
+        if time.monotonic() > self._end_s:
+            raise CellTimeoutError(f"the cell was not done after {self._limit_s:.0f} s")
+
+    def each(self, acts: Iterator[Act]) -> Iterator[Act]:
+        """The same, with a look at the clock before each and at the end."""
+        for act in acts:
+            self.check()
+            yield act
+        self.check()
 
 
 WATCHED = ("d", "e")
