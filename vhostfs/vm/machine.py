@@ -68,6 +68,9 @@ class Share:
     read_only: bool = False
     device: ShareDevice = ShareDevice.STOCK
     request_queues: int = 1
+    queue_size: int = _QUEUE_SIZE
+    properties: tuple[str, ...] = ()
+    """More of the device's, as QEMU has them: indirect_desc=off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +153,16 @@ def _share_arguments(qemu: Qemu, number: int, share: Share) -> list[str]:
     chardev = f"share{number}"
     if share.device is not ShareDevice.PASS_THROUGH:
         device = (
-            f"{share.device.value},chardev={chardev},tag={_escaped(share.tag)},queue-size={_QUEUE_SIZE},"
+            f"{share.device.value},chardev={chardev},tag={_escaped(share.tag)},queue-size={share.queue_size},"
             f"num-request-queues={share.request_queues}"
         )
     else:
         device = (
-            f"{TEST_DEVICE},chardev={chardev},virtio-id={_VIRTIO_ID_FS},vq_size={_QUEUE_SIZE},"
+            f"{TEST_DEVICE},chardev={chardev},virtio-id={_VIRTIO_ID_FS},vq_size={share.queue_size},"
             f"num_vqs={_QUEUES_BESIDE_REQUESTS + share.request_queues},"
             f"config_size={_FS_CONFIG_SIZE_WITH_NOTIFICATION}"
         )
+    device = ",".join((device, *share.properties))
     path = _escaped(str(share.socket_path))
     return ["-chardev", f"socket,id={chardev},path={path}", "-device", device]
 

@@ -2,7 +2,8 @@
 """Guests with our driver and servers that tell them of the host's events, for the tests of this folder.
 
 Must not know single events. VHOSTFS_TEST_QEMU chooses the QEMU for shares with the notification queue, as
-`vhostfs run --qemu` does: "patched" (qemu/README.md). Specification: docs/guest.md, docs/events.md.
+`vhostfs run --qemu` does: "patched" (qemu/README.md). VHOSTFS_TEST_DELIVERY=parked has all shares without
+that queue, on the machine's own QEMU. Specification: docs/guest.md, docs/events.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ CACHE_MODES = {
 }
 PARKED = "--delivery=parked"
 """Of a server: its share has the device of every QEMU."""
+DELIVERY = tuple(f"--delivery={way}" for way in os.environ.get("VHOSTFS_TEST_DELIVERY", "").split())
+"""Of every server that is not told otherwise."""
 SOURCES = {"inodes": ("--events=fanotify:inodes",), "inotify": ("--events=inotify",)}
 WRITTEN = {
     "written-auto": (),
@@ -57,10 +60,13 @@ SHARES = {
     **SOURCES,
     **WRITTEN,
     "parked": (PARKED,),
+    "tiny": (PARKED,),
     "user": (),
     "few": ("--events=inotify",),
 }
 """Options of the server by tag; each is mounted at /TAG. Those of CACHE_MODES have the best source."""
+TINY_QUEUE_SIZE = 8
+"""Of the share "tiny", all of whose descriptors are in the ring: the least that the kernel's driver takes."""
 NOBODY = 65534
 MAX_WATCHES_OF_FEW = 6
 _LIMITED = f'echo {MAX_WATCHES_OF_FEW} >/proc/sys/user/max_inotify_watches && exec "$@"'
@@ -106,10 +112,11 @@ class Parts:
 @pytest.fixture(scope="package")
 def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Parts:
     try:
-        qemu = find_qemu(os.environ.get("VHOSTFS_TEST_QEMU"), launchpad.cache, notifications=True)
+        choice = os.environ.get("VHOSTFS_TEST_QEMU")
+        qemu = find_qemu(choice, launchpad.cache, notifications=PARKED not in DELIVERY)
     except VmError as error:
         lacking(f"a QEMU that passes the notification queue: {error}")
-    if not qemu.passes_queue:
+    if PARKED not in DELIVERY and not qemu.passes_queue:
         lacking(f"a QEMU that passes the notification queue: {qemu.version_text} does not")
     folder = tmp_path_factory.mktemp("watchers")
     program = compile_static(Path(__file__).with_name("watch-events.c"), folder / "watch-events")
@@ -150,13 +157,14 @@ def start_share(
     name: str | None = None,
     sockets: Path | None = None,
     under: tuple[str, ...] = (),
+    delivery: tuple[str, ...] = DELIVERY,
 ) -> EventShare:
     """Starts a server with events on; its control socket is asked from now on."""
     sockets = sockets or lifeline.directory
     socket_path = sockets / f"{name or tag}.sock"
     control_path = sockets / f"{name or tag}.ctl"
     own = ("--events=auto", f"--control-socket={control_path}")
-    spec = ServerSpec(directory, socket_path, tag, options=(*own, *options), under=under)
+    spec = ServerSpec(directory, socket_path, tag, options=(*own, *delivery, *options), under=under)
     server = ShareServer(spec, lifeline)
     return EventShare(tag, directory, server, Control(control_path))
 
@@ -164,9 +172,17 @@ def start_share(
 def as_share(share: EventShare, qemu: Qemu) -> Share:
     """The guest's side of it, mounted at /TAG."""
     spec = share.server.spec
-    device = ShareDevice.STOCK if PARKED in spec.options else queue_device(qemu)
+    place = Share(share.tag, spec.socket_path, f"/{share.tag}", device=device_of(share, qemu))
+    if share.tag == "tiny":
+        place = replace(place, queue_size=TINY_QUEUE_SIZE, properties=("indirect_desc=off",))
+    return place
+
+
+def device_of(share: EventShare, qemu: Qemu) -> ShareDevice:
+    """By which QEMU can give it what its server wants."""
+    device = ShareDevice.STOCK if PARKED in share.server.spec.options else queue_device(qemu)
     assert device is not None
-    return Share(share.tag, spec.socket_path, f"/{share.tag}", device=device)
+    return device
 
 
 def complaints_of(guest: Guest, shares: Sequence[EventShare]) -> list[str]:

@@ -44,20 +44,34 @@ class Monitor:
             self._deleted.add(message["data"].get("device", ""))
         return message
 
-    def execute(self, command: str, **values: object) -> None:
-        """Runs a command; arguments as QEMU calls them, with underscores where it has them."""
+    def _answer(self, command: str, values: dict[str, object]) -> dict[str, Any]:
         line = json.dumps({"execute": command, "arguments": values})
         self._stream.write(line.encode() + b"\n")
         self._stream.flush()
         while "event" in (answer := self._message()):
             pass
-        assert "return" in answer, f"{line}: {answer}"
+        return answer
+
+    def execute(self, command: str, **values: object) -> None:
+        """Runs a command; arguments as QEMU calls them, with underscores where it has them."""
+        answer = self._answer(command, values)
+        assert "return" in answer, f"{command} {values}: {answer}"
+
+    def refusal(self, command: str, **values: object) -> str:
+        """Why QEMU does not do it."""
+        answer = self._answer(command, values)
+        assert "error" in answer, f"{command} {values} was done"
+        return str(answer["error"]["desc"])
 
     def plug(self, socket_path: Path, kind: ShareDevice) -> None:
         """A share whose server listens there, and says that it is called "share"."""
         address = {"type": "unix", "data": {"path": str(socket_path)}}
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
         self.execute("chardev-add", id="share0", backend=backend)
+        self.add(kind)
+
+    def add(self, kind: ShareDevice) -> None:
+        """The device of a share whose character device is there."""
         device = {"driver": TEST_DEVICE, "id": "share0", "bus": PORT, "chardev": "share0"}
         options: dict[str, object] = {
             "virtio-id": 26,
@@ -74,11 +88,15 @@ class Monitor:
 
     def unplug(self) -> None:
         """Takes the share away; returns when the guest has let it go."""
+        self.delete()
+        self.execute("chardev-remove", id="share0")
+
+    def delete(self) -> None:
+        """Takes the share's device alone away."""
         self._deleted.discard("share0")
         self.execute("device_del", id="share0")
         while "share0" not in self._deleted:
             self._message()
-        self.execute("chardev-remove", id="share0")
 
     def close(self) -> None:
         """Leaves QEMU alone."""

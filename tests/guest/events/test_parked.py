@@ -27,6 +27,7 @@ from vhostfs.vm.machine import Share, ShareDevice
 
 TIMEOUT_S = 30.0
 AT_ONCE_S = 5.0
+HUNG_S = 10
 STATE = "cat /sys/bus/virtio/devices/*/notifications/state"
 
 
@@ -59,13 +60,15 @@ def stock(request: pytest.FixtureRequest, parts: Parts, real_directory: Path) ->
     directory.mkdir()
     image = image_or_lacking(parts.launchpad, parts.image_spec(request.param))
     with Lifeline() as lifeline:
-        share = start_share(lifeline, directory, "share")
+        share = start_share(lifeline, directory, "share", delivery=())
         monitor_path = lifeline.directory / "qmp.sock"
         place = Share("share", share.server.spec.socket_path, "/share", device=ShareDevice.STOCK)
         machine = parts.launchpad.machine(image, (place,))
         machine = replace(machine, qemu_arguments=("-qmp", f"unix:{monitor_path},server=on,wait=off"))
         guest = Guest(machine, lifeline=lifeline)
         with guest:
+            # A request that waited for events would be found waiting: complaints_of() looks for it.
+            guest.run(f"echo {HUNG_S} >/proc/sys/kernel/hung_task_timeout_secs", TIMEOUT_S).check()
             monitor = Monitor(monitor_path)
             yield Stock(guest, share, monitor, parts)
             monitor.close()
@@ -164,6 +167,40 @@ def test_unmounting_and_syncing_do_not_wait_for_parked_requests(stock: Stock) ->
     watch.close()
 
 
+def test_parked_requests_are_not_under_way_for_the_guest_s_kernel(stock: Stock) -> None:
+    assert awaited(lambda: stock.parked > 0)
+    stacks = stock.sh("cat /proc/[0-9]*/stack")
+    assert "worker_thread" in stacks
+    assert "request_wait_answer" not in stacks
+
+
+def test_suspending_does_not_wait_for_parked_requests(stock: Stock) -> None:
+    """As far as the kernel's own driver goes: tasks are frozen; the device itself refuses to sleep."""
+    place = stock.place("suspend")
+    watch = stock.watch(place)
+    assert awaited(lambda: stock.parked > 0)
+    frozen = "echo freezer >/sys/power/pm_test; echo 0 >/sys/module/suspend/parameters/pm_test_delay"
+    started_s = time.monotonic()
+    stock.sh(f"{frozen}; echo freeze >/sys/power/state")
+    assert time.monotonic() - started_s < AT_ONCE_S
+    watch.step((place.host / "thawed").mkdir, "CREATE|ISDIR thawed")
+    refused = "echo none >/sys/power/pm_test; echo freeze >/sys/power/state"
+    started_s = time.monotonic()
+    assert stock.guest.run(refused, TIMEOUT_S).exit_status != 0
+    assert time.monotonic() - started_s < AT_ONCE_S
+    assert "virtio-fs: suspend/resume not yet supported" in stock.sh("dmesg")
+    watch.step((place.host / "awake").mkdir, "CREATE|ISDIR awake")
+    watch.close()
+
+
+def test_a_migration_is_refused_at_once_and_events_go_on(stock: Stock) -> None:
+    place = stock.place("migration")
+    watch = stock.watch(place)
+    assert "igrat" in stock.monitor.refusal("migrate", uri="exec:cat >/dev/null")
+    watch.step((place.host / "stayed").mkdir, "CREATE|ISDIR stayed")
+    watch.close()
+
+
 def test_a_paused_machine_has_its_events_when_it_goes_on(stock: Stock) -> None:
     place = stock.place("pause")
     watch = stock.watch(place)
@@ -172,6 +209,25 @@ def test_a_paused_machine_has_its_events_when_it_goes_on(stock: Stock) -> None:
     (place.host / "meanwhile").mkdir()
     stock.monitor.execute("cont")
     watch.step((place.host / "new").mkdir, "CREATE|ISDIR meanwhile", "CREATE|ISDIR new")
+    watch.close()
+
+
+def test_the_smallest_ring_has_room_for_requests_of_every_size(session: EventSession) -> None:
+    share = session.shares["tiny"]
+    queues = share.control.negotiated()["vmm"]["queues"]
+    size = next(queue["size"] for queue in queues if queue["role"] == "request")
+    assert awaited(lambda: share.control.counters()["buffers"] == min(64, size // 8))
+    top = Place(session.guest, share.directory, "/tiny")
+    place, watched = top.child("data"), top.child("watched")
+    watch = Watch(watched, share.control, session.parts.program)
+    write = (
+        "head -c 1000000 /dev/urandom >/tmp/data; for i in 1 2 3 4; do cat /tmp/data >$i & done; wait; sync"
+    )
+    compare = "for i in 1 2 3 4; do cmp $i /tmp/data || exit 1; done; rm /tmp/data"
+    busy = place.start(f"{write}; echo 3 >/proc/sys/vm/drop_caches; {compare}")
+    for number in range(20):
+        watch.step((watched.host / str(number)).mkdir, f"CREATE|ISDIR {number}")
+    busy.wait(TIMEOUT_S).check()
     watch.close()
 
 

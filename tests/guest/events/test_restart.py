@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import image_or_lacking
-from tests.guest.events.conftest import EventShare, Parts, complaints_of, start_share
+from tests.guest.events.conftest import PARKED, EventShare, Parts, complaints_of, device_of, start_share
 from tests.guest.events.qmp import QUEUE_SIZE, Monitor, arguments
 from tests.guest.events.watching import Watch
 from tests.guest.place import Place, awaited
@@ -23,10 +24,10 @@ from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES
 from vhostfs.vm.lifeline import Lifeline
-from vhostfs.vm.machine import queue_device
 
 pytestmark = pytest.mark.timeout(180, func_only=True)
 TIMEOUT_S = 30.0
+AT_ONCE_S = 10.0
 CALLS = QUEUE_SIZE + 20
 
 
@@ -36,7 +37,7 @@ class Plugged:
     def __init__(self, parts: Parts, directory: Path, lifeline: Lifeline) -> None:
         self._directory = directory
         self._lifeline = lifeline
-        self._device = queue_device(parts.qemu)
+        self._qemu = parts.qemu
         self.share = self._start()
         kernel = os.environ.get("VHOSTFS_TEST_KERNEL", DEFAULT_SERIES)
         image = image_or_lacking(parts.launchpad, parts.image_spec(kernel))
@@ -49,12 +50,12 @@ class Plugged:
         self._plug()
         self.mount()
 
-    def _start(self) -> EventShare:
-        return start_share(self._lifeline, self._directory, "share")
+    def _start(self, *options: str) -> EventShare:
+        return start_share(self._lifeline, self._directory, "share", options)
 
     def _plug(self) -> None:
-        assert self._device is not None
-        self._monitor.plug(self.share.server.spec.socket_path, self._device)
+        device = device_of(self.share, self._qemu)
+        self._monitor.plug(self.share.server.spec.socket_path, device)
 
     def mount(self) -> None:
         """Waits for the guest's kernel to find the device."""
@@ -69,11 +70,16 @@ class Plugged:
         server.process.wait(TIMEOUT_S)
         assert server.spec.socket_path.exists() == (number == signal.SIGKILL)
 
-    def start_server_again(self) -> None:
+    def start_server_again(self, *options: str) -> None:
         """On the same sockets; the guest gets the share as a new device."""
         self._monitor.unplug()
-        self.share = self._start()
+        self.share = self._start(*options)
         self._plug()
+
+    def plug_again(self) -> None:
+        """A new device on the connection of the one before, whose server goes on."""
+        self._monitor.delete()
+        self._monitor.add(device_of(self.share, self._qemu))
 
     def awaits_an_answer(self, command: RunningCommand) -> bool:
         """Waits until somebody in the guest's kernel waits for an answer of the server."""
@@ -143,3 +149,35 @@ def test_an_unmount_that_waits_for_a_server_that_ended_is_done_when_the_share_is
     watch.step((place.host / "new").mkdir, "CREATE|ISDIR new")
     watch.ends()
     watch.close()
+
+
+def test_a_server_that_goes_on_serves_the_next_device_on_its_connection(plugged: Plugged) -> None:
+    for name in ("one", "two"):
+        place = Place(plugged.guest, plugged.share.directory, "/share").child(name)
+        watch = Watch(place, plugged.share.control, None)
+        watch.step((place.host / "new").mkdir, "CREATE|ISDIR new")
+        watch.ends()
+        watch.close()
+        plugged.guest.run("umount /share", TIMEOUT_S).check()
+        plugged.plug_again()
+        plugged.mount()
+    assert "begins anew on its connection" in plugged.share.server.log_path.read_text()
+
+
+def test_parked_requests_keep_neither_a_server_nor_a_device_from_ending(plugged: Plugged) -> None:
+    plugged.end_server(signal.SIGTERM)
+    plugged.start_server_again(PARKED)
+    plugged.guest.run("umount /share", TIMEOUT_S).check()
+    plugged.mount()
+    place = Place(plugged.guest, plugged.share.directory, "/share").child("parked")
+    watch = Watch(place, plugged.share.control, None)
+    watch.step((place.host / "new").mkdir, "CREATE|ISDIR new")
+    assert plugged.share.control.counters()["buffers"] > 0
+    started_s = time.monotonic()
+    plugged.end_server(signal.SIGTERM)
+    plugged.start_server_again()
+    assert time.monotonic() - started_s < AT_ONCE_S
+    watch.step(plugged.guest.run("umount /share", TIMEOUT_S).check, "UNMOUNT|ISDIR", "IGNORED")
+    watch.command.close_stdin()
+    watch.command.wait(TIMEOUT_S).check()
+    plugged.mount()
