@@ -6,7 +6,6 @@ Specification: argparse; house style "errors to people"."""
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +36,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """Lines that are too long are broken, the others kept."""
+        import textwrap  # for help alone
+
         lines = (line if len(line) <= width else textwrap.fill(line, width) for line in text.splitlines())
         return "".join(f"{indent}{line}\n" for line in lines)
 
