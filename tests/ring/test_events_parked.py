@@ -60,8 +60,10 @@ def own_share(make_share: MakeShare) -> Share:
 
 
 def guest_of(share: Share, **options: object) -> EventGuest:
+    """All of its requests have come to the server."""
     guest = EventGuest(share, delivery=Delivery.PARKED, **options)  # type: ignore[arg-type]
     guest.watch("d")
+    assert awaited(lambda: event_counters(share)["buffers"] == guest.notifications.with_device)
     return guest
 
 
@@ -149,8 +151,6 @@ def test_requests_go_on_while_others_are_parked(share: Share) -> None:
 
 def test_several_request_queues_may_hold_them(share: Share) -> None:
     guest = guest_of(share, machine=replace(STOCK, request_queues=2), buffers=1)
-    # Each queue has a thread of its own: that of the first has come before the other one is sent.
-    assert awaited(lambda: event_counters(share)["buffers"] == 1)
     other = guest.fs.session.submit(park(), queue=guest.fs.vmm.request_queue(1))
     assert awaited(lambda: event_counters(share)["buffers"] == 2)
     expected = make(share, 0, 2)
@@ -271,9 +271,8 @@ def reset(vmm: Vmm) -> None:
 def test_whatever_stops_the_queue_answers_all_at_once(share: Share, end: Callable[[Vmm], object]) -> None:
     """As QEMU has it before a migration, when the machine pauses, its memory changes, or the guest resets."""
     machine = replace(STOCK, protocol_features=STOCK.protocol_features & ~ProtocolFeature.CONFIGURE_MEM_SLOTS)
-    guest = EventGuest(share, delivery=Delivery.PARKED, machine=machine, buffers=MAX_PARKED)
+    guest = guest_of(share, machine=machine, buffers=MAX_PARKED)
     queue = guest.fs.vmm.request_queue()
-    assert awaited(lambda: guest.notifications.with_device == MAX_PARKED)
     used = queue.device_used_index()
     started_s = time.monotonic()
     end(guest.fs.vmm)
