@@ -221,6 +221,7 @@ VF_DECLARE_OP(fsnotify_park);
 /* ---- the share ---------------------------------------------------------- */
 
 struct vf_inode_table;
+struct vf_deferred;
 struct vf_file_table;
 struct vf_lock_waiters;
 struct vf_pool;
@@ -233,6 +234,7 @@ struct vf_share {
 	atomic_uint max_write;
 	struct vf_inode_table *inodes;
 	struct vf_file_table *files;
+	_Atomic(struct vf_deferred *) deferred; /* NULL: not granted in this session */
 	struct vf_lock_waiters *locks;
 	struct vf_pool *pool;
 	struct vf_upcalls *upcalls;

@@ -14,6 +14,7 @@
 
 #include "events.h"
 #include "fanotify_move.h"
+#include "file.h"
 #include "marker.h"
 #include "order.h"
 #include "own_changes.h"
@@ -265,6 +266,8 @@ int vf_share_grant_events(vf_share *share, uint64_t flags, uint64_t mask)
 	error = vf_handle_index_start(share);
 	if (!error && (flags & VF_FSNOTIFY_INVALIDATE))
 		error = vf_marker_want(events, VF_MARK_INVALIDATE, true);
+	if (!error && (flags & VF_FSNOTIFY_DEFERRED_OPEN))
+		error = vf_deferred_start(share);
 	if (error)
 		return error;
 	if (flags & VF_FSNOTIFY_PARKED)

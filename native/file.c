@@ -166,7 +166,8 @@ static void file_destroy(struct vf_share *share, struct vf_file *file)
 	}
 	close(file->fd);
 	file->fd = -1;
-	if ((uint32_t)++reuse == 0)
+	/* Handles with bit 63 are the guest's. */
+	if (++reuse >> 31)
 		reuse = 1;
 	atomic_store_explicit(&file->state, reuse << 32, memory_order_relaxed);
 	atomic_fetch_sub_explicit(&table->n_open, 1, memory_order_relaxed);
@@ -177,10 +178,13 @@ static void file_destroy(struct vf_share *share, struct vf_file *file)
 struct vf_file *vf_file_get(struct vf_share *share, uint64_t nodeid, uint64_t fh)
 {
 	struct vf_file_table *table = share->files;
-	uint32_t slot = (uint32_t)fh;
 	struct vf_file *file;
 	uint64_t state;
+	uint32_t slot;
 
+	if (fh & VF_FH_DEFERRED)
+		fh = vf_deferred_handle(share, fh);
+	slot = (uint32_t)fh;
 	if (slot >= __atomic_load_n(&table->n_slots, __ATOMIC_ACQUIRE))
 		return NULL;
 	file = slot_file(table, slot);
@@ -207,6 +211,29 @@ struct vf_file *vf_file_get_kind(struct vf_share *share, uint64_t nodeid, uint64
 		return NULL;
 	}
 	return file;
+}
+
+static struct vf_file *get_any(struct vf_share *share, uint64_t nodeid, uint64_t fh,
+			       enum vf_file_kind kind)
+{
+	return kind == VF_EITHER ? vf_file_get(share, nodeid, fh)
+				 : vf_file_get_kind(share, nodeid, fh, kind == VF_DIRECTORY);
+}
+
+int vf_file_use(struct vf_share *share, uint64_t nodeid, uint64_t fh, enum vf_file_kind kind,
+		struct vf_file **file)
+{
+	int error;
+
+	*file = get_any(share, nodeid, fh, kind);
+	if (*file)
+		return 0;
+	error = vf_deferred_open(share, nodeid, fh, kind);
+	if (error)
+		return error;
+	/* It may be of another object, or of another kind. */
+	*file = get_any(share, nodeid, fh, kind);
+	return *file ? 0 : -EBADF;
 }
 
 void vf_file_put(struct vf_share *share, struct vf_file *file)
@@ -297,6 +324,7 @@ void vf_file_table_clear(struct vf_file_table *table)
 	if (table->share->locks)
 		vf_locks_clear(table->share);
 	table_close_all(table);
+	vf_deferred_end(table->share);
 }
 
 void vf_file_table_free(struct vf_file_table *table)
@@ -304,6 +332,7 @@ void vf_file_table_free(struct vf_file_table *table)
 	if (!table)
 		return;
 	table_close_all(table);
+	vf_deferred_end(table->share);
 	for (uint32_t i = 0; i <= table->max_slots / CHUNK_SLOTS; i++)
 		free(table->chunks[i]);
 	free(table->chunks);

@@ -4,6 +4,7 @@
  *
  * fh is (reuse count << 32 | slot), like a nodeid; every use checks that the
  * handle belongs to the nodeid of the request and is of the kind asked for.
+ * Bit 63 is never set: such handles are the guest's own (deferred.c).
  */
 #ifndef VHOSTFS_FILE_H
 #define VHOSTFS_FILE_H
@@ -33,6 +34,17 @@ int vf_file_fd(const struct vf_file *file);
 /* The same, only of this kind. */
 struct vf_file *vf_file_get_kind(struct vf_share *share, uint64_t nodeid, uint64_t fh,
 				 bool directory);
+enum vf_file_kind {
+	VF_REGULAR,
+	VF_DIRECTORY,
+	VF_EITHER,
+};
+/*
+ * As vf_file_get() for an operation that works on the open file: one whose open was deferred is
+ * opened now.  -EBADF, or the errno of that.
+ */
+int vf_file_use(struct vf_share *share, uint64_t nodeid, uint64_t fh, enum vf_file_kind kind,
+		struct vf_file **file);
 /* The open(2) flags that vf_file_new() was given. */
 int vf_file_flags(const struct vf_file *file);
 /*
@@ -43,6 +55,22 @@ int vf_file_release(struct vf_share *share, struct vf_file *file);
 /* One of config.open_budget descriptors, for what is kept beside open files (lock owners). */
 bool vf_open_budget_take(struct vf_share *share);
 void vf_open_budget_give(struct vf_share *share);
+
+/* deferred.c: handles that the guest chose; docs/protocol.md, "Deferred opens". */
+#define VF_FH_DEFERRED (1ULL << 63)
+#define VF_MAX_DEFERRED 65536u /* at a time: the low bits of a handle tell them apart */
+/* From now on in this session the guest may defer opens. -ENOMEM. */
+int vf_deferred_start(struct vf_share *share);
+/* No request is under way; what is open is closed with the table of files. */
+void vf_deferred_end(struct vf_share *share);
+/* What file.c calls it; 0: it is not open. */
+uint64_t vf_deferred_handle(const struct vf_share *share, uint64_t fh);
+/* One that the guest may have chosen, and that nothing has needed yet. */
+bool vf_deferred_is_unopened(const struct vf_share *share, uint64_t fh);
+/* 0: it is open, by this or by another request; or a negative errno. */
+int vf_deferred_open(struct vf_share *share, uint64_t nodeid, uint64_t fh, enum vf_file_kind kind);
+/* The file was released. */
+void vf_deferred_close(struct vf_share *share, uint64_t fh);
 
 /* Whether a read of this file can be tried without waiting for storage (RWF_NOWAIT). */
 enum vf_wait_mode {

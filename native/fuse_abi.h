@@ -92,6 +92,7 @@ struct vf_fuse_copy_file_range_out {
 #define VF_FSNOTIFY_WATCH_FILESYSTEM (1ULL << 6)
 #define VF_FSNOTIFY_PARENT (1ULL << 7)
 #define VF_FSNOTIFY_DIRECTORY_LOSS (1ULL << 8)
+#define VF_FSNOTIFY_DEFERRED_OPEN (1ULL << 9)
 
 struct vf_fsnotify_watch_in {
 	uint64_t mask; /* FS_* bits; 0: no longer watched */

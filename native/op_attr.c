@@ -29,10 +29,12 @@ static int object_get(const struct vf_req *r, bool by_file, uint64_t fh, struct 
 	*o = (struct object){.fd = -1};
 	if (by_file) {
 		o->file = vf_file_get(r->share, r->header.nodeid, fh);
-		if (!o->file)
+		if (o->file) {
+			o->fd = vf_file_fd(o->file);
+			return 0;
+		}
+		if (!vf_deferred_is_unopened(r->share, fh))
 			return -EBADF;
-		o->fd = vf_file_fd(o->file);
-		return 0;
 	}
 	o->inode = vf_inode_get(r->share, r->header.nodeid);
 	if (!o->inode)

@@ -58,9 +58,9 @@ void vf_dir_free(struct vf_share *share, struct vf_dir *dir)
 	free(dir);
 }
 
-static struct vf_file *directory_file(const struct vf_req *r, uint64_t fh)
+static int use_directory(const struct vf_req *r, uint64_t fh, struct vf_file **file)
 {
-	return vf_file_get_kind(r->share, r->header.nodeid, fh, true);
+	return vf_file_use(r->share, r->header.nodeid, fh, VF_DIRECTORY, file);
 }
 
 int32_t vf_op_opendir(struct vf_thread *t, struct vf_req *r)
@@ -102,11 +102,12 @@ int32_t vf_op_releasedir(struct vf_thread *t, struct vf_req *r)
 	(void)t;
 	if (!in)
 		return -EINVAL;
-	file = directory_file(r, in->fh);
+	file = vf_file_get_kind(r->share, r->header.nodeid, in->fh, true);
 	if (!file)
-		return -EBADF;
+		return vf_deferred_is_unopened(r->share, in->fh) ? 0 : -EBADF;
 	error = vf_file_release(r->share, file);
 	vf_file_put(r->share, file);
+	vf_deferred_close(r->share, in->fh);
 	return error;
 }
 
@@ -120,9 +121,9 @@ int32_t vf_op_fsyncdir(struct vf_thread *t, struct vf_req *r)
 	(void)t;
 	if (!in)
 		return -EINVAL;
-	file = directory_file(r, in->fh);
-	if (!file)
-		return -EBADF;
+	result = use_directory(r, in->fh, &file);
+	if (result)
+		return result;
 	fd = vf_file_fd(file);
 	result =
 	    (in->fsync_flags & FUSE_FSYNC_FDATASYNC ? fdatasync(fd) : fsync(fd)) < 0 ? -errno : 0;
@@ -312,7 +313,7 @@ static int32_t read_directory(struct vf_thread *t, struct vf_req *r, bool plus)
 {
 	const struct fuse_read_in *in = vf_arg(r, sizeof(*in));
 	struct listing l = {.t = t, .r = r};
-	int32_t result = -ENOMEM;
+	int32_t result;
 
 	if (!in)
 		return -EINVAL;
@@ -323,9 +324,10 @@ static int32_t read_directory(struct vf_thread *t, struct vf_req *r, bool plus)
 		l.room = in->size;
 	if (l.room > VF_MAX_REPLY)
 		l.room = VF_MAX_REPLY;
-	l.file = directory_file(r, in->fh);
-	if (!l.file)
-		return -EBADF;
+	result = use_directory(r, in->fh, &l.file);
+	if (result)
+		return result;
+	result = -ENOMEM;
 	if (plus) {
 		l.inode = vf_inode_get(r->share, r->header.nodeid);
 		if (!l.inode) {

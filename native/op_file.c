@@ -21,9 +21,15 @@
 #define RAMFS_MAGIC 0x858458f6
 #define FS_PAGE 4096u /* the smallest unit in which a page cache fails or waits */
 
+/* For FLUSH and RELEASE, which open nothing: NULL where nothing is open. */
 static struct vf_file *regular_file(const struct vf_req *r, uint64_t fh)
 {
 	return vf_file_get_kind(r->share, r->header.nodeid, fh, false);
+}
+
+static int use_regular(const struct vf_req *r, uint64_t fh, struct vf_file **file)
+{
+	return vf_file_use(r->share, r->header.nodeid, fh, VF_REGULAR, file);
 }
 
 /* ---- OPEN, RELEASE, FLUSH ----------------------------------------------- */
@@ -102,8 +108,13 @@ int32_t vf_op_release(struct vf_thread *t, struct vf_req *r)
 	if (!in)
 		return -EINVAL;
 	file = regular_file(r, in->fh);
-	if (!file)
-		return -EBADF;
+	if (!file) {
+		if (!vf_deferred_is_unopened(r->share, in->fh))
+			return -EBADF;
+		if (in->release_flags & FUSE_RELEASE_FLUSH)
+			vf_locks_release_owner(r->share, r->header.nodeid, in->lock_owner);
+		return 0;
+	}
 	/* Another request may still hold the descriptor, so closing it is not enough. */
 	if (in->release_flags & FUSE_RELEASE_FLOCK_UNLOCK)
 		flock(vf_file_fd(file), LOCK_UN);
@@ -112,6 +123,7 @@ int32_t vf_op_release(struct vf_thread *t, struct vf_req *r)
 		vf_locks_release_owner(r->share, r->header.nodeid, in->lock_owner);
 	error = vf_file_release(r->share, file);
 	vf_file_put(r->share, file);
+	vf_deferred_close(r->share, in->fh);
 	return error;
 }
 
@@ -125,9 +137,11 @@ int32_t vf_op_flush(struct vf_thread *t, struct vf_req *r)
 	if (!in)
 		return -EINVAL;
 	file = regular_file(r, in->fh);
-	if (!file)
+	if (!file && !vf_deferred_is_unopened(r->share, in->fh))
 		return -EBADF;
 	vf_locks_release_owner(r->share, r->header.nodeid, in->lock_owner);
+	if (!file)
+		return 0;
 	/* Network file systems tell of failed writes at close(2), whichever descriptor it is. */
 	if ((vf_file_flags(file) & O_ACCMODE) != O_RDONLY) {
 		int fd = fcntl(vf_file_fd(file), F_DUPFD_CLOEXEC, 0);
@@ -250,9 +264,9 @@ int32_t vf_op_read(struct vf_thread *t, struct vf_req *r)
 
 	if (!in || in->offset > INT64_MAX)
 		return -EINVAL;
-	file = regular_file(r, in->fh);
-	if (!file)
-		return -EBADF;
+	result = use_regular(r, in->fh, &file);
+	if (result)
+		return result;
 	size = in->size < VF_MAX_IO ? in->size : VF_MAX_IO;
 	if (r->out_size < sizeof(struct fuse_out_header))
 		size = 0;
@@ -335,9 +349,9 @@ int32_t vf_op_write(struct vf_thread *t, struct vf_req *r)
 
 	if (!in || in->offset > INT64_MAX || in->size > VF_MAX_IO || in->size != r->in_size)
 		return -EINVAL;
-	file = regular_file(r, in->fh);
-	if (!file)
-		return -EBADF;
+	result = use_regular(r, in->fh, &file);
+	if (result)
+		return result;
 	if (!t->may_block && (vf_file_flags(file) & (O_DIRECT | O_SYNC | O_DSYNC)))
 		result = VF_TO_POOL;
 	else
@@ -365,9 +379,9 @@ int32_t vf_op_fsync(struct vf_thread *t, struct vf_req *r)
 	(void)t;
 	if (!in)
 		return -EINVAL;
-	file = regular_file(r, in->fh);
-	if (!file)
-		return -EBADF;
+	result = use_regular(r, in->fh, &file);
+	if (result)
+		return result;
 	fd = vf_file_fd(file);
 	result =
 	    (in->fsync_flags & FUSE_FSYNC_FDATASYNC ? fdatasync(fd) : fsync(fd)) < 0 ? -errno : 0;
@@ -387,9 +401,9 @@ int32_t vf_op_fallocate(struct vf_thread *t, struct vf_req *r)
 	result = set_fsetid(t, false);
 	if (result)
 		return result;
-	file = regular_file(r, in->fh);
-	if (!file)
-		return -EBADF;
+	result = use_regular(r, in->fh, &file);
+	if (result)
+		return result;
 	do {
 		result = fallocate(vf_file_fd(file), (int)in->mode, (off_t)in->offset,
 				   (off_t)in->length) < 0
@@ -406,7 +420,7 @@ int32_t vf_op_lseek(struct vf_thread *t, struct vf_req *r)
 	struct fuse_lseek_out *out = (struct fuse_lseek_out *)t->reply;
 	struct vf_file *file;
 	off_t offset;
-	int error = 0;
+	int result;
 
 	if (!in)
 		return -EINVAL;
@@ -414,16 +428,16 @@ int32_t vf_op_lseek(struct vf_thread *t, struct vf_req *r)
 	if (in->whence != SEEK_SET && in->whence != SEEK_END && in->whence != SEEK_DATA &&
 	    in->whence != SEEK_HOLE)
 		return -EINVAL;
-	file = regular_file(r, in->fh);
-	if (!file)
-		return -EBADF;
+	result = use_regular(r, in->fh, &file);
+	if (result)
+		return result;
 	/* Nothing else uses the descriptor's position. */
 	offset = lseek(vf_file_fd(file), (off_t)in->offset, (int)in->whence);
 	if (offset < 0)
-		error = -errno;
+		result = -errno;
 	vf_file_put(r->share, file);
-	if (error)
-		return error;
+	if (result)
+		return result;
 	out->offset = (uint64_t)offset;
 	return sizeof(*out);
 }
@@ -431,7 +445,7 @@ int32_t vf_op_lseek(struct vf_thread *t, struct vf_req *r)
 int32_t vf_op_copy_file_range(struct vf_thread *t, struct vf_req *r)
 {
 	const struct fuse_copy_file_range_in *in = vf_arg(r, sizeof(*in));
-	struct vf_file *from, *to = NULL;
+	struct vf_file *from = NULL, *to = NULL;
 	loff_t from_offset, to_offset;
 	ssize_t copied = 0;
 	int32_t result;
@@ -441,7 +455,7 @@ int32_t vf_op_copy_file_range(struct vf_thread *t, struct vf_req *r)
 	result = set_fsetid(t, false);
 	if (result)
 		return result;
-	from = regular_file(r, in->fh_in);
+	result = use_regular(r, in->fh_in, &from);
 	if (from)
 		to = vf_file_get_kind(r->share, in->nodeid_out, in->fh_out, false);
 	if (to) {
@@ -456,7 +470,7 @@ int32_t vf_op_copy_file_range(struct vf_thread *t, struct vf_req *r)
 			result = copied < 0 ? -errno : 0;
 		} while (result == -EINTR);
 		vf_file_put(r->share, to);
-	} else {
+	} else if (from) {
 		result = -EBADF;
 	}
 	if (from)

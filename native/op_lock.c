@@ -395,9 +395,9 @@ int32_t vf_op_getlk(struct vf_thread *t, struct vf_req *r)
 		return -ENOSYS;
 	if (!in || check_range(in, &range) || range.type == F_UNLCK)
 		return -EINVAL;
-	file = vf_file_get_kind(share, r->header.nodeid, in->fh, false);
-	if (!file)
-		return -EBADF;
+	error = vf_file_use(share, r->header.nodeid, in->fh, VF_REGULAR, &file);
+	if (error)
+		return error;
 	/* An owner's own locks are not in its way; the handle's descriptor never has any. */
 	owner = lock_owner_use(share->locks, r->header.nodeid, in->owner, false, &error);
 	fl = lock_range_to_flock(&range);
@@ -472,10 +472,10 @@ static int32_t set_lock(struct vf_req *r, bool wait)
 	if (check_range(in, &range))
 		return -EINVAL;
 	/* flock(2) works on directories too. */
-	file = whole_file ? vf_file_get(share, r->header.nodeid, in->fh)
-			  : vf_file_get_kind(share, r->header.nodeid, in->fh, false);
-	if (!file)
-		return -EBADF;
+	result = vf_file_use(share, r->header.nodeid, in->fh, whole_file ? VF_EITHER : VF_REGULAR,
+			     &file);
+	if (result)
+		return result;
 	result =
 	    whole_file ? set_flock(r, file, &range, wait) : set_posix_lock(r, in, &range, wait);
 	if (!(whole_file && result == VF_ASYNC))

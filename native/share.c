@@ -226,11 +226,11 @@ int vf_share_inode_fd(vf_share *share, uint64_t nodeid)
 
 int vf_share_file_fd(vf_share *share, uint64_t nodeid, uint64_t fh)
 {
-	struct vf_file *file = vf_file_get(share, nodeid, fh);
-	int fd;
+	struct vf_file *file;
+	int fd = vf_file_use(share, nodeid, fh, VF_EITHER, &file);
 
-	if (!file)
-		return -EBADF;
+	if (fd)
+		return fd;
 	fd = fcntl(vf_file_fd(file), F_DUPFD_CLOEXEC, 3);
 	if (fd < 0)
 		fd = -errno;

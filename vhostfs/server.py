@@ -169,7 +169,7 @@ def event_abilities(
         withheld[FsnotifyFlag.RENAME] = "the host does not tell which halves belong together"
     withheld[FsnotifyFlag.WATCH_ALL] = "this server does not do it"
     if events.coherent:
-        flags |= FsnotifyFlag.INVALIDATE
+        flags |= FsnotifyFlag.INVALIDATE | FsnotifyFlag.DEFERRED_OPEN
     else:
         withheld[FsnotifyFlag.INVALIDATE] = events.no_coherence
     no_queue = _no_queue(options, features_acked, fetches_config, has_queue)

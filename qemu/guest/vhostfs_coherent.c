@@ -43,6 +43,7 @@ void vhostfs_reset_coherence(struct vhostfs_notify *n)
 	memset(n->touched, 0, sizeof(n->touched));
 	memset(n->again, 0, sizeof(n->again));
 	n->lose_again = false;
+	vhostfs_reset_opens(n);
 }
 
 /* ---- replies that were sent for before ------------------------------------------- */
@@ -63,19 +64,23 @@ static void vhostfs_touch(struct vhostfs_notify *n, u64 *which)
 	smp_mb();
 }
 
-static bool vhostfs_is_old(struct vhostfs_notify *n, u64 unique, u64 nodeid)
+bool vhostfs_is_old(struct vhostfs_notify *n, u64 unique, u64 nodeid)
 {
 	return unique <= READ_ONCE(n->touched_all) ||
 	       unique <= READ_ONCE(*vhostfs_touched(n, nodeid));
 }
 
-/* A request is about to be given to the device */
-void vhostfs_notify_sent(struct vhostfs_notify *n, u64 unique)
+/* A request is about to be given to the device. True: it has its answer already */
+bool vhostfs_notify_sent(struct vhostfs_notify *n,
+			 const struct fuse_in_header *in,
+			 struct fuse_args *args, bool background)
 {
-	u64 last;
+	u64 unique = in->unique, last;
 
 	if (!n)
-		return;
+		return false;
+	if (vhostfs_open_sent(n, in, args, background))
+		return true;
 	last = atomic64_read(&n->last_sent);
 	while (last < unique) {
 		u64 seen = atomic64_cmpxchg(&n->last_sent, last, unique);
@@ -84,6 +89,7 @@ void vhostfs_notify_sent(struct vhostfs_notify *n, u64 unique)
 			break;
 		last = seen;
 	}
+	return false;
 }
 
 static void vhostfs_shorten_entry(struct vhostfs_notify *n, u64 unique,
@@ -168,7 +174,10 @@ void vhostfs_notify_reply(struct vhostfs_notify *n,
 	u64 unique = in->unique;
 	struct fuse_attr_out *attr;
 
-	if (!n || !args->out_numargs || !vhostfs_is_coherent(n) ||
+	if (!n)
+		return;
+	vhostfs_open_answered(n, in, args);
+	if (!args->out_numargs || !vhostfs_is_coherent(n) ||
 	    unique > READ_ONCE(n->touched_any))
 		return;
 
@@ -317,6 +326,8 @@ void vhostfs_invalidate(struct vhostfs_notify *n, struct fuse_conn *fc,
 	vhostfs_touch(n, vhostfs_touched(n, event->nodeid));
 	if (event->child_nodeid)
 		vhostfs_touch(n, vhostfs_touched(n, event->child_nodeid));
+	vhostfs_forget_open(n, event->nodeid);
+	vhostfs_forget_open(n, event->child_nodeid);
 
 	dir = vhostfs_find(fc, event->nodeid, event->generation);
 	if (!event->namelen) {
@@ -376,6 +387,7 @@ void vhostfs_lose_caches(struct vhostfs_notify *n, struct fuse_conn *fc)
 	struct fuse_mount *fm;
 
 	vhostfs_touch(n, &n->touched_all);
+	vhostfs_forget_opens(n);
 #if VHOSTFS_KERNEL >= 616
 	/* Every dentry and listing is checked again, those in use, too */
 	atomic_inc(&fc->epoch);

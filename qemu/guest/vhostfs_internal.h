@@ -37,6 +37,7 @@
 #define FUSE_FSNOTIFY_INVALIDATE BIT_ULL(5)
 #define FUSE_FSNOTIFY_WATCH_FILESYSTEM BIT_ULL(6)
 #define FUSE_FSNOTIFY_PARENT	BIT_ULL(7)
+#define FUSE_FSNOTIFY_DEFERRED_OPEN BIT_ULL(9)
 
 /* Flags of FUSE_FSNOTIFY_WATCH */
 #define FSNOTIFY_WATCH_FILESYSTEM BIT(0)
@@ -137,6 +138,7 @@ struct vhostfs_wire_element {
 #define VHOSTFS_MAX_MOUNT_MARKS	64
 #define VHOSTFS_TOUCHED_BITS	11
 #define VHOSTFS_MAX_AGAIN	1024
+#define VHOSTFS_LOCKED_BITS	12
 
 /* An element that was checked, in the CPU's byte order */
 struct vhostfs_event {
@@ -249,8 +251,11 @@ enum vhostfs_counter {
 	VHOSTFS_WATCHES_REFUSED,
 	VHOSTFS_RESYNCS,
 	VHOSTFS_INVALIDATED,
+	VHOSTFS_OPENED,
 	VHOSTFS_NR_COUNTERS,
 };
+
+struct vhostfs_opens;
 
 struct vhostfs_notify {
 	struct kref kref;
@@ -313,6 +318,12 @@ struct vhostfs_notify {
 	unsigned int next_again;
 	bool lose_again;
 	struct delayed_work again_work;
+
+	/* Opens that are answered here */
+	bool deferring;			/* in this session */
+	struct vhostfs_opens *opens;	/* once made it stays */
+	/* By nodeid: there may be POSIX locks of this guest's */
+	DECLARE_BITMAP(locked, 1 << VHOSTFS_LOCKED_BITS);
 
 	/* Session and watches */
 	struct mutex session_mutex;
@@ -494,12 +505,25 @@ void vhostfs_watch_shares(struct vhostfs_notify *n,
 /* vhostfs_coherent.c */
 bool vhostfs_is_coherent(const struct vhostfs_notify *n);
 void vhostfs_reset_coherence(struct vhostfs_notify *n);
+bool vhostfs_is_old(struct vhostfs_notify *n, u64 unique, u64 nodeid);
 void vhostfs_again_work(struct work_struct *work);
 void vhostfs_invalidate(struct vhostfs_notify *n, struct fuse_conn *fc,
 			const struct vhostfs_event *event);
 void vhostfs_lose_caches(struct vhostfs_notify *n, struct fuse_conn *fc);
 void vhostfs_lose_all(struct vhostfs_notify *n, struct fuse_conn *fc);
 void vhostfs_begin_coherence(struct vhostfs_notify *n);
+
+/* vhostfs_open.c */
+void vhostfs_forget_open(struct vhostfs_notify *n, u64 nodeid);
+void vhostfs_forget_opens(struct vhostfs_notify *n);
+void vhostfs_reset_opens(struct vhostfs_notify *n);
+void vhostfs_begin_opens(struct vhostfs_notify *n);
+void vhostfs_free_opens(struct vhostfs_notify *n);
+bool vhostfs_open_sent(struct vhostfs_notify *n, const struct fuse_in_header *in,
+		       struct fuse_args *args, bool background);
+void vhostfs_open_answered(struct vhostfs_notify *n,
+			   const struct fuse_in_header *in,
+			   struct fuse_args *args);
 
 /* vhostfs_notify.c */
 void vhostfs_put(struct vhostfs_notify *n);

@@ -83,6 +83,7 @@ static void vhostfs_release(struct kref *kref)
 
 	vhostfs_free_halves(n);
 	vhostfs_free_watches(n);
+	vhostfs_free_opens(n);
 	kfree(n);
 }
 
@@ -212,7 +213,8 @@ static void vhostfs_send_init(struct vhostfs_notify *n, struct fuse_mount *fm)
 				 FUSE_FSNOTIFY_RENAME | FUSE_FSNOTIFY_CHILD |
 				 FUSE_FSNOTIFY_INVALIDATE |
 				 FUSE_FSNOTIFY_WATCH_FILESYSTEM |
-				 FUSE_FSNOTIFY_PARENT) & ~(u64)without);
+				 FUSE_FSNOTIFY_PARENT |
+				 FUSE_FSNOTIFY_DEFERRED_OPEN) & ~(u64)without);
 	in->mask = cpu_to_le64(VHOSTFS_EVENTS | FS_ISDIR | FS_Q_OVERFLOW);
 	in->buf_size = cpu_to_le32(buf_size ? min(buf_size, n->buf_size) :
 				   n->buf_size);
@@ -238,6 +240,7 @@ static void vhostfs_begin(struct vhostfs_notify *n)
 	}
 	vhostfs_set_session(n, VHOSTFS_GRANTED);
 	vhostfs_begin_coherence(n);
+	vhostfs_begin_opens(n);
 	mod_delayed_work(vhostfs_wq, &n->park_work, 0);
 }
 
@@ -507,6 +510,7 @@ VHOSTFS_COUNTER(watches_sent, VHOSTFS_WATCHES_SENT);
 VHOSTFS_COUNTER(watches_refused, VHOSTFS_WATCHES_REFUSED);
 VHOSTFS_COUNTER(resyncs, VHOSTFS_RESYNCS);
 VHOSTFS_COUNTER(invalidated, VHOSTFS_INVALIDATED);
+VHOSTFS_COUNTER(opened, VHOSTFS_OPENED);
 
 static ssize_t state_show(struct device *dev, struct device_attribute *attr,
 			  char *buf)
@@ -590,6 +594,7 @@ static struct attribute *vhostfs_attrs[] = {
 	&vhostfs_attr_watches_refused.attr.attr,
 	&vhostfs_attr_resyncs.attr.attr,
 	&vhostfs_attr_invalidated.attr.attr,
+	&vhostfs_attr_opened.attr.attr,
 	&dev_attr_state.attr,
 	&dev_attr_watches.attr,
 	&dev_attr_directories.attr,
@@ -736,6 +741,7 @@ void vhostfs_notify_stop(struct vhostfs_notify *n)
 	wait_event(n->idle, !atomic_read(&n->in_flight));
 	if (READ_ONCE(n->session) != VHOSTFS_NONE)
 		vhostfs_set_session(n, VHOSTFS_REFUSED);
+	vhostfs_forget_opens(n);
 
 	spin_lock(&n->vq_lock);
 	n->running = false;

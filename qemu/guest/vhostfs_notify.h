@@ -67,10 +67,13 @@ void vhostfs_notify_release_buffers(struct vhostfs_notify *notify);
 void vhostfs_notify_free(struct vhostfs_notify *notify);
 
 /*
- * Requests of the FUSE core: @unique is about to be sent; one was answered, its
+ * Requests of the FUSE core: one is about to be sent, unless this is true: then
+ * its answer is filled in, and it has none but success; one was answered, its
  * arguments are filled in, and the FUSE core does not know yet.
  */
-void vhostfs_notify_sent(struct vhostfs_notify *notify, u64 unique);
+bool vhostfs_notify_sent(struct vhostfs_notify *notify,
+			 const struct fuse_in_header *in,
+			 struct fuse_args *args, bool background);
 void vhostfs_notify_reply(struct vhostfs_notify *notify,
 			  const struct fuse_in_header *in,
 			  struct fuse_args *args);

@@ -21,7 +21,7 @@ from vhostfs.frontend.fsnotify import ALL_EVENTS, HEAD_BYTES, INIT_IN, INIT_OUT,
 WAYS = Granted.VIRTQUEUE | Granted.PARKED
 EXTRAS = Granted.RENAME | Granted.CHILD | Granted.WATCH_FILESYSTEM | Granted.PARENT | Granted.DIRECTORY_LOSS
 """What this project's server grants beside a way for elements to travel."""
-NOT_YET = Granted.WATCH_ALL | Granted.INVALIDATE
+NOT_YET = Granted.WATCH_ALL | Granted.INVALIDATE | Granted.DEFERRED_OPEN
 KNOWN = reduce(or_, Granted)
 UNKNOWN_FLAG = 1 << 40
 
@@ -407,6 +407,9 @@ HARMLESS = (
     ("`notify_buf_size` n of 319 or more", "`buf_size` of 319 or more", "every element fits"),
     ("any", "does not want `WATCH_ALL`, `INVALIDATE` or `DIRECTORY_LOSS`", "it is told what it watches"),
     ("does not grant `INVALIDATE`", "wants it", "what it keeps is asked for again when its time is over"),
+    ("does not grant or know `DEFERRED_OPEN`", "wants it", "it asks for every open"),
+    ("could grant `DEFERRED_OPEN`", "does not want or know it", "it asks for every open"),
+    ("could grant `DEFERRED_OPEN`", "wants it without `INVALIDATE`", "neither is granted"),
     ("can do neither", "does not want it either", "both do without"),
     ("any", "`mask` has bits that are no events", "they are ignored"),
     ("both ways possible", "wants both", "`VIRTQUEUE`"),

@@ -83,6 +83,7 @@ class Granted(enum.IntFlag):
     WATCH_FILESYSTEM = 1 << 6
     PARENT = 1 << 7
     DIRECTORY_LOSS = 1 << 8
+    DEFERRED_OPEN = 1 << 9
 
 
 class WatchFlag(enum.IntFlag):

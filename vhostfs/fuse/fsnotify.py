@@ -57,6 +57,8 @@ class FsnotifyFlag(enum.IntFlag):
     """A directory's own event is for its parent's watchers only where the element says so."""
     DIRECTORY_LOSS = 1 << 8
     """A loss may be about one directory: what happened there has a name that does not fit."""
+    DEFERRED_OPEN = 1 << 9
+    """The driver may answer opens for reading itself; needs INVALIDATE."""
 
 
 TRANSPORTS = FsnotifyFlag.VIRTQUEUE | FsnotifyFlag.PARKED
@@ -215,6 +217,9 @@ def negotiate_events(offer: FsnotifyInitIn, abilities: EventAbilities) -> Fsnoti
     if not granted & TRANSPORTS or not granted & FsnotifyFlag.CHILD:
         # Without the object's number nothing can be said of an object by another name.
         granted &= ~FsnotifyFlag.INVALIDATE
+    if not granted & FsnotifyFlag.INVALIDATE:
+        # What may be opened without asking is known only while every change is told.
+        granted &= ~FsnotifyFlag.DEFERRED_OPEN
     mask = offer.mask & abilities.mask
     if not mask:
         seen = f"it can raise no event that the host can report ({offer.mask:#x})"

@@ -190,6 +190,12 @@ class Guest:
             self._process.kill()
 
     @property
+    def pid(self) -> int:
+        """Of its QEMU, or of what QEMU runs under; only while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         """True while the guest can run commands."""
         return self._agent is not None and not self._agent.gone

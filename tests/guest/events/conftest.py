@@ -62,6 +62,7 @@ SHARES = {
     "parked": (PARKED,),
     "tiny": (PARKED,),
     "user": (),
+    "brief": ("--cache=coherent", "--event-queue=2"),
     "few": ("--events=inotify",),
 }
 """Options of the server by tag; each is mounted at /TAG. Those of CACHE_MODES have the best source."""
