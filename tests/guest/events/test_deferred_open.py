@@ -45,7 +45,8 @@ WALK = "python3 -c \"import os; list(os.walk('.'))\""
 
 
 def watched(session: EventSession, watched_on: MakeWatchedPlace, tag: str) -> WatchedPlace:
-    if ", deferred_open" not in session.shares[tag].server.log_path.read_text():
+    log_path = session.shares[tag].server.log_path
+    if not awaited(lambda: ", deferred_open" in log_path.read_text()):
         lacking("CAP_SYS_ADMIN and a local file system, for coherent caches")
     return watched_on(tag)
 
