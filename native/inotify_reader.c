@@ -247,37 +247,6 @@ static struct inotify_event *own_record(struct vf_inotify_reader *reader,
 	return own_record_at(reader, reader->end, record, objects);
 }
 
-static void take_child_event(struct vf_inotify_reader *reader, const struct inotify_event *record,
-			     const struct places *dirs)
-{
-	struct vf_events *events = reader->events;
-	struct places objects = {.n = 0};
-	struct inotify_event *own = NULL;
-
-	for (uint32_t i = 0; i < dirs->n; i++) {
-		bool certain = false;
-		struct vf_inode *dir = dirs->inodes[i], *child;
-		struct vf_inode *known = reader->child(reader, record, dir, &certain);
-
-		if (!own)
-			own = own_record(reader, record, known, certain, &objects);
-		child = own ? on_mount(&objects, vf_inode_mount(dir)) : NULL;
-		/* One that is watched for this would have had its own record. */
-		if (!child && known && !tells_itself(reader, known, record))
-			child = known;
-		reader->one(reader, record, dir, child);
-		if (known)
-			vf_inode_put(events->share, known);
-	}
-	if (!own)
-		return;
-	for (uint32_t i = 0; i < objects.n; i++)
-		if (!on_mount(dirs, vf_inode_mount(objects.inodes[i])))
-			reader->one(reader, own, objects.inodes[i], NULL);
-	own->mask = 0; /* done */
-	put(events, &objects);
-}
-
 /* ---- an object itself -------------------------------------------------------------- */
 
 /* Does this record tell that the directory, which the guest watches, was removed? */
@@ -375,6 +344,55 @@ static bool is_last_link(struct vf_inotify_reader *reader, const struct inotify_
 {
 	return (vf_watch_mask(reader->events->watches, inode) & VF_FS_DELETE_SELF) &&
 	       vf_events_is_gone(reader->events, inode) && !has_more_links(reader, record, inode);
+}
+
+/*
+ * Linux counts an object's last link count as one with what changed just before, although that had
+ * a name and this has none.  own: the record that was taken with that name.
+ */
+static void take_last_links(struct vf_inotify_reader *reader, struct inotify_event *own,
+			    const struct places *objects)
+{
+	for (uint32_t i = 0; i < objects->n; i++) {
+		if (!is_last_link(reader, own, objects->inodes[i]))
+			continue;
+		own->mask = IN_ATTRIB;
+		reader->one(reader, own, objects->inodes[i], NULL);
+		own->mask = 0;
+	}
+}
+
+static void take_child_event(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			     const struct places *dirs)
+{
+	struct vf_events *events = reader->events;
+	struct places objects = {.n = 0};
+	struct inotify_event *own = NULL;
+
+	for (uint32_t i = 0; i < dirs->n; i++) {
+		bool certain = false;
+		struct vf_inode *dir = dirs->inodes[i], *child;
+		struct vf_inode *known = reader->child(reader, record, dir, &certain);
+
+		if (!own)
+			own = own_record(reader, record, known, certain, &objects);
+		child = own ? on_mount(&objects, vf_inode_mount(dir)) : NULL;
+		/* One that is watched for this would have had its own record. */
+		if (!child && known && !tells_itself(reader, known, record))
+			child = known;
+		reader->one(reader, record, dir, child);
+		if (known)
+			vf_inode_put(events->share, known);
+	}
+	if (!own)
+		return;
+	for (uint32_t i = 0; i < objects.n; i++)
+		if (!on_mount(dirs, vf_inode_mount(objects.inodes[i])))
+			reader->one(reader, own, objects.inodes[i], NULL);
+	own->mask = 0; /* done */
+	if ((record->mask & IN_ATTRIB) && !(record->mask & IN_ISDIR))
+		take_last_links(reader, own, &objects);
+	put(events, &objects);
 }
 
 static void take_own_event(struct vf_inotify_reader *reader, const struct inotify_event *record,

@@ -220,6 +220,15 @@ _TEXTS = {
         unlink d/f
         close 1
     """,
+    "a last link that goes right after a change of its attributes": """
+        mkdir d
+        file d/f
+        watch d d ALL
+        watch f d/f ALL
+        write d/f
+        chmod d/f
+        unlink d/f
+    """,
     "a name that is a watched file's by the time": """
         mkdir d
         mkdir u
