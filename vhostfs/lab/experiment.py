@@ -45,6 +45,7 @@ DELIVERIES = ("auto", "virtqueue", "parked")
 VMMS = ("stock", "test-device", "patched")
 LEVELS = ("ring", "guest")
 _FLAGS = {str(flag.name).lower(): flag for flag in Granted}
+_DRIVER_LIMITS = {"buf_size": 65536, "major": 0xFFFF_FFFF, "minor": 0xFFFF_FFFF}
 _DEFAULT_FLAGS = (
     Granted.VIRTQUEUE
     | Granted.PARKED
@@ -136,7 +137,9 @@ def parse_driver(text: str) -> DriverChoice:
             flags = flags | _FLAGS[key] if value == "on" else flags & ~_FLAGS[key]
         elif key == "mask" and value:
             values["mask"] = _mask(value)
-        elif key in ("buf_size", "major", "minor") and value.isdecimal():
+        elif key in _DRIVER_LIMITS and value.isdecimal():
+            if int(value) > _DRIVER_LIMITS[key]:
+                raise ExperimentError(f"driver '{word}': it is {_DRIVER_LIMITS[key]} at most")
             values[key] = int(value)
         else:
             known = [
@@ -217,6 +220,8 @@ def parse(text: str, where: str) -> Experiment:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ExperimentError(f"this is no TOML: {error}") from None
+        except RecursionError:
+            raise ExperimentError("this is no TOML of an experiment: it is nested too deep") from None
         return _experiment(data, Path(where).stem)
     except ExperimentError as error:
         raise ExperimentError(f"{where}: {error}") from None
@@ -236,7 +241,7 @@ def _experiment(data: dict[str, Any], stem: str) -> Experiment:
     if level not in LEVELS:
         raise ExperimentError(f"level is one of {', '.join(LEVELS)}; seen: '{level}'")
     count = data.get("count", 1000)
-    if not isinstance(count, int) or not 1 <= count <= 1_000_000:
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1_000_000:
         raise ExperimentError(f"count is a number from 1 to 1000000; seen: {count!r}")
     names = data.get("names", [8, 64, 65, 128, 255])
     if (
