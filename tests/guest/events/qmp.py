@@ -65,13 +65,17 @@ class Monitor:
 
     def plug(self, socket_path: Path, kind: ShareDevice) -> None:
         """A share whose server listens there, and says that it is called "share"."""
+        self.connect(socket_path)
+        self.add(kind)
+
+    def connect(self, socket_path: Path) -> None:
+        """The share's character device."""
         address = {"type": "unix", "data": {"path": str(socket_path)}}
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
         self.execute("chardev-add", id="share0", backend=backend)
-        self.add(kind)
 
-    def add(self, kind: ShareDevice) -> None:
-        """The device of a share whose character device is there."""
+    def add(self, kind: ShareDevice, refusal: str | None = None) -> None:
+        """The device of a share whose character device is there; with `refusal`, QEMU says that and no."""
         device = {"driver": TEST_DEVICE, "id": "share0", "bus": PORT, "chardev": "share0"}
         options: dict[str, object] = {
             "virtio-id": 26,
@@ -84,7 +88,10 @@ class Monitor:
             options = {"tag": "share", "queue-size": QUEUE_SIZE}
         if kind is ShareDevice.QUEUE:
             options[QUEUE_PROPERTY] = "on"
-        self.execute("device_add", **device, **options)
+        if refusal is None:
+            self.execute("device_add", **device, **options)
+        else:
+            assert refusal in self.refusal("device_add", **device, **options)
 
     def unplug(self) -> None:
         """Takes the share away; returns when the guest has let it go."""

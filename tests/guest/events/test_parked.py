@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import image_or_lacking
-from tests.guest.events.conftest import EventSession, EventShare, Parts, complaints_of, start_share
+from tests.guest.events.conftest import (
+    DELIVERY,
+    PARKED,
+    EventSession,
+    EventShare,
+    Parts,
+    complaints_of,
+    start_share,
+)
 from tests.guest.events.qmp import Monitor
 from tests.guest.events.scenario import a_day
 from tests.guest.events.watching import Watch
@@ -113,6 +121,10 @@ def test_server_driver_and_run_say_what_is_delivered_and_what_was_missing(stock:
     assert line == f"events: {told['source']['reason']}; delivered by parked requests: {missing}"
 
 
+with_the_queue = pytest.mark.skipif(PARKED in DELIVERY, reason="all shares are without the queue")
+
+
+@with_the_queue
 def test_with_the_queue_they_say_so_and_nothing_is_missing(session: EventSession) -> None:
     share = session.shares["auto"]
     told = share.control.negotiated()
@@ -124,6 +136,7 @@ def test_with_the_queue_they_say_so_and_nothing_is_missing(session: EventSession
     assert line == f"events: {told['source']['reason']}; delivered by the notification queue"
 
 
+@with_the_queue
 def test_a_server_names_what_the_real_driver_and_vmm_have_negotiated(session: EventSession) -> None:
     for tag, role in (("auto", "notification"), ("parked", "request")):
         told = session.shares[tag].control.negotiated()

@@ -24,6 +24,7 @@ from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES
 from vhostfs.vm.lifeline import Lifeline
+from vhostfs.vm.machine import ShareDevice
 
 pytestmark = pytest.mark.timeout(180, func_only=True)
 TIMEOUT_S = 30.0
@@ -37,7 +38,7 @@ class Plugged:
     def __init__(self, parts: Parts, directory: Path, lifeline: Lifeline) -> None:
         self._directory = directory
         self._lifeline = lifeline
-        self._qemu = parts.qemu
+        self.qemu = parts.qemu
         self.share = self._start()
         kernel = os.environ.get("VHOSTFS_TEST_KERNEL", DEFAULT_SERIES)
         image = image_or_lacking(parts.launchpad, parts.image_spec(kernel))
@@ -54,7 +55,7 @@ class Plugged:
         return start_share(self._lifeline, self._directory, "share", options)
 
     def _plug(self) -> None:
-        device = device_of(self.share, self._qemu)
+        device = device_of(self.share, self.qemu)
         self._monitor.plug(self.share.server.spec.socket_path, device)
 
     def mount(self) -> None:
@@ -70,16 +71,24 @@ class Plugged:
         server.process.wait(TIMEOUT_S)
         assert server.spec.socket_path.exists() == (number == signal.SIGKILL)
 
-    def start_server_again(self, *options: str) -> None:
-        """On the same sockets; the guest gets the share as a new device."""
+    def start_server_again(self, *options: str, refused: ShareDevice | None = None) -> None:
+        """On the same sockets; the guest gets the share as a new device.
+
+        refused: a kind that is tried first, and that QEMU cannot make of this server.
+        """
         self._monitor.unplug()
         self.share = self._start(*options)
-        self._plug()
+        if refused is None:
+            self._plug()
+        else:
+            self._monitor.connect(self.share.server.spec.socket_path)
+            self._monitor.add(refused, refusal="VIRTIO_FS_F_NOTIFICATION")
+            self._monitor.add(device_of(self.share, self.qemu))
 
     def plug_again(self) -> None:
         """A new device on the connection of the one before, whose server goes on."""
         self._monitor.delete()
-        self._monitor.add(device_of(self.share, self._qemu))
+        self._monitor.add(device_of(self.share, self.qemu))
 
     def awaits_an_answer(self, command: RunningCommand) -> bool:
         """Waits until somebody in the guest's kernel waits for an answer of the server."""
@@ -162,6 +171,19 @@ def test_a_server_that_goes_on_serves_the_next_device_on_its_connection(plugged:
         plugged.plug_again()
         plugged.mount()
     assert "begins anew on its connection" in plugged.share.server.log_path.read_text()
+
+
+def test_a_device_that_could_not_be_made_leaves_its_connection_fit_for_another(plugged: Plugged) -> None:
+    if not plugged.qemu.has_queue_property:
+        pytest.skip("only a QEMU with our patch refuses a server")
+    plugged.guest.run("umount /share", TIMEOUT_S).check()
+    plugged.end_server(signal.SIGTERM)
+    plugged.start_server_again(PARKED, refused=ShareDevice.QUEUE)
+    plugged.mount()
+    plugged.guest.run("umount /share", TIMEOUT_S).check()
+    plugged.end_server(signal.SIGTERM)
+    plugged.start_server_again()
+    plugged.mount()
 
 
 def test_parked_requests_keep_neither_a_server_nor_a_device_from_ending(plugged: Plugged) -> None:
