@@ -27,8 +27,9 @@ OUTCOMES = {
     "none": "#9e9e9e",
     "failed": "#333333",
 }
-_ROW, _SQUARE, _LETTER = 20, 18, 6.4
+_ROW, _SQUARE, _LETTER = 20, 18, 6.8
 _BAR = 220
+_BOLD = ' font-weight="bold"'
 
 
 def label_of(cell: CellResult, varied: Sequence[str]) -> str:
@@ -40,10 +41,11 @@ def label_of(cell: CellResult, varied: Sequence[str]) -> str:
 def picture(result: ExperimentResult) -> str:
     """Steps where there are any, else bars of what was measured."""
     labels = [label_of(cell, result.experiment.varied) for cell in result.cells]
-    left = 12 + int(_LETTER * max(map(len, labels), default=0))
+    axes = ", ".join(result.experiment.varied)
+    left = 12 + int(_LETTER * max(map(len, [*labels, axes])))
     if any(cell.steps for cell in result.cells):
-        return _squares(result.cells, labels, left)
-    return _bars(result.cells, labels, left)
+        return _squares(result.cells, labels, left, axes)
+    return _bars(result.cells, labels, left, axes)
 
 
 def _text(x: float, y: float, text: str, more: str = "") -> str:
@@ -64,10 +66,10 @@ def _svg(width: float, height: float, parts: Sequence[str]) -> str:
     )
 
 
-def _squares(cells: Sequence[CellResult], labels: Sequence[str], left: int) -> str:
+def _squares(cells: Sequence[CellResult], labels: Sequence[str], left: int, axes: str) -> str:
     steps = max((cell.steps for cell in cells), key=len)
     top = 14 + int(_LETTER * 0.75 * max(len(step.label) for step in steps))
-    parts = []
+    parts = [_text(4, top - 7, axes, _BOLD)]
     for column, step in enumerate(steps):
         at = left + 88 + column * _SQUARE
         parts.append(_text(at, top - 6, step.label, f' transform="rotate(-45 {at:g} {top - 6:g})"'))
@@ -93,12 +95,12 @@ def _squares(cells: Sequence[CellResult], labels: Sequence[str], left: int) -> s
 BARS = ("events/s", "server us/event", "p50 us", "lost")
 
 
-def _bars(cells: Sequence[CellResult], labels: Sequence[str], left: int) -> str:
+def _bars(cells: Sequence[CellResult], labels: Sequence[str], left: int, axes: str) -> str:
     shown = [name for name in BARS if any(cell.figures.get(name) for cell in cells)]
-    parts = []
+    parts = [_text(4, 14, axes, _BOLD)]
     for column, name in enumerate(shown):
         start = left + column * (_BAR + 90)
-        parts.append(_text(start, 14, name, ' font-weight="bold"'))
+        parts.append(_text(start, 14, name, _BOLD))
         most = max(cell.figures.get(name, 0) for cell in cells) or 1
         for row, cell in enumerate(cells):
             value = cell.figures.get(name)
