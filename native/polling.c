@@ -1,19 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* See polling.h. */
 #include <sched.h>
+#include <sys/resource.h>
 #include <time.h>
 
 #include "polling.h"
 
 /* Longer than this after the last one a request does not come soon. */
-#define SOON_NS 25000u
+#define SOON_NS 50000u
 /* How long is waited awake. */
-#define BUDGET_NS 15000u
-/* Requests that came soon, before the first wait awake. */
+#define BUDGET_NS 20000u
+/* Requests that came soon, more or less in a row, before the first wait awake. */
 #define MIN_FAST 32u
-/* Vain waits, after which as many fast requests are asked for again. */
+/* Vain waits, after which twice as many fast requests are asked for as before, and no more than: */
 #define MAX_VAIN 3u
-/* Between two turns of the loop only if the processor was somebody else's. */
+#define MAX_FAST 256u
+/* So many are forgotten for each that did not come soon. */
+#define SLOW_COSTS 16u
+/* Waits in a row that were not vain, after which MIN_FAST are enough again. */
+#define MANY_HITS 64u
+/* Between two turns of the loop only if the processor was another thread's, or an interrupt's. */
 #define TAKEN_AWAY_NS 8000u
 #define MIN_PENALTY_NS 50000000u
 #define MAX_PENALTY_NS 2000000000u
@@ -26,11 +32,23 @@ static uint64_t now_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+/* Whether another thread has taken this one's processor since the last look. */
+static bool was_switched(struct vf_polling *p)
+{
+	long before = p->switches;
+	struct rusage usage;
+
+	if (getrusage(RUSAGE_THREAD, &usage) == 0)
+		p->switches = usage.ru_nivcsw;
+	return p->switches != before;
+}
+
 void vf_polling_init(struct vf_polling *p)
 {
 	cpu_set_t allowed;
 
-	*p = (struct vf_polling){.penalty_ns = MIN_PENALTY_NS};
+	*p = (struct vf_polling){.penalty_ns = MIN_PENALTY_NS, .wanted = MIN_FAST};
+	was_switched(p);
 	CPU_ZERO(&allowed);
 	/* More processors than such a mask has room for: an error, and certainly another one. */
 	p->possible =
@@ -42,7 +60,7 @@ uint64_t vf_polling_begin(struct vf_polling *p)
 	if (!p->possible)
 		return 0;
 	p->ended_ns = now_ns();
-	if (p->fast < MIN_FAST || p->ended_ns < p->off_until_ns)
+	if (p->fast < p->wanted || p->ended_ns < p->off_until_ns)
 		return 0;
 	return BUDGET_NS;
 }
@@ -50,7 +68,7 @@ uint64_t vf_polling_begin(struct vf_polling *p)
 bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last_ns)
 {
 	uint64_t now = now_ns();
-	bool taken_away = *last_ns && now - *last_ns > TAKEN_AWAY_NS;
+	bool taken_away = *last_ns && now - *last_ns > TAKEN_AWAY_NS && was_switched(p);
 
 	*last_ns = now;
 	if (taken_away) {
@@ -62,9 +80,12 @@ bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last
 	}
 	if (now - p->ended_ns < budget_ns)
 		return true;
+	p->hits = 0;
 	if (++p->vain >= MAX_VAIN) {
 		p->fast = 0;
 		p->vain = 0;
+		if (p->wanted < MAX_FAST)
+			p->wanted *= 2;
 	}
 	return false;
 }
@@ -72,6 +93,8 @@ bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last
 void vf_polling_hit(struct vf_polling *p)
 {
 	p->vain = 0;
+	if (++p->hits >= MANY_HITS)
+		p->wanted = MIN_FAST;
 	if (p->penalty_ns > MIN_PENALTY_NS)
 		p->penalty_ns -= p->penalty_ns / 1024;
 }
@@ -81,7 +104,7 @@ void vf_polling_slept(struct vf_polling *p)
 	if (!p->possible)
 		return;
 	if (now_ns() - p->ended_ns > SOON_NS)
-		p->fast = 0;
-	else if (p->fast < MIN_FAST)
+		p->fast -= p->fast < SLOW_COSTS ? p->fast : SLOW_COSTS;
+	else if (p->fast < p->wanted)
 		p->fast++;
 }

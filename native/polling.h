@@ -5,8 +5,9 @@
  * To sleep and to be woken costs the server some microseconds, and the guest
  * a kick, so when requests follow each other faster than that, looking at the
  * ring for a moment is cheaper for both.  It is done only after a row of
- * requests that came so fast, ends after a few vain waits, and stays off for a
- * while when the thread finds that somebody else needed its processor.
+ * requests that nearly all came so fast, ends after a few vain waits (the next row must be
+ * longer), and stays off for a while when the thread finds that somebody else
+ * needed its processor.
  */
 #ifndef VHOSTFS_POLLING_H
 #define VHOSTFS_POLLING_H
@@ -16,8 +17,11 @@
 
 struct vf_polling {
 	bool possible;	   /* there is another processor for the guest to run on */
-	uint32_t fast;	   /* requests in a row that came soon */
+	uint32_t fast;	   /* requests that came soon, less what the others cost */
+	uint32_t wanted;   /* so many, before it is tried */
 	uint32_t vain;	   /* waits in a row that nothing came in */
+	uint32_t hits;	   /* waits in a row that something came in */
+	long switches;	   /* times that the thread had made room for another, at the last look */
 	uint64_t ended_ns; /* when the queue was last empty */
 	uint64_t off_until_ns;
 	uint64_t penalty_ns; /* of the last time that the processor was taken away */
