@@ -8,6 +8,8 @@ Specification: docs/performance.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 import shlex
 import sys
@@ -60,14 +62,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _one_round(
-    peer: Peer, place: Path, workloads: Sequence[Workload], depths: Sequence[int], duration_s: float
+    peers: Sequence[Peer],
+    place: Path,
+    workloads: Sequence[Workload],
+    depths: Sequence[int],
+    duration_s: float,
 ) -> list[report.Point]:
+    """Each workload on all servers, one directly after the other: so they have the same machine."""
     library = build_library(cache_root() / "bench")
     points = []
-    with running(peer, place) as server:
-        client = figures.mount(server)
-        for workload in workloads:
-            for depth in depths:
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(running(peer, place)) for peer in peers]
+        clients = [figures.mount(server) for server in servers]
+        for workload, depth in itertools.product(workloads, depths):
+            for peer, server, client in zip(peers, servers, clients, strict=True):
                 prepared = workload.prepare(client)
                 load = Load(library, client, depth, prepared.row, prepared.fields)
                 load.run(WARM_UP_S)
@@ -79,7 +87,8 @@ def _one_round(
                         peer.name, workload.name, depth, seen.rows_a_second, seen.p50_us, seen.p99_us, cpu_us
                     )
                 )
-        client.close()
+        for client in clients:
+            client.close()
     return points
 
 
@@ -110,11 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = Path(files)
         prepare(place)
         for turn in range(given.rounds):
+            _say(f"round {turn + 1} of {given.rounds}")
             # Another one first in each round.
-            for i in range(len(peers)):
-                peer = peers[(turn + i) % len(peers)]
-                _say(f"round {turn + 1} of {given.rounds}: {peer.name}")
-                points += _one_round(peer, place, workloads, depths, given.duration)
+            first = turn % len(peers)
+            order = [*peers[first:], *peers[:first]]
+            points += _one_round(order, place, workloads, depths, given.duration)
         _say("start to first reply")
         start = {peer.name: figures.start_up(peer, place, 7) for peer in peers}
     memory = quiet = loaded = burst = foreign = None
