@@ -14,7 +14,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,8 +34,8 @@ _FORK = get_context("fork")
 _PER_DIRECTORY = 1000
 
 
-def mount(server: Running, *, notifications: int = 0) -> FuseClient:
-    machine = Machine(region_bytes=256 << 20, queue_size=1024)
+def mount(server: Running, *, notifications: int = 0, request_queues: int = 1) -> FuseClient:
+    machine = Machine(region_bytes=256 << 20, queue_size=1024, request_queues=request_queues)
     if notifications:
         machine = machine.with_notifications(notifications)
     return FuseClient.mount(server.socket, machine, FLAGS)
@@ -128,6 +129,32 @@ def memory(peer: Peer, directory: Path, inodes: int, library: ctypes.CDLL) -> Me
         after = at_rest + server.private_bytes() - before
         client.close()
     return Memory(inodes, at_rest, with_inodes, after, flood)
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """READDIRPLUS of 100 entries, 16 in flight on each queue: how many a second, by the number of queues."""
+
+    a_second: Mapping[int, float]
+
+
+def queues(peer: Peer, directory: Path, library: ctypes.CDLL, counts: Sequence[int]) -> Queues:
+    """Each queue has a driver's thread of its own."""
+    found = {}
+    for count in counts:
+        with running(peer, directory) as server:
+            client = mount(server, request_queues=count)
+            node = client.walk("listed").nodeid
+            row = Row([Step(op.readdirplus(node, client.opendir(node).fh, 0, 32 << 10))])
+            found[count] = _rows_a_second(library, client, row, count)
+            client.close()
+    return Queues(found)
+
+
+def _rows_a_second(library: ctypes.CDLL, client: FuseClient, row: Row, request_queues: int) -> float:
+    loads = [Load(library, client, 16, lambda slot: row, queue=i) for i in range(request_queues)]
+    with ThreadPoolExecutor(request_queues) as threads:
+        return sum(one.rows_a_second for one in threads.map(lambda load: load.run(1.0), loads))
 
 
 @dataclass(frozen=True, slots=True)

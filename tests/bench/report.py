@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.figures import Burst, Foreign, Latency, Memory, StartUp
+from tests.bench.figures import Burst, Foreign, Latency, Memory, Queues, StartUp
 from tests.bench.instructions import TABLE as INSTRUCTIONS
 from tests.bench.workloads import WORKLOADS
 
@@ -47,6 +47,7 @@ class Results:
     load: tuple[float, float]  # of the machine, before and after
     points: Sequence[Point]
     start: Mapping[str, StartUp]
+    queues: Queues | None = None
     memory: Memory | None = None
     quiet: Latency | None = None
     loaded: Latency | None = None
@@ -158,6 +159,11 @@ def _other_figures(results: Results) -> list[str]:
         goal = "150 ms of CPU" if server == OURS else ""
         seen = f"{start.cpu_ms:.0f} ms of CPU, {start.wall_ms:.0f} ms"
         rows.append(f"| start to first reply, {server} | {goal} | {seen} |")
+    if results.queues is not None:
+        rates = results.queues.a_second
+        one = rates[min(rates)]
+        seen = "; ".join(f"{count}: {rate:,.0f} ({rate / one:.2f}x)" for count, rate in sorted(rates.items()))
+        rows.append(f"| listings a second by the number of request queues | more with more | {seen} |")
     if results.memory is not None:
         memory = results.memory
         seen = f"{memory.bytes_an_inode:.0f} bytes"

@@ -234,7 +234,7 @@ def _pages_of(call: Call[Any]) -> int:
 
 
 class Load:
-    """`depth` rows in flight on the first request queue of a mounted guest, which does nothing else there."""
+    """`depth` rows in flight on a request queue of a mounted guest, which does nothing else there."""
 
     def __init__(
         self,
@@ -243,11 +243,12 @@ class Load:
         depth: int,
         row: Callable[[int], Row],
         fields: Sequence[Field] = (),
+        queue: int = 0,
     ) -> None:
-        """row: of a slot, 0 to depth - 1."""
+        """row: of a slot, 0 to depth - 1. queue: which of the request queues."""
         self._library = library
         self._client = client
-        self._queue = client.vmm.request_queue()
+        self._queue = client.vmm.request_queue(queue)
         rows = [row(slot) for slot in range(depth)]
         n_steps = len(rows[0].steps)
         memory = client.vmm.memory

@@ -8,6 +8,7 @@ Specification: docs/performance.md.
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import itertools
 import os
@@ -111,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = given.workloads.split(",") if given.workloads else [one.name for one in WORKLOADS]
     workloads = [one for one in WORKLOADS if one.name in chosen]
     depths = [int(word) for word in given.depths.split(",")]
+    # As pip leaves what it installs; compiling is no part of a start.
+    compileall.compile_dir(ROOT / "vhostfs", quiet=1)
     peers = _peers(given)
     library = build_library(cache_root() / "bench")
     points: list[report.Point] = []
@@ -126,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             points += _one_round(order, place, workloads, depths, given.duration)
         _say("start to first reply")
         start = {peer.name: figures.start_up(peer, place, 7) for peer in peers}
+        _say("several request queues")
+        queues = figures.queues(peers[0], place, library, (1, 2, 4))
     memory = quiet = loaded = burst = foreign = None
     if given.inodes:
         _say(f"memory with {given.inodes} inodes")
@@ -152,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load=(load_before, os.getloadavg()[0]),
         points=points,
         start=start,
+        queues=queues,
         memory=memory,
         quiet=quiet,
         loaded=loaded,
