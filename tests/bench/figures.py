@@ -154,7 +154,8 @@ def queues(peer: Peer, directory: Path, library: ctypes.CDLL, counts: Sequence[i
 def _rows_a_second(library: ctypes.CDLL, client: FuseClient, row: Row, request_queues: int) -> float:
     loads = [Load(library, client, 16, lambda slot: row, queue=i) for i in range(request_queues)]
     with ThreadPoolExecutor(request_queues) as threads:
-        return sum(one.rows_a_second for one in threads.map(lambda load: load.run(1.0), loads))
+        seen = list(threads.map(lambda load: load.run(1.0), loads))
+    return sum((one.rows_a_second for one in seen), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
