@@ -6,6 +6,7 @@ Specification: docs/migrating-from-virtiofsd.md; the steps of share.sandbox.ente
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -112,7 +113,9 @@ def _serve(
 ) -> int:
     # libuv would try io_uring, which the system call filter answers with ENOSYS.
     os.environ["UV_USE_IO_URING"] = "0"
-    # Everything that serving will ever need is imported here: enter_sandbox ends imports.
+    # Everything that serving will ever need is imported here: enter_sandbox ends imports. All of it stays, so
+    # to look for garbage meanwhile, and later among it, would be in vain.
+    gc.disable()
     import concurrent.futures.thread  # noqa: F401 (asyncio looks it up when the first thread is wanted)
 
     from ..events.coherence import settle_coherence
@@ -133,6 +136,8 @@ def _serve(
     from ..share.options import HandleMode, SandboxMode
     from ..share.sandbox import enter_sandbox, give_up_sys_admin, needs_user_namespace
 
+    gc.freeze()
+    gc.enable()
     force = forced(options.negotiate)
     limit, warning = raise_nofile_limit(options.rlimit_nofile)
     if warning is not None:
