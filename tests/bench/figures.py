@@ -90,7 +90,7 @@ def _make_tree(directory: Path, inodes: int) -> None:
         unfinished = directory / "unfinished"
         unfinished.mkdir(exist_ok=True)
         for child in range(_PER_DIRECTORY):
-            (unfinished / f"{child:04}").touch()
+            os.mknod(unfinished / f"{child:04}")
         unfinished.rename(place)
 
 
