@@ -195,6 +195,11 @@ static struct inotify_event *own_record_at(struct vf_inotify_reader *reader, uin
 	return objects->n ? own : NULL;
 }
 
+static bool is_of_same_name(const struct inotify_event *a, const struct inotify_event *b)
+{
+	return a->wd == b->wd && a->len && b->len && !strcmp(a->name, b->name);
+}
+
 /* Has this name been given away since?  Then what it means by now is not whom it was about. */
 static bool name_changed(struct vf_inotify_reader *reader, const struct inotify_event *record)
 {
@@ -203,11 +208,42 @@ static bool name_changed(struct vf_inotify_reader *reader, const struct inotify_
 
 	do {
 		for (; (other = record_at(reader, at)); at = record_end(at, other))
-			if (other->wd == record->wd && (other->mask & VF_FS_ENTRY_EVENTS) &&
-			    other->len && !strcmp(other->name, record->name))
+			if ((other->mask & VF_FS_ENTRY_EVENTS) && is_of_same_name(other, record))
 				return true;
 	} while (read_more(reader, 0));
 	return false;
+}
+
+static bool is_alone(const struct vf_inotify_reader *reader, const struct inotify_event *half)
+{
+	const struct inotify_event *other;
+
+	for (uint32_t at = 0; (other = record_at(reader, at)); at = record_end(at, other))
+		if (other != half && other->cookie == half->cookie)
+			return false;
+	return true;
+}
+
+uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
+				const struct inotify_event *record, uint32_t mask, uint32_t enough,
+				uint64_t time_ns)
+{
+	uint64_t deadline_ns = now_ns() + time_ns, now;
+	const struct inotify_event *other;
+	uint32_t at = reader->end, n = 0;
+
+	do {
+		for (; (other = record_at(reader, at)); at = record_end(at, other)) {
+			if (other == record || !(other->mask & VF_FS_ENTRY_EVENTS) ||
+			    !is_of_same_name(other, record))
+				continue;
+			if (!(other->mask & mask) || !is_alone(reader, other))
+				return n;
+			n++;
+		}
+		now = now_ns();
+	} while (n < enough && now <= deadline_ns && read_more(reader, deadline_ns - now));
+	return n;
 }
 
 /*

@@ -75,6 +75,13 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader);
 struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
 				   const struct inotify_event *record, struct vf_inode *inode,
 				   struct vf_inode *child);
+/*
+ * How many halves of renames (mask) of the same name in the same watch follow whose other halves
+ * are not there.  While it is not enough, what comes within that time is read, too.
+ */
+uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
+				const struct inotify_event *record, uint32_t mask, uint32_t enough,
+				uint64_t time_ns);
 /* The change's name with NUL. */
 const char *vf_inotify_name(const struct vf_change *change, char buffer[VF_NAME_MAX + 1]);
 

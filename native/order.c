@@ -23,6 +23,7 @@
 #define ARRIVALS (VF_FS_CREATE | VF_FS_MOVED_TO)
 /* And one that has it no longer. */
 #define DEPARTURES (VF_FS_DELETE | VF_FS_MOVED_FROM)
+#define HALVES (VF_FS_MOVED_FROM | VF_FS_MOVED_TO)
 
 #define N_BUCKETS 8192u
 #define ARENA_SIZE (256u * 1024)
@@ -38,6 +39,8 @@
 /* Rounds in one turn, while objects' own events keep coming. */
 #define MAX_ROUNDS 8u
 #define RETRY_NS 50000
+/* So long inotify may say of a rename what fanotify has said already. */
+#define BEHIND_NS 1000000
 #define N_BEGUN 1024u
 /* So long fanotify's record of what happened before a watch may be read after that began. */
 #define BEGUN_NS 1000000000u
@@ -203,6 +206,15 @@ static void note_early(struct vf_order *order, uint64_t key, uint64_t event, boo
 	e->owed_since_ns = order->reader.now_ns;
 }
 
+/*
+ * Are all facts of such events used up when inotify has said it once?  Each rename is a fact of its
+ * own, whatever inotify counts as one.
+ */
+static bool counts_for_all(const struct vf_order *order, uint64_t event)
+{
+	return !(event & HALVES) || !(order->events->config.host_mask & VF_FS_RENAME);
+}
+
 static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 {
 	struct early *e = early_slot(order, key);
@@ -211,7 +223,7 @@ static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 	if (e->key != key)
 		return 0;
 	if (order->reader.now_ns - e->since_ns < EARLY_NS)
-		said = e->events & mask;
+		said = e->events & (counts_for_all(order, HALVES) ? mask : mask & ~HALVES);
 	if (order->reader.now_ns - e->owed_since_ns < OWED_NS)
 		said |= e->owed & mask;
 	e->owed &= ~mask;
@@ -574,7 +586,8 @@ static void look(struct vf_order *order, struct generation *g, uint32_t bucket, 
 		link = &fact->next;
 		if (!(fact->mask & event) || (fact->past && !(event & (ARRIVALS | DEPARTURES))))
 			continue;
-		set_said(order, fact, event);
+		if (counts_for_all(order, event))
+			set_said(order, fact, event);
 		c->any = fact;
 		if (fact->told && !c->told)
 			c->told = fact;
@@ -607,6 +620,15 @@ static void supersede(struct vf_order *order, struct fact *arrival, uint32_t buc
 	}
 }
 
+static void use(struct vf_order *order, struct fact *fact, uint64_t event, uint32_t bucket)
+{
+	set_said(order, fact, event);
+	fact->used |= event;
+	fact->picked = ++order->picks;
+	if (event & ARRIVALS)
+		supersede(order, fact, bucket);
+}
+
 /*
  * The fact that says who did this and to what; NULL: there is none yet.  It goes on with the same
  * object until that has left the name, since fanotify may have counted several events as one.
@@ -634,12 +656,8 @@ static struct fact *pick(struct vf_order *order, const struct vf_change *change,
 	}
 	if (fact || now)
 		note_early(order, key, event, !fact);
-	if (fact) {
-		fact->used |= event;
-		fact->picked = ++order->picks;
-		if (event & ARRIVALS)
-			supersede(order, fact, bucket);
-	}
+	if (fact)
+		use(order, fact, event, bucket);
 	return fact;
 }
 
@@ -749,6 +767,65 @@ static bool report_with_half(struct vf_order *order, const struct vf_change *sec
 	return changes[0].dir;
 }
 
+/*
+ * Halves of renames of that name, right behind this one, that nobody was told of, nor of their
+ * other halves; n: how many.
+ */
+static struct fact *untold_halves(struct vf_order *order, const struct fact *told, uint64_t event,
+				  uint32_t bucket, uint32_t *n)
+{
+	struct fact *first = NULL;
+
+	*n = 0;
+	for (unsigned int i = 0; i < 2; i++) {
+		struct fact *fact = order->generations[order->young ^ 1 ^ i].first[bucket];
+		uint32_t compared = 0;
+
+		for (; fact && compared < MAX_COMPARED; fact = fact->next) {
+			if (fact->number <= told->number ||
+			    !is_about(fact, told->nodeid, told->name, told->namelen))
+				continue;
+			compared++;
+			if (!(fact->mask & VF_FS_ENTRY_EVENTS & ~fact->used))
+				continue;
+			if (!(fact->mask & event) || !is_unsaid(fact) || fact->half || fact->second)
+				return first;
+			++*n;
+			if (!first)
+				first = fact;
+		}
+	}
+	return first;
+}
+
+/*
+ * inotify counts halves of two renames of one name as one, when nothing stands between them and
+ * nobody has read the first; fanotify does not.
+ */
+static void tell_counted_as_one(struct vf_order *order, const struct inotify_event *record,
+				const struct fact *told)
+{
+	uint64_t event = record->mask & HALVES;
+	struct fact *fact;
+	uint32_t bucket, n;
+
+	if (!told || counts_for_all(order, event))
+		return;
+	bucket = (uint32_t)(name_key(told->nodeid, told->name, told->namelen) >> 29) % N_BUCKETS;
+	/* It is there before inotify says so, but that may have been read later. */
+	order->read_facts(order->events);
+	while ((fact = untold_halves(order, told, event, bucket, &n)) &&
+	       vf_inotify_lone_halves(&order->reader, record, (uint32_t)event, n, BEHIND_NS) < n) {
+		struct vf_change change = change_of(order, fact);
+
+		use(order, fact, event, bucket);
+		change.mask = event | (fact->mask & VF_FS_ISDIR);
+		if (change.dir)
+			vf_events_report(order->events, &change, 1);
+		put_change(order, &change);
+	}
+}
+
 static ssize_t read_plainly(struct vf_inotify_reader *reader, void *buffer, size_t size,
 			    uint64_t *at)
 {
@@ -826,6 +903,8 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 	    !(((change.mask & VF_FS_MOVED_FROM) && report_by_fact(order, &change, fact->second)) ||
 	      ((change.mask & VF_FS_MOVED_TO) && report_with_half(order, &change, fact->half))))
 		report(order, &change, 1, fact && fact->silent);
+	if (change.mask & HALVES)
+		tell_counted_as_one(order, record, fact);
 	if (held)
 		vf_inode_put(order->events->share, held);
 }
@@ -863,6 +942,7 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 		vf_events_trace_own(order->events, changes, 2);
 	else
 		vf_events_report_rename(order->events, changes);
+	tell_counted_as_one(order, to, facts[1]);
 	for (uint32_t i = 0; i < 2; i++)
 		if (changes[i].child)
 			vf_inode_put(order->events->share, changes[i].child);

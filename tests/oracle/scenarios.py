@@ -220,6 +220,19 @@ _TEXTS = {
         unlink d/f
         close 1
     """,
+    "two objects renamed to one name, the second from what is not watched": """
+        mkdir d
+        mkdir u
+        file u/x
+        file d/a
+        watch d d ALL
+        rename d/a d/y
+        rename u/x d/y
+        file d/b
+        file u/z
+        rename d/b d/y
+        exchange u/z d/y
+    """,
     "a last link that goes right after a change of its attributes": """
         mkdir d
         file d/f
