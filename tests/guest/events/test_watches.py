@@ -6,7 +6,10 @@ Must not know how events travel. Specification: docs/protocol.md, 4.3 and 8; qem
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,18 +60,32 @@ def is_seen(watch: Watch, last: str) -> bool:
     return awaited(lambda: [event.text for event in watch.events()[-1:]] == [last], READY_TIMEOUT_S, 0.002)
 
 
+@contextmanager
+def standing_still(guest: Guest) -> Iterator[None]:
+    """Nothing goes on in the guest meanwhile: what happens on the host waits for it."""
+    os.kill(guest.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(guest.pid, signal.SIGCONT)
+
+
 def test_a_directory_that_is_mounted_on_before_its_event_came_stays_mounted(watched: WatchedPlace) -> None:
     place = watched.place
     watch = watched.watch(mask=CHANGES, with_twin=False)
     for attempt in range(5):
         name = f"used{attempt}"
-        line = f"until [ -d {name} ]; do :; done; mount -t tmpfs none {name}; touch {name}/mine; echo; cat"
+        line = (
+            f"echo; until [ -d {name} ]; do :; done; mount -t tmpfs none {name}; touch {name}/mine; echo; cat"
+        )
         user = place.start(line)
-        # The driver is behind by these, for a moment.
-        for number in range(2000 << attempt):
-            (watched.host / f"{attempt}-{number}").write_text("text")
-        (watched.host / name).mkdir()
         user.wait_for_lines(1, READY_TIMEOUT_S)
+        with standing_still(place.guest):
+            # The driver is behind by these, for a moment.
+            for number in range(2000 << attempt):
+                (watched.host / f"{attempt}-{number}").write_text("text")
+            (watched.host / name).mkdir()
+        user.wait_for_lines(2, STEP_TIMEOUT_S)
         was_behind = not any(event.name == name for event in watch.events())
         assert is_seen(watch, f"CREATE|ISDIR {name}")
         assert place.sh(f"ls {name}") == "mine\n"
