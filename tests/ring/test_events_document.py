@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from tests.ring.conftest import MakeShare
+from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, start_share
 from tests.ring.events import NOTIFYING, write
 from tests.ring.share import Share
-from tests.server import REPOSITORY
+from tests.server import REPOSITORY, awaited
 from vhostfs.frontend import FuseClient, NotificationQueue
 from vhostfs.frontend import fsnotify as wire
 from vhostfs.frontend.fsnotify import CHANGES, OVERFLOW, Event
@@ -62,6 +63,7 @@ class Conversation:
     """What is said in one small session, in the order of the document."""
 
     def __init__(self, share: Share) -> None:
+        self.share = share
         self.path = share.path
         self.fs: FuseClient = share.mount(NOTIFYING)
         self.queue = NotificationQueue(self.fs.vmm, buffers=4)
@@ -88,6 +90,7 @@ class Conversation:
             os.mknod(self.path / "src" / f"burst{i}")
         for _ in range(4):
             self.queue.take()
+        assert awaited(lambda: event_counters(self.share)["lost"] > 0)
         self.queue.give_back = True
         self.queue.give_back_all()
         self.queue.until(lambda element: element == OVERFLOW)
