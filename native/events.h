@@ -290,8 +290,11 @@ int vf_watch_share_init(struct vf_events *events);
  * watches of single ones.  0, or what the host says of the share's root.
  */
 int vf_watch_share(struct vf_events *events, uint64_t mask);
-/* What of it the host has to be asked for on this inode. */
-uint64_t vf_watch_share_part(struct vf_events *events, const struct vf_inode *inode);
+/*
+ * What of it the host has to be asked for on this inode.  single: the guest watches the inode by
+ * itself, too, so that order.h is about it, and then about all that is told of it.
+ */
+uint64_t vf_watch_share_part(struct vf_events *events, const struct vf_inode *inode, bool single);
 /* The guest holds this directory from now on. */
 void vf_watch_share_new_directory(struct vf_events *events, struct vf_inode *dir);
 /*

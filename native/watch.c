@@ -295,7 +295,7 @@ static uint64_t load(struct vf_watches *w, const struct vf_inode *inode, uint64_
 static int change(struct vf_watches *w, struct vf_inode *inode, uint64_t own, bool again)
 {
 	const struct vf_source_ops *ops = w->events->ops;
-	uint64_t mask = own | vf_watch_share_part(w->events, inode), old_mask, old_own;
+	uint64_t mask = own | vf_watch_share_part(w->events, inode, own), old_mask, old_own;
 	int32_t wd[VF_N_WDS];
 	int error = 0;
 

@@ -30,13 +30,13 @@ struct vf_announced {
 
 /* ---- marks, where the source needs them ------------------------------------- */
 
-uint64_t vf_watch_share_part(struct vf_events *events, const struct vf_inode *inode)
+uint64_t vf_watch_share_part(struct vf_events *events, const struct vf_inode *inode, bool single)
 {
 	uint64_t mask = atomic_load_explicit(&events->everywhere, memory_order_relaxed);
 
 	if (!mask || vf_inode_type(inode) != S_IFDIR)
 		return 0;
-	if (events->ops->covered)
+	if (events->ops->covered && !single)
 		mask &= ~events->ops->covered(events, inode);
 	return vf_watch_known(mask | VF_FS_EVENT_ON_CHILD);
 }
@@ -65,7 +65,7 @@ static int update(struct vf_events *events, struct vf_inode *inode)
 
 void vf_watch_share_new_directory(struct vf_events *events, struct vf_inode *dir)
 {
-	if (atomic_load(&events->everywhere) && vf_watch_share_part(events, dir))
+	if (atomic_load(&events->everywhere) && vf_watch_share_part(events, dir, false))
 		update(events, dir);
 }
 
@@ -160,7 +160,7 @@ struct vf_inode *vf_watch_share_announce(struct vf_events *events, struct vf_ino
 		return NULL;
 	inode = vf_inode_get(share, nodeid);
 	keep(events, nodeid);
-	if (inode && vf_watch_share_part(events, inode))
+	if (inode && vf_watch_share_part(events, inode, false))
 		vf_inode_set_unseen(inode);
 	return inode;
 }

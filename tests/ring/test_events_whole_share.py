@@ -6,9 +6,12 @@ Must not test single watches. Specification: docs/protocol.md, "Watching the who
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -242,6 +245,30 @@ def test_it_is_merged_with_single_watches(guest: EventGuest) -> None:
     guest.unwatch("a")
     (host / "a/x").touch()
     assert told(guest) == ["CREATE a[x]"]
+
+
+def test_order_holds_where_a_directory_is_watched_by_itself_too(guest: EventGuest) -> None:
+    """The host sums up what nobody has read yet, and not all of its sources in the same way."""
+    guest.watch("a", Event.DELETE)
+    watch_share(guest, Event.CREATE)
+    with standing_still(guest.share):
+        for _ in range(3):
+            (guest.share.path / "a/x").touch()
+            (guest.share.path / "a/x").unlink()
+    assert told(guest) == ["CREATE a[x]", "DELETE a[x]"] * 3
+
+
+@contextlib.contextmanager
+def standing_still(share: Share) -> Iterator[None]:
+    """The server reads nothing meanwhile."""
+    pids = share.server.pids()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_its_end_gives_everything_back(guest: EventGuest) -> None:
