@@ -128,10 +128,14 @@ def _machine() -> str:
     return f"{cores} cores of {model}, {memory_gib:.0f} GiB, Linux {os.uname().release}"
 
 
+_BUSY = 1.5
+"""A load average beyond what building and the start of this command leave behind."""
+
+
 def _load(load: tuple[float, float]) -> str:
     before, after = load
     text = f"Load average before and after: {before:.1f} and {after:.1f}"
-    if before > 1:
+    if before > _BUSY:
         text += ": **the machine had other work**, so figures at depth 1, percentiles and rates are too low"
     return f"{text}."
 
