@@ -79,10 +79,15 @@ def told(events: Sequence[Seen]) -> list[Told]:
     """Each event with the other half of its rename, "alone" for a half without one."""
     by_cookie: dict[int, list[tuple[int, str]]] = defaultdict(list)
     times: Counter[str] = Counter()
+    halves = Counter(event.cookie for event in events if event.cookie)
+    before: dict[str, str] = {}
     for at, event in enumerate(events):
+        # A half that is alone has a cookie natively and none here, and counts as well: once with others like
+        # it directly before, which may be merged.
+        alone = str(event) if halves[event.cookie] <= 1 else ""
+        repeats, before[event.watch] = before.get(event.watch) == alone != "", alone
         if event.mask & (In.MOVED_FROM | In.MOVED_TO):
-            # A half that is alone has a cookie natively and none here, and counts as well.
-            times[str(event)] += 1
+            times[str(event)] += not repeats
             often = f" for the {times[str(event)]}. time" if times[str(event)] > 1 else ""
             if event.cookie:
                 by_cookie[event.cookie].append((at, f"{event}{often}"))

@@ -162,6 +162,16 @@ def test_identical_neighbours_are_one_and_others_are_not() -> None:
     assert not equal([one, other, one], [one, other])
 
 
+def test_lone_halves_that_may_be_merged_count_once() -> None:
+    """What a rename is the other half of is told by how often that name came: merging must not show in it."""
+    pair = [event("d", In.MOVED_FROM, "b", 3), event("d", In.MOVED_TO, "a", 3)]
+    native = [event("d", In.MOVED_TO, "a", 1), event("d", In.MOVED_TO, "a", 2)]
+    guest = [event("d", In.MOVED_TO, "a")]
+    between = [event("d", In.DELETE, "c")]
+    assert equal([*native, *between, *pair], [*guest, *between, *pair])
+    assert not equal([native[0], *between, native[1], *pair], [*guest, *between, *pair])
+
+
 def test_the_order_of_different_directories_is_free() -> None:
     one, other = event("d", In.CREATE, "a"), event("e", In.CREATE, "b")
     assert equal([one, other], [other, one])
