@@ -18,6 +18,8 @@
 #define MAX_BEFORE_OWN 16u
 /* A record fits, and a few more. */
 #define READ_ROOM 4096u
+/* So long a change may be under way between what it does and what inotify says of it. */
+#define LAST_LINK_NS 1000000u
 
 /* The inodes that one watch stands for: one object of the host, on different mounts. */
 struct places {
@@ -337,6 +339,20 @@ static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode 
 	return true;
 }
 
+/* Whoever replaces it says so a moment after it has lost its last link. */
+static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
+{
+	uint64_t now = now_ns(), until = now + LAST_LINK_NS;
+	const struct inotify_event *record;
+	uint32_t at = reader->end;
+
+	do {
+		for (; (record = record_at(reader, at)); at = record_end(at, record))
+			if (record->wd == wd && (record->mask & IN_ATTRIB))
+				return;
+	} while ((now = now_ns()) < until && read_more(reader, until - now));
+}
+
 /* It is told behind the last record of what happened in it. */
 static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
 				const struct vf_inode *inode)
@@ -344,6 +360,7 @@ static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
 	const struct inotify_event *record;
 	uint32_t last = reader->end;
 
+	await_last_link(reader, wd);
 	while (read_more(reader, 0))
 		;
 	for (uint32_t at = last; (record = record_at(reader, at)); at = record_end(at, record))
