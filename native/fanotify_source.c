@@ -198,6 +198,17 @@ static void report_entry(struct reader *reader, const struct vf_fanotify_record 
 	}
 }
 
+/* In its turn: what came before it may be deferred. */
+static void report_whole(struct reader *reader, struct vf_change changes[2])
+{
+	struct vf_events *events = reader->events;
+	bool wanted =
+	    vf_events_is_wanted(events, &changes[0]) || vf_events_is_wanted(events, &changes[1]);
+
+	if (!events->order || !wanted || !vf_order_defer_rename(events->order, changes))
+		vf_events_report_rename(events, changes);
+}
+
 static void report_pair(struct reader *reader, struct vf_change changes[2])
 {
 	struct vf_order *order = reader->events->order;
@@ -211,7 +222,7 @@ static void report_pair(struct reader *reader, struct vf_change changes[2])
 	if (reader->own && !noted[0] && !noted[1])
 		vf_events_trace_own(reader->events, changes, 2);
 	else if (!noted[0] && !noted[1])
-		vf_events_report_rename(reader->events, changes);
+		report_whole(reader, changes);
 	else if (!noted[0] || !noted[1])
 		report(reader, &changes[noted[0]], 1);
 }

@@ -327,6 +327,20 @@ bool vf_order_defer(struct vf_order *order, const struct vf_change *change)
 	return true;
 }
 
+bool vf_order_defer_rename(struct vf_order *order, const struct vf_change changes[2])
+{
+	struct fact *first = new_fact(order, &changes[0], changes[0].mask);
+	struct fact *second = first ? new_fact(order, &changes[1], changes[1].mask) : NULL;
+
+	if (!second)
+		return false;
+	first->deferred = second->deferred = true;
+	first->second = second; /* told with it, and in no list */
+	*order->newer.last = first;
+	order->newer.last = &first->later;
+	return true;
+}
+
 /* ---- reports ------------------------------------------------------------------- */
 
 static void report(struct vf_order *order, const struct vf_change *changes, uint32_t n, bool silent)

@@ -52,6 +52,8 @@ bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes
  * own events follow those of its directory.  False: no memory; it may be reported at once.
  */
 bool vf_order_defer(struct vf_order *order, const struct vf_change *change);
+/* The same of both halves of a rename. */
+bool vf_order_defer_rename(struct vf_order *order, const struct vf_change changes[2]);
 
 /*
  * Reads what inotify says, then lets read_facts() note what fanotify says (true: there

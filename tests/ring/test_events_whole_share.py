@@ -258,6 +258,21 @@ def test_order_holds_where_a_directory_is_watched_by_itself_too(guest: EventGues
     assert told(guest) == ["CREATE a[x]", "DELETE a[x]"] * 3
 
 
+def test_a_rename_does_not_overtake_what_came_before_it(guest: EventGuest) -> None:
+    watch_share(guest)
+    with standing_still(guest.share):
+        write(guest.share.path / "a/f")
+        os.rename(guest.share.path / "a/f", guest.share.path / "a/b/g")
+        (guest.share.path / "a/b/g").unlink()
+    lines = told(guest)
+    assert [line for line in lines if "CLOSE" not in line] == [
+        "MODIFY a[f]",
+        "MOVED_FROM a[f] pair 1",
+        "MOVED_TO a/b[g] pair 1",
+        "DELETE a/b[g]",
+    ]
+
+
 @contextlib.contextmanager
 def standing_still(share: Share) -> Iterator[None]:
     """The server reads nothing meanwhile."""
