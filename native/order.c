@@ -314,16 +314,23 @@ static struct fact *add_fact(struct vf_order *order, const struct vf_change *cha
 	return fact;
 }
 
+/* In its turn; second: told with it, and in no list. */
+static void defer(struct vf_order *order, struct fact *fact, struct fact *second)
+{
+	fact->deferred = true;
+	fact->second = second;
+	*order->newer.last = fact;
+	order->newer.last = &fact->later;
+}
+
 bool vf_order_defer(struct vf_order *order, const struct vf_change *change)
 {
 	struct fact *fact = new_fact(order, change, change->mask);
 
 	if (!fact)
 		return false;
-	fact->deferred = true;
 	fact->not_its_end = change->not_its_end;
-	*order->newer.last = fact;
-	order->newer.last = &fact->later;
+	defer(order, fact, NULL);
 	return true;
 }
 
@@ -334,10 +341,8 @@ bool vf_order_defer_rename(struct vf_order *order, const struct vf_change change
 
 	if (!second)
 		return false;
-	first->deferred = second->deferred = true;
-	first->second = second; /* told with it, and in no list */
-	*order->newer.last = first;
-	order->newer.last = &first->later;
+	second->deferred = true;
+	defer(order, first, second);
 	return true;
 }
 
