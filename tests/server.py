@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vhostfs.frontend.vhost_user import Connection, Message
@@ -43,6 +43,34 @@ def awaited(condition: Callable[[], bool], timeout_s: float = 5.0, step_s: float
             return condition()
         time.sleep(step_s)
     return True
+
+
+def family(pid: int) -> list[int]:
+    """A process and those that it has started, parents first."""
+    found, next_ = [], [pid]
+    while next_:
+        found += next_
+        children: list[int] = []
+        for each in next_:
+            with contextlib.suppress(OSError):
+                for task in os.listdir(f"/proc/{each}/task"):
+                    text = Path(f"/proc/{each}/task/{task}/children").read_text()
+                    children += map(int, text.split())
+        next_ = children
+    return found
+
+
+@contextlib.contextmanager
+def held_up(pid: int) -> Iterator[None]:
+    """Stops a process and those that it has started."""
+    pids = family(pid)
+    for each in pids:
+        os.kill(each, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for each in pids:
+            os.kill(each, signal.SIGCONT)
 
 
 class ServerProcess:
@@ -172,17 +200,7 @@ class ServerProcess:
 
     def pids(self) -> list[int]:
         """The server's processes: a sandboxed one runs below a parent that waits for it."""
-        found, next_ = [], [self.process.pid]
-        while next_:
-            found += next_
-            children: list[int] = []
-            for pid in next_:
-                with contextlib.suppress(OSError):
-                    for task in os.listdir(f"/proc/{pid}/task"):
-                        text = Path(f"/proc/{pid}/task/{task}/children").read_text()
-                        children += map(int, text.split())
-            next_ = children
-        return found
+        return family(self.process.pid)
 
     def descriptors(self) -> int:
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.pids())

@@ -6,12 +6,9 @@ Must not test single watches. Specification: docs/protocol.md, "Watching the who
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, INODE_MARKS, INOTIFY, SOURCES, Source, start_share
 from tests.ring.events import NOTIFYING, WATCHED, EventGuest, merged, write
 from tests.ring.share import Share, refused
-from tests.server import awaited
+from tests.server import awaited, held_up
 from vhostfs.frontend import fsnotify as wire
 from vhostfs.frontend import fuse_abi as abi
 from vhostfs.frontend.fsnotify import ALL_EVENTS, CHANGES, Event, Granted, WatchFlag
@@ -256,7 +253,7 @@ def test_order_holds_where_a_directory_is_watched_by_itself_too(guest: EventGues
     """The host sums up what nobody has read yet, and not all of its sources in the same way."""
     guest.watch("a", Event.DELETE)
     watch_share(guest, Event.CREATE)
-    with standing_still(guest.share):
+    with held_up(guest.share.server.process.pid):
         for _ in range(3):
             (guest.share.path / "a/x").touch()
             (guest.share.path / "a/x").unlink()
@@ -265,7 +262,7 @@ def test_order_holds_where_a_directory_is_watched_by_itself_too(guest: EventGues
 
 def test_a_rename_does_not_overtake_what_came_before_it(guest: EventGuest) -> None:
     watch_share(guest)
-    with standing_still(guest.share):
+    with held_up(guest.share.server.process.pid):
         write(guest.share.path / "a/f")
         os.rename(guest.share.path / "a/f", guest.share.path / "a/b/g")
         (guest.share.path / "a/b/g").unlink()
@@ -276,19 +273,6 @@ def test_a_rename_does_not_overtake_what_came_before_it(guest: EventGuest) -> No
         "MOVED_TO a/b[g] pair 1",
         "DELETE a/b[g]",
     ]
-
-
-@contextlib.contextmanager
-def standing_still(share: Share) -> Iterator[None]:
-    """The server reads nothing meanwhile."""
-    pids = share.server.pids()
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in reversed(pids):
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_its_end_gives_everything_back(guest: EventGuest) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import lacking
 from tests.guest.events.conftest import EventSession, MakeWatchedPlace, WatchedPlace
-from tests.guest.events.test_marks import held_up
 from tests.guest.place import awaited
 from tests.guest.test_locks import host_try
+from tests.server import held_up
 
 WAIT_S = 10.0
 READ_LATER = """

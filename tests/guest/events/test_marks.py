@@ -7,7 +7,6 @@ docs/protocol.md, "Watching the whole share".
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
 import re
@@ -32,6 +31,7 @@ from tests.guest.events.conftest import (
 )
 from tests.guest.events.watching import FANOTIFY_PROGRAM, Control, In
 from tests.guest.place import Place, awaited
+from tests.server import held_up
 from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
@@ -199,24 +199,6 @@ def held_directories(guest: Guest) -> int:
 def number(path: Path) -> str:
     """As the watcher names what is no directory."""
     return f"#{path.lstat().st_ino}"
-
-
-@contextlib.contextmanager
-def held_up(pid: int) -> Iterator[None]:
-    """Stops a process and those that it has started."""
-
-    def family(of: int) -> list[int]:
-        words = [path.read_text() for path in Path(f"/proc/{of}/task").glob("*/children")]
-        return [of, *(each for word in " ".join(words).split() for each in family(int(word)))]
-
-    pids = family(pid)
-    for each in pids:
-        os.kill(each, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for each in pids:
-            os.kill(each, signal.SIGCONT)
 
 
 NAMES = "--report=dfid_name --mark=filesystem"

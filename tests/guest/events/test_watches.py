@@ -6,10 +6,7 @@ Must not know how events travel. Specification: docs/protocol.md, 4.3 and 8; qem
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,7 @@ from tests.guest.conftest import image_or_lacking
 from tests.guest.events.conftest import Parts, WatchedPlace, as_share, complaints_of, start_share
 from tests.guest.events.watching import CHANGES, PROGRAM, READY_TIMEOUT_S, STEP_TIMEOUT_S, Control, In, Watch
 from tests.guest.place import Place, awaited
+from tests.server import held_up
 from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES
@@ -60,16 +58,6 @@ def is_seen(watch: Watch, last: str) -> bool:
     return awaited(lambda: [event.text for event in watch.events()[-1:]] == [last], READY_TIMEOUT_S, 0.002)
 
 
-@contextmanager
-def standing_still(guest: Guest) -> Iterator[None]:
-    """Nothing goes on in the guest meanwhile: what happens on the host waits for it."""
-    os.kill(guest.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(guest.pid, signal.SIGCONT)
-
-
 def test_a_directory_that_is_mounted_on_before_its_event_came_stays_mounted(watched: WatchedPlace) -> None:
     place = watched.place
     watch = watched.watch(mask=CHANGES, with_twin=False)
@@ -80,7 +68,7 @@ def test_a_directory_that_is_mounted_on_before_its_event_came_stays_mounted(watc
         )
         user = place.start(line)
         user.wait_for_lines(1, READY_TIMEOUT_S)
-        with standing_still(place.guest):
+        with held_up(place.guest.pid):  # what happens on the host waits for the guest
             # The driver is behind by these, for a moment.
             for number in range(2000 << attempt):
                 (watched.host / f"{attempt}-{number}").write_text("text")
