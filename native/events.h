@@ -4,15 +4,15 @@
  * notification buffers.
  *
  *   fanotify_source.c, inotify_source.c   read the host's records, find the guest's inodes
- *   fanotify_move.c                       from one mark to many, when the file system is busy
- *   order.c                               what fanotify cannot say: in which order
+ *   fanotify_move.c, fanotify_overlap.c   from one mark to many, when the file system is busy
+ *   order.c, order_*.c                    what fanotify cannot say: in which order
  *   route.c       vf_events_report()      does anybody in the guest watch it? an element is made
  *   outbox.c      vf_outbox_push()        bounded, ordered; identical neighbours merge
  *   notify_queue.c                        puts elements into the buffers of the virtqueue
  *   watch.c                               what the guest watches, and marks on the host for it
  *   watch_share.c                         a watch on everything in the share
  *   handle_index.c                        from a file handle to the guest's inodes
- *   coherent.c                            what the guest keeps, and when it is told to forget
+ *   coherent.c, fanotify_caches.c         what the guest keeps, and when it is told to forget
  *   events.c                              the thread, its life, counters, trace
  *
  * Threads: one thread of the share's reads the source and reports.  Watches

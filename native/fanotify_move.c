@@ -13,7 +13,7 @@
  *   4. A barrier: what step 3 has read, the next group has, if it came after step 1.
  *   5. The next group is read.  An event that both have told is dropped from
  *      what the first one said, since the other may have summed it up with a
- *      later one.  This is as the kernel does with what waits unread.
+ *      later one (fanotify_overlap.c).
  *   6. What is left of the first is reported, then what the next one said.  The
  *      first is closed, which takes its marks away.
  *
@@ -23,13 +23,11 @@
  */
 #include <stdio.h>
 #include <sys/epoll.h>
-#include <sys/fanotify.h>
 #include <sys/inotify.h>
-#include <sys/ioctl.h>
 #include <time.h>
 
 #include "fanotify_move.h"
-#include "fanotify_source.h"
+#include "fanotify_overlap.h"
 #include "marker.h"
 #include "proc_name.h"
 
@@ -44,18 +42,9 @@
 #define MARK_COST_NS 10000u
 /* Watches that are marked in a turn. */
 #define MARKS_A_TURN 256u
-/* More of what was read twice is not kept: then the guest is told of a loss. */
-#define MAX_KEPT (64u << 20)
 #define MAX_REASON 200u
 
 enum phase { MEASURING, MARKING, STAYED, MOVED };
-
-/* Whole records, as they were read. */
-struct records {
-	uint8_t *bytes;
-	size_t size, room;
-	uint64_t seen_ns;
-};
 
 struct vf_fanotify_move {
 	int next_fd; /* -1 when it is the source's, or was given up */
@@ -72,7 +61,7 @@ struct vf_fanotify_move {
 	uint32_t at;
 	atomic_uint_fast64_t marks;
 	/* From the end of MARKING to the report. */
-	struct records first, next;
+	struct vf_fanotify_records first, next;
 	bool lost; /* something is, and the guest is told */
 };
 
@@ -197,7 +186,7 @@ void vf_fanotify_move_failed(struct vf_events *events, int error)
 		events->move->error = error;
 }
 
-/* ---- both queues -------------------------------------------------------------------- */
+/* ---- the move ---------------------------------------------------------------------------- */
 
 /* 0, or a negative errno: see above. */
 static int barrier(struct vf_events *events)
@@ -214,240 +203,6 @@ static int barrier(struct vf_events *events)
 	close(fd);
 	return error;
 }
-
-static bool keep(struct vf_fanotify_move *move, struct records *records, const uint8_t *bytes,
-		 uint32_t size)
-{
-	if (records->size + size > records->room) {
-		size_t room = records->room ? records->room * 2 : 65536;
-		uint8_t *more = room <= MAX_KEPT ? realloc(records->bytes, room) : NULL;
-
-		if (!more) {
-			move->lost = true;
-			return false;
-		}
-		records->bytes = more;
-		records->room = room;
-	}
-	memcpy(records->bytes + records->size, bytes, size);
-	records->size += size;
-	return true;
-}
-
-/* What was read at once: how many records, those that the guest wants are kept. */
-static uint32_t sort_out(struct vf_events *events, struct records *records, uint32_t size)
-{
-	struct vf_fanotify_record record;
-	uint32_t n = 0;
-
-	for (uint32_t at = 0; at < size; n++) {
-		int32_t length = vf_fanotify_parse(events->buffer + at, size - at, &record);
-
-		if (length < 0) {
-			vf_fanotify_report_garbage(events, size - at);
-			break;
-		}
-		if (!vf_fanotify_is_wanted(events, &record))
-			vf_fanotify_take(events, &record, records->seen_ns);
-		else
-			keep(events->move, records, events->buffer + at, (uint32_t)length);
-		at += (uint32_t)length;
-	}
-	return n;
-}
-
-static uint32_t count(const uint8_t *bytes, uint32_t size)
-{
-	struct fanotify_event_metadata head;
-	uint32_t n = 0;
-
-	for (uint32_t at = 0; size - at >= sizeof(head); at += head.event_len, n++) {
-		memcpy(&head, bytes + at, sizeof(head));
-		if (head.event_len < sizeof(head) || head.event_len > size - at)
-			break;
-	}
-	return n;
-}
-
-/*
- * Reads all that is in the queue now, and perhaps more.  records: where to; NULL: it is thrown
- * away.  0 or a negative errno.
- */
-static int empty_queue(struct vf_events *events, int fd, struct records *records)
-{
-	int bytes = 0;
-	uint32_t left;
-
-	if (ioctl(fd, FIONREAD, &bytes))
-		return -errno;
-	/* The size of that many records without what follows their heads, or all of it. */
-	left = (uint32_t)bytes / FAN_EVENT_METADATA_LEN;
-	while (left) {
-		ssize_t size = read(fd, events->buffer, VF_SOURCE_BUFFER);
-		uint32_t n;
-
-		if (size < 0 && errno == EINTR)
-			continue;
-		if (size <= 0)
-			return size && errno != EAGAIN ? -errno : 0;
-		n = records ? sort_out(events, records, (uint32_t)size)
-			    : count(events->buffer, (uint32_t)size);
-		left = n < left ? left - n : 0;
-	}
-	return 0;
-}
-
-/* ---- what both have said -------------------------------------------------------------- */
-
-#define N_BUCKETS 4096u
-#define NONE UINT32_MAX
-
-/* Records of the next group by process and object. */
-struct index {
-	const struct records *records;
-	struct entry {
-		uint32_t at, next;
-	} * entries;
-	uint32_t n, room;
-	uint32_t buckets[N_BUCKETS];
-};
-
-static uint32_t hash(const struct vf_fanotify_record *record)
-{
-	const struct vf_fanotify_object *object =
-	    record->object.there ? &record->object : &record->dir;
-	uint64_t h = (uint32_t)record->pid;
-
-	for (uint32_t i = 0; object->there && i < object->handle_size; i++)
-		h = (h ^ object->handle[i]) * 0x100000001b3u;
-	return (uint32_t)(h ^ h >> 32) % N_BUCKETS;
-}
-
-static void index_free(struct index *index)
-{
-	if (index)
-		free(index->entries);
-	free(index);
-}
-
-static struct index *index_new(const struct records *records)
-{
-	struct index *index = calloc(1, sizeof(*index));
-	struct vf_fanotify_record record;
-	int32_t length;
-
-	if (!index)
-		return NULL;
-	index->records = records;
-	memset(index->buckets, 0xff, sizeof(index->buckets));
-	for (uint32_t at = 0; at < records->size; at += (uint32_t)length) {
-		uint32_t *bucket;
-
-		length =
-		    vf_fanotify_parse(records->bytes + at, (uint32_t)records->size - at, &record);
-		if (length < 0)
-			break; /* not after it was parsed once */
-		if (index->n == index->room) {
-			uint32_t room = index->room ? index->room * 2 : 256;
-			struct entry *more = realloc(index->entries, room * sizeof(*more));
-
-			if (!more) {
-				index_free(index);
-				return NULL;
-			}
-			index->entries = more;
-			index->room = room;
-		}
-		bucket = &index->buckets[hash(&record)];
-		index->entries[index->n] = (struct entry){.at = at, .next = *bucket};
-		*bucket = index->n++;
-	}
-	return index;
-}
-
-static bool is_same(const struct vf_fanotify_object *a, const struct vf_fanotify_object *b)
-{
-	if (!a->there || !b->there)
-		return a->there == b->there;
-	return !memcmp(&a->fsid, &b->fsid, sizeof(a->fsid)) && a->type == b->type &&
-	       a->handle_size == b->handle_size && !memcmp(a->handle, b->handle, a->handle_size) &&
-	       !a->name == !b->name && a->namelen == b->namelen &&
-	       (!a->name || !memcmp(a->name, b->name, a->namelen));
-}
-
-/*
- * What the other record tells, too.  Of a rename, marks on inodes tell the sides that they are on.
- */
-static uint64_t in_common(const struct vf_fanotify_record *record,
-			  const struct vf_fanotify_record *other)
-{
-	if (record->pid != other->pid || !is_same(&record->object, &other->object) ||
-	    ((record->mask ^ other->mask) & (VF_FS_RENAME | VF_FS_ISDIR)))
-		return 0;
-	if (record->mask & VF_FS_RENAME)
-		return (!other->old.there || is_same(&record->old, &other->old)) &&
-			       (!other->new.there || is_same(&record->new, &other->new))
-			   ? record->mask
-			   : 0;
-	return is_same(&record->dir, &other->dir) ? record->mask & other->mask : 0;
-}
-
-/* Takes from the record of the first group what the next one tells. */
-static void strip(const struct index *index, struct vf_fanotify_record *record)
-{
-	struct vf_fanotify_record other;
-
-	for (uint32_t i = index->buckets[hash(record)]; i != NONE; i = index->entries[i].next) {
-		uint32_t at = index->entries[i].at;
-
-		if (vf_fanotify_parse(index->records->bytes + at,
-				      (uint32_t)index->records->size - at, &other) > 0)
-			record->mask &= ~(in_common(record, &other) & ~VF_FS_ISDIR);
-	}
-}
-
-static void report(struct vf_events *events, struct records *records, const struct index *index)
-{
-	struct vf_fanotify_record record;
-	int32_t length;
-
-	for (uint32_t at = 0; at < records->size; at += (uint32_t)length) {
-		length =
-		    vf_fanotify_parse(records->bytes + at, (uint32_t)records->size - at, &record);
-		if (length < 0)
-			break;
-		if (index)
-			strip(index, &record);
-		if (record.mask & ~VF_FS_ISDIR)
-			vf_fanotify_take(events, &record, records->seen_ns);
-	}
-	free(records->bytes);
-	*records = (struct records){.size = 0};
-}
-
-bool vf_fanotify_move_report(struct vf_events *events)
-{
-	struct vf_fanotify_move *move = events->move;
-	struct index *index;
-
-	if (!move || (!move->first.size && !move->next.size && !move->lost))
-		return false;
-	index = index_new(&move->next);
-	if (!index)
-		move->lost = true;
-	report(events, &move->first, index);
-	report(events, &move->next, NULL);
-	index_free(index);
-	if (move->lost) {
-		vf_events_notice(events, "some events were lost while their source was changed; "
-					 "the guest is told so");
-		vf_events_report_overflow(events);
-	}
-	move->lost = false;
-	return true;
-}
-
-/* ---- the move ---------------------------------------------------------------------------- */
 
 static void tell_reason(struct vf_events *events)
 {
@@ -488,7 +243,7 @@ static void become_source(struct vf_events *events)
 static void move_over(struct vf_events *events)
 {
 	struct vf_fanotify_move *move = events->move;
-	int error = empty_queue(events, move->next_fd, NULL);
+	int error = vf_fanotify_empty_queue(events, move->next_fd, NULL);
 
 	if (!error)
 		error = barrier(events);
@@ -497,14 +252,14 @@ static void move_over(struct vf_events *events)
 		return;
 	}
 	move->first.seen_ns = clock_ns(CLOCK_MONOTONIC);
-	error = empty_queue(events, events->config.source_fd, &move->first);
+	error = vf_fanotify_empty_queue(events, events->config.source_fd, &move->first);
 	if (!error)
 		error = barrier(events);
 	move->next.seen_ns = clock_ns(CLOCK_MONOTONIC);
 	if (!error)
-		error = empty_queue(events, move->next_fd, &move->next);
+		error = vf_fanotify_empty_queue(events, move->next_fd, &move->next);
 	/* The first group has been read already. */
-	if (error)
+	if (error || move->first.lost || move->next.lost)
 		move->lost = true;
 	become_source(events);
 }
@@ -517,7 +272,7 @@ static void mark_some(struct vf_events *events)
 
 	/* The first group tells it all as yet. */
 	if (!error)
-		error = empty_queue(events, move->next_fd, NULL);
+		error = vf_fanotify_empty_queue(events, move->next_fd, NULL);
 	if (error)
 		stay(events, "marks on watched inodes", error);
 	else if (!more)
@@ -527,7 +282,7 @@ static void mark_some(struct vf_events *events)
 /* The mark on the file system is needed again for now: what is marked stays so. */
 static void wait_for_need(struct vf_events *events)
 {
-	int error = empty_queue(events, events->move->next_fd, NULL);
+	int error = vf_fanotify_empty_queue(events, events->move->next_fd, NULL);
 
 	if (error)
 		stay(events, "marks on watched inodes", error);
@@ -554,6 +309,23 @@ void vf_fanotify_move_turn(struct vf_events *events)
 		mark_some(events);
 	}
 	events->again = atomic_load(&move->phase) == MARKING && !is_needed(events);
+}
+
+bool vf_fanotify_move_report(struct vf_events *events)
+{
+	struct vf_fanotify_move *move = events->move;
+
+	if (!move || (!move->first.size && !move->next.size && !move->lost))
+		return false;
+	if (!vf_fanotify_report_both(events, &move->first, &move->next))
+		move->lost = true;
+	if (move->lost) {
+		vf_events_notice(events, "some events were lost while their source was changed; "
+					 "the guest is told so");
+		vf_events_report_overflow(events);
+	}
+	move->lost = false;
+	return true;
 }
 
 void vf_fanotify_move_want(struct vf_events *events)

@@ -10,13 +10,11 @@
 #include <sys/fanotify.h>
 #include <time.h>
 
+#include "fanotify_found.h"
 #include "fanotify_marks.h"
 #include "fanotify_move.h"
 #include "fanotify_source.h"
 #include "order.h"
-
-/* In how many places of a share one object may be mounted; more are not told of. */
-#define MAX_PLACES 8u
 
 /*
  * A record's mask is the sum of what happened to one object by one process since it was last read.
@@ -29,12 +27,6 @@ static const uint64_t usual_order[] = {
 };
 #define N_ORDERED (sizeof(usual_order) / sizeof(usual_order[0]))
 
-/* The inodes that are one object of the host, on different mounts. */
-struct places {
-	struct vf_inode *inodes[MAX_PLACES];
-	uint32_t n;
-};
-
 struct reader {
 	struct vf_events *events;
 	uint64_t now_ns;
@@ -42,26 +34,18 @@ struct reader {
 };
 
 static void find(struct vf_events *events, const struct vf_fanotify_object *object,
-		 struct places *places)
+		 struct vf_fanotify_places *places)
 {
 	places->n = !object->there ? 0
 				   : vf_inodes_by_handle(events->share, object->fsid, object->type,
 							 object->handle, object->handle_size,
-							 places->inodes, MAX_PLACES);
+							 places->inodes, VF_FANOTIFY_PLACES);
 }
 
-static void put(struct vf_events *events, struct places *places)
+static void put(struct vf_events *events, struct vf_fanotify_places *places)
 {
 	for (uint32_t i = 0; i < places->n; i++)
 		vf_inode_put(events->share, places->inodes[i]);
-}
-
-static struct vf_inode *on_mount(const struct places *places, uint16_t mount)
-{
-	for (uint32_t i = 0; i < places->n; i++)
-		if (vf_inode_mount(places->inodes[i]) == mount)
-			return places->inodes[i];
-	return NULL;
 }
 
 static void report(struct reader *reader, const struct vf_change *changes, uint32_t n)
@@ -152,7 +136,8 @@ static void report_each(struct reader *reader, struct vf_change *change, uint64_
  * where the directory of that name is known.
  */
 static void report_objects(struct reader *reader, const struct vf_fanotify_record *record,
-			   const struct places *objects, const struct places *dirs)
+			   const struct vf_fanotify_places *objects,
+			   const struct vf_fanotify_places *dirs)
 {
 	uint64_t mask = record->mask & (VF_FS_CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_ISDIR);
 
@@ -167,21 +152,22 @@ static void report_objects(struct reader *reader, const struct vf_fanotify_recor
 		    .seen_ns = reader->now_ns,
 		};
 
-		if (dirs && on_mount(dirs, vf_inode_mount(change.child)))
+		if (dirs && vf_fanotify_on_mount(dirs, vf_inode_mount(change.child)))
 			continue;
 		report_ordered(reader, &change, note_own(reader, &change, mask));
 	}
 }
 
 static void report_entry(struct reader *reader, const struct vf_fanotify_record *record,
-			 const struct places *dirs, const struct places *objects)
+			 const struct vf_fanotify_places *dirs,
+			 const struct vf_fanotify_places *objects)
 {
 	uint64_t mask;
 
 	for (uint32_t i = 0; i < dirs->n; i++) {
 		struct vf_change change = {
 		    .dir = dirs->inodes[i],
-		    .child = on_mount(objects, vf_inode_mount(dirs->inodes[i])),
+		    .child = vf_fanotify_on_mount(objects, vf_inode_mount(dirs->inodes[i])),
 		    .name = record->dir.name,
 		    .namelen = record->dir.namelen,
 		    .pid = record->pid,
@@ -228,8 +214,9 @@ static void report_pair(struct reader *reader, struct vf_change changes[2])
 }
 
 static void report_rename(struct reader *reader, const struct vf_fanotify_record *record,
-			  const struct places *from, const struct places *to,
-			  const struct places *objects)
+			  const struct vf_fanotify_places *from,
+			  const struct vf_fanotify_places *to,
+			  const struct vf_fanotify_places *objects)
 {
 	for (uint32_t i = 0; i < from->n + to->n; i++) {
 		bool is_from = i < from->n;
@@ -238,8 +225,8 @@ static void report_rename(struct reader *reader, const struct vf_fanotify_record
 		struct vf_change changes[2] = {
 		    {
 			.mask = VF_FS_MOVED_FROM | (record->mask & VF_FS_ISDIR),
-			.dir = on_mount(from, mount),
-			.child = on_mount(objects, mount),
+			.dir = vf_fanotify_on_mount(from, mount),
+			.child = vf_fanotify_on_mount(objects, mount),
 			.name = record->old.name,
 			.namelen = record->old.namelen,
 			.pid = record->pid,
@@ -249,7 +236,7 @@ static void report_rename(struct reader *reader, const struct vf_fanotify_record
 
 		changes[1] = changes[0];
 		changes[1].mask ^= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
-		changes[1].dir = on_mount(to, mount);
+		changes[1].dir = vf_fanotify_on_mount(to, mount);
 		changes[1].name = record->new.name;
 		changes[1].namelen = record->new.namelen;
 		if (changes[0].dir && changes[1].dir) {
@@ -264,7 +251,7 @@ static void report_rename(struct reader *reader, const struct vf_fanotify_record
 /* Whoever moved it: the mark that tells of its removal is on its parent. */
 static void directory_moved(struct vf_events *events, const struct vf_fanotify_record *record)
 {
-	struct places places;
+	struct vf_fanotify_places places;
 
 	find(events, record->object.there ? &record->object : &record->dir, &places);
 	for (uint32_t i = 0; i < places.n; i++)
@@ -282,10 +269,11 @@ static uint32_t count_events(uint64_t mask)
  * the next record, which may be about what it has in it.
  */
 static void announce(struct reader *reader, const struct vf_fanotify_record *record,
-		     const struct places *dirs, const struct places *to, struct places *objects)
+		     const struct vf_fanotify_places *dirs, const struct vf_fanotify_places *to,
+		     struct vf_fanotify_places *objects)
 {
 	bool rename = record->mask & VF_FS_RENAME;
-	const struct places *where = rename ? to : dirs;
+	const struct vf_fanotify_places *where = rename ? to : dirs;
 	const struct vf_fanotify_object *entry = rename ? &record->new : &record->dir;
 
 	if (!(record->mask & VF_FS_ISDIR) || objects->n || reader->own || !entry->name ||
@@ -304,8 +292,8 @@ static void announce(struct reader *reader, const struct vf_fanotify_record *rec
 
 /* It has the guest's inodes in it. */
 static void take_known(struct reader *reader, const struct vf_fanotify_record *record,
-		       const struct places *dirs, const struct places *to,
-		       const struct places *objects)
+		       const struct vf_fanotify_places *dirs, const struct vf_fanotify_places *to,
+		       const struct vf_fanotify_places *objects)
 {
 	bool self = record->dir.there && (!record->dir.name || !strcmp(record->dir.name, "."));
 
@@ -321,7 +309,7 @@ static void take_known(struct reader *reader, const struct vf_fanotify_record *r
 	}
 }
 
-static bool has_watched(const struct places *places)
+static bool has_watched(const struct vf_fanotify_places *places)
 {
 	for (uint32_t i = 0; i < places->n; i++)
 		if (vf_inode_is_watched(places->inodes[i]))
@@ -329,102 +317,33 @@ static bool has_watched(const struct places *places)
 	return false;
 }
 
-/* The inodes that it is about: the directory (of a rename: both), the object. */
-struct found {
-	struct places dirs, to, objects;
-};
-
 static void find_all(struct vf_events *events, const struct vf_fanotify_record *record,
-		     struct found *found)
+		     struct vf_fanotify_found *found)
 {
 	find(events, record->mask & VF_FS_RENAME ? &record->old : &record->dir, &found->dirs);
 	find(events, &record->new, &found->to);
 	find(events, &record->object, &found->objects);
 }
 
-static bool is_any_watched(const struct found *found)
+static bool is_any_watched(const struct vf_fanotify_found *found)
 {
 	return has_watched(&found->dirs) || has_watched(&found->to) || has_watched(&found->objects);
 }
 
-static void put_all(struct vf_events *events, struct found *found)
+static void put_all(struct vf_events *events, struct vf_fanotify_found *found)
 {
 	put(events, &found->dirs);
 	put(events, &found->to);
 	put(events, &found->objects);
 }
 
-/* ---- what the guest keeps -------------------------------------------------------- */
-
-static void tell_caches(const struct reader *reader, const struct vf_fanotify_record *record,
-			uint64_t mask, const struct vf_fanotify_object *entry,
-			const struct places *dirs, const struct places *objects)
-{
-	for (uint32_t i = 0; i < dirs->n; i++) {
-		struct vf_change change = {
-		    .mask = mask | (record->mask & VF_FS_ISDIR),
-		    .dir = dirs->inodes[i],
-		    .child = on_mount(objects, vf_inode_mount(dirs->inodes[i])),
-		    .name = entry->name,
-		    .namelen = entry->namelen,
-		    .pid = record->pid,
-		    .seen_ns = reader->now_ns,
-		};
-
-		vf_coherent_tell(reader->events, &change);
-	}
-}
-
-static void tell_caches_of_objects(const struct reader *reader,
-				   const struct vf_fanotify_record *record,
-				   const struct places *objects, const struct places *dirs)
-{
-	for (uint32_t i = 0; i < objects->n; i++) {
-		struct vf_change change = {
-		    .mask = record->mask,
-		    .child = objects->inodes[i],
-		    .pid = record->pid,
-		    .seen_ns = reader->now_ns,
-		};
-
-		if (!dirs || !on_mount(dirs, vf_inode_mount(change.child)))
-			vf_coherent_tell(reader->events, &change);
-	}
-}
-
-/* All that a record says, at once: order does not matter to who only forgets. */
-static void tell_all_caches(const struct reader *reader, const struct vf_fanotify_record *record,
-			    const struct found *found)
-{
-	bool self = record->dir.there && (!record->dir.name || !strcmp(record->dir.name, "."));
-	const struct places *dirs = &found->dirs, *objects = &found->objects;
-
-	/* There may be more than were found. */
-	if (dirs->n == MAX_PLACES || found->to.n == MAX_PLACES || objects->n == MAX_PLACES) {
-		vf_outbox_push_overflow(reader->events->outbox);
-		return;
-	}
-	if (record->mask & VF_FS_RENAME) {
-		/* The new name first: a directory moves there in the guest, with who is in it. */
-		tell_caches(reader, record, VF_FS_MOVED_TO, &record->new, &found->to, objects);
-		tell_caches(reader, record, VF_FS_MOVED_FROM, &record->old, dirs, objects);
-		if (!dirs->n && !found->to.n)
-			tell_caches_of_objects(reader, record, objects, NULL);
-	} else if (self && !objects->n) {
-		tell_caches_of_objects(reader, record, dirs, NULL);
-	} else if (self || !record->dir.there) {
-		tell_caches_of_objects(reader, record, objects, NULL);
-	} else {
-		tell_caches(reader, record, record->mask, &record->dir, dirs, objects);
-		tell_caches_of_objects(reader, record, objects, dirs);
-	}
-}
+/* ---- records ------------------------------------------------------------------------ */
 
 static void take(struct reader *reader, const struct vf_fanotify_record *record)
 {
 	struct vf_events *events = reader->events;
 	uint32_t n = count_events(record->mask);
-	struct found found;
+	struct vf_fanotify_found found;
 
 	if (record->mask & VF_FS_Q_OVERFLOW) {
 		vf_events_report_overflow(events);
@@ -444,7 +363,7 @@ static void take(struct reader *reader, const struct vf_fanotify_record *record)
 	if (!is_any_watched(&found))
 		events->elsewhere += n;
 	if (!reader->own && atomic_load_explicit(&events->told_all, memory_order_relaxed))
-		tell_all_caches(reader, record, &found);
+		vf_fanotify_tell_caches(events, record, &found, reader->now_ns);
 	if (found.dirs.n + found.to.n + found.objects.n)
 		take_known(reader, record, &found.dirs, &found.to, &found.objects);
 	else if (!reader->own)
@@ -460,7 +379,7 @@ void vf_fanotify_take(struct vf_events *events, const struct vf_fanotify_record 
 
 bool vf_fanotify_is_wanted(struct vf_events *events, const struct vf_fanotify_record *record)
 {
-	struct found found;
+	struct vf_fanotify_found found;
 	bool wanted;
 
 	find_all(events, record, &found);

@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Where facts are kept: by name, in generations, and those that are deferred in lists. */
+#include "order_facts.h"
+
+/* Beyond this much memory order is given up for once, and the guest told of a loss. */
+#define MAX_ARENAS 256u
+/* Whoever makes a change may be held up between telling inotify and telling fanotify. */
+#define EARLY_NS 100000000u
+/* For so long where it is known that a fact is still to come. */
+#define OWED_NS 2000000000u
+
+uint64_t vf_fact_key(uint64_t nodeid, const char *name, uint32_t namelen)
+{
+	uint64_t h = nodeid * 0x9e3779b97f4a7c15u;
+
+	for (uint32_t i = 0; i < namelen; i++)
+		h = (h ^ (uint8_t)name[i]) * 0x100000001b3u;
+	/* Short names of one directory differ in the lowest bits only. */
+	h ^= h >> 32;
+	h *= 0x9e3779b97f4a7c15u;
+	return h ^ h >> 32;
+}
+
+void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g)
+{
+	while (g->arenas) {
+		struct vf_fact_arena *arena = g->arenas;
+
+		g->arenas = arena->next;
+		order->n_arenas--;
+		if (order->spare)
+			free(arena);
+		else
+			order->spare = arena;
+	}
+	memset(g->first, 0, sizeof(g->first));
+	for (uint32_t i = 0; i < VF_FACT_BUCKETS; i++)
+		g->last[i] = &g->first[i];
+	g->oldest = NULL;
+	g->newest = &g->oldest;
+	g->began_ns = order->reader.now_ns;
+	g->empty = true;
+}
+
+static void *allocate(struct vf_order *order, struct vf_fact_generation *g, uint32_t size)
+{
+	struct vf_fact_arena *arena = g->arenas;
+
+	size = (size + 7) & ~7u;
+	if (!arena || arena->used + size > sizeof(arena->bytes)) {
+		arena = order->spare;
+		order->spare = NULL;
+		if (!arena)
+			arena = order->n_arenas < MAX_ARENAS ? malloc(sizeof(*arena)) : NULL;
+		if (!arena)
+			return NULL;
+		order->n_arenas++;
+		arena->used = 0;
+		arena->next = g->arenas;
+		g->arenas = arena;
+	}
+	arena->used += size;
+	return arena->bytes + arena->used - size;
+}
+
+/* ---- what inotify said before its fact was there ------------------------------------ */
+
+static struct vf_early *early_slot(struct vf_order *order, uint64_t key)
+{
+	return &order->early[(key >> 29) % VF_N_EARLY];
+}
+
+void vf_facts_note_early(struct vf_order *order, uint64_t key, uint64_t event, bool owed)
+{
+	struct vf_early *e = early_slot(order, key);
+
+	if (e->key != key)
+		*e = (struct vf_early){.key = key};
+	e->events |= event;
+	e->since_ns = order->reader.now_ns;
+	if (!owed)
+		return;
+	e->owed |= event;
+	e->owed_since_ns = order->reader.now_ns;
+}
+
+static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
+{
+	struct vf_early *e = early_slot(order, key);
+	uint64_t said = 0;
+
+	if (e->key != key)
+		return 0;
+	if (order->reader.now_ns - e->since_ns < EARLY_NS)
+		said = e->events &
+		       (vf_order_counts_for_all(order, VF_ORDER_HALVES) ? mask
+									: mask & ~VF_ORDER_HALVES);
+	if (order->reader.now_ns - e->owed_since_ns < OWED_NS)
+		said |= e->owed & mask;
+	e->owed &= ~mask;
+	return said;
+}
+
+/* ---- facts ------------------------------------------------------------------------ */
+
+static struct vf_fact *new_fact(struct vf_order *order, const struct vf_change *change,
+				uint64_t mask)
+{
+	struct vf_fact_generation *g = &order->generations[order->young];
+	struct vf_fact *fact = allocate(order, g, (uint32_t)sizeof(*fact) + change->namelen);
+
+	if (!fact)
+		return NULL;
+	*fact = (struct vf_fact){
+	    .nodeid = change->dir ? vf_inode_nodeid(change->dir) : 0,
+	    .mask = mask,
+	    .child = change->child ? vf_inode_nodeid(change->child) : 0,
+	    .pid = change->pid,
+	    .namelen = (uint8_t)change->namelen,
+	    .number = ++order->facts,
+	};
+	if (change->namelen)
+		memcpy(fact->name, change->name, change->namelen);
+	if (g->empty)
+		g->began_ns = order->reader.now_ns;
+	g->empty = false;
+	return fact;
+}
+
+/* Whose name it is, or what it happened to. */
+uint64_t vf_fact_place(const struct vf_change *change)
+{
+	return vf_inode_nodeid(change->dir ? change->dir : change->child);
+}
+
+struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *change, uint64_t mask,
+			    bool own)
+{
+	uint64_t key = vf_fact_key(vf_fact_place(change), change->name, change->namelen);
+	uint32_t bucket = vf_fact_bucket(key);
+	struct vf_fact_generation *g = &order->generations[order->young];
+	struct vf_fact *fact = new_fact(order, change, mask);
+
+	if (!fact)
+		return NULL;
+	fact->nodeid = vf_fact_place(change);
+	fact->itself = !change->dir;
+	fact->silent = own;
+	fact->said = said_early(order, key, mask);
+	*g->last[bucket] = fact;
+	g->last[bucket] = &fact->next;
+	*g->newest = fact;
+	g->newest = &fact->later;
+	order->unsaid += vf_fact_is_unsaid(fact);
+	return fact;
+}
+
+/* ---- what is not inotify's to tell --------------------------------------------------- */
+
+/* In its turn; second: told with it, and in no list. */
+static void defer(struct vf_order *order, struct vf_fact *fact, struct vf_fact *second)
+{
+	fact->deferred = true;
+	fact->second = second;
+	*order->newer.last = fact;
+	order->newer.last = &fact->later;
+}
+
+bool vf_order_defer(struct vf_order *order, const struct vf_change *change)
+{
+	struct vf_fact *fact = new_fact(order, change, change->mask);
+
+	if (!fact)
+		return false;
+	fact->not_its_end = change->not_its_end;
+	defer(order, fact, NULL);
+	return true;
+}
+
+bool vf_order_defer_rename(struct vf_order *order, const struct vf_change changes[2])
+{
+	struct vf_fact *first = new_fact(order, &changes[0], changes[0].mask);
+	struct vf_fact *second = first ? new_fact(order, &changes[1], changes[1].mask) : NULL;
+
+	if (!second)
+		return false;
+	second->deferred = true;
+	defer(order, first, second);
+	return true;
+}

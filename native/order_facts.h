@@ -1,0 +1,206 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Facts: what fanotify said, until inotify says the same; only for order_*.c and order.c.
+ *
+ * Facts live in two generations: the younger becomes the older one after a while, when all that
+ * inotify had was read, and then the older goes.  What inotify has not said by then is told all
+ * the same, late.
+ */
+#ifndef VHOSTFS_ORDER_FACTS_H
+#define VHOSTFS_ORDER_FACTS_H
+
+#include "inotify_reader.h"
+#include "order.h"
+
+#define VF_ORDER_CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
+#define VF_ORDER_EVENTS (VF_FS_ENTRY_EVENTS | VF_ORDER_CHILD_EVENTS | VF_FS_SELF_EVENTS)
+#define VF_ORDER_HALVES (VF_FS_MOVED_FROM | VF_FS_MOVED_TO)
+
+#define VF_FACT_BUCKETS 8192u
+/* So many facts of one name are compared, besides those that are used up. */
+#define VF_FACTS_COMPARED 64u
+#define VF_FACT_ARENA_SIZE (256u * 1024)
+#define VF_N_BEGUN 1024u
+#define VF_N_EARLY 2048u
+
+struct vf_fact {
+	struct vf_fact *next;	/* in its bucket, in order of arrival */
+	struct vf_fact *later;	/* of all in its generation */
+	struct vf_fact *second; /* the other half of the rename that this is the first of */
+	struct vf_fact *half;	/* that first half */
+	uint64_t nodeid; /* of the directory; no references, since facts may lie here for long;
+			    0: deferred */
+	uint64_t child;	 /* nodeid, or 0 */
+	uint64_t mask;	 /* what happened */
+	uint64_t used;	 /* what of it was reported or found to be ours */
+	/* For what of it inotify said something: where it counts several events as one, only one
+	 * of their facts is used. */
+	uint64_t said;
+	uint64_t picked; /* when it was last used; 0: not yet */
+	uint64_t number; /* in the order of fanotify */
+	int32_t pid;
+	bool silent; /* our own doing, or reported already */
+	bool told;   /* with its other half, before inotify said this one */
+	bool past;   /* of an object that had the name before the one that has it now */
+	bool not_its_end;
+	bool itself;   /* of what happened to the object itself, which is also in nodeid */
+	bool deferred; /* not inotify's to tell: it waits in a list, not in a generation */
+	uint8_t namelen;
+	char name[];
+};
+
+/*
+ * What inotify said of a name not long ago.  A fact of the same that comes now may be of an event
+ * that inotify had counted as one with others, or told before its fact was there.
+ */
+struct vf_early {
+	uint64_t key, events, since_ns;
+	uint64_t owed, owed_since_ns; /* of them, those without a fact */
+};
+
+/* When inotify was last asked to watch something. */
+struct vf_begun {
+	uint64_t nodeid, since_ns;
+};
+
+struct vf_fact_arena {
+	struct vf_fact_arena *next;
+	uint64_t used;
+	uint8_t bytes[VF_FACT_ARENA_SIZE - 16];
+};
+
+/* In order of arrival. */
+struct vf_fact_list {
+	struct vf_fact *first, **last;
+};
+
+struct vf_fact_generation {
+	struct vf_fact *first[VF_FACT_BUCKETS], **last[VF_FACT_BUCKETS];
+	struct vf_fact *oldest, **newest;
+	struct vf_fact_arena *arenas;
+	uint64_t began_ns;
+	bool empty;
+};
+
+struct vf_order {
+	struct vf_inotify_reader reader; /* first: its callbacks are given this */
+	struct vf_fact *fact;		 /* of the child event at hand */
+	struct vf_events *events;
+	bool (*read_facts)(struct vf_events *events);
+	uint64_t picks, facts;
+	struct vf_early early[VF_N_EARLY]; /* by key */
+	struct vf_begun begun[VF_N_BEGUN]; /* by nodeid */
+	uint32_t unsaid; /* facts to be reported that inotify has not said anything of yet */
+	uint32_t n_arenas;
+	uint32_t patience; /* how often facts may still be waited for in this round */
+	bool behind;	   /* inotify lost something, and fanotify may not have said all of it */
+	bool full;	   /* no memory for a fact: order is given up at the end of the round */
+	struct vf_fact_arena *spare;
+	struct vf_fact_generation generations[2];
+	unsigned int young; /* which of them */
+	/* What is not inotify's to tell; the older ones came before inotify was last read. */
+	struct vf_fact_list older, newer;
+};
+
+/* ---- order_facts.c: where they are kept ---- */
+
+uint64_t vf_fact_key(uint64_t nodeid, const char *name, uint32_t namelen);
+/* Whose name it is, or what it happened to. */
+uint64_t vf_fact_place(const struct vf_change *change);
+/* NULL: no memory. */
+struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *change, uint64_t mask,
+			    bool own);
+/* inotify said event of the name with this key; owed: and its fact is still to come. */
+void vf_facts_note_early(struct vf_order *order, uint64_t key, uint64_t event, bool owed);
+/* The generation's facts are forgotten. */
+void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g);
+
+/* The bucket of a key. */
+static inline uint32_t vf_fact_bucket(uint64_t key)
+{
+	return (uint32_t)(key >> 29) % VF_FACT_BUCKETS;
+}
+
+/*
+ * Are all facts of such events used up when inotify has said it once?  Each rename is a fact of its
+ * own, whatever inotify counts as one.
+ */
+static inline bool vf_order_counts_for_all(const struct vf_order *order, uint64_t event)
+{
+	return !(event & VF_ORDER_HALVES) || !(order->events->config.host_mask & VF_FS_RENAME);
+}
+
+/* Something to be reported that inotify said nothing of. */
+static inline bool vf_fact_is_unsaid(const struct vf_fact *fact)
+{
+	return fact->nodeid && !fact->silent && !fact->deferred &&
+	       (fact->mask & VF_ORDER_EVENTS & ~fact->used & ~fact->said);
+}
+
+static inline void vf_fact_set_said(struct vf_order *order, struct vf_fact *fact, uint64_t events)
+{
+	bool before = vf_fact_is_unsaid(fact);
+
+	fact->said |= events;
+	order->unsaid -= before && !vf_fact_is_unsaid(fact);
+}
+
+static inline void vf_fact_set_silent(struct vf_order *order, struct vf_fact *fact)
+{
+	order->unsaid -= vf_fact_is_unsaid(fact);
+	fact->silent = true;
+}
+
+static inline bool vf_fact_is_about(const struct vf_fact *fact, uint64_t nodeid, const char *name,
+				    uint32_t namelen)
+{
+	return fact->nodeid == nodeid && fact->namelen == namelen &&
+	       (!namelen || !memcmp(fact->name, name, namelen));
+}
+
+static inline void vf_fact_list_clear(struct vf_fact_list *list)
+{
+	list->first = NULL;
+	list->last = &list->first;
+}
+
+static inline struct vf_begun *vf_begun_slot(struct vf_order *order, uint64_t nodeid)
+{
+	return &order->begun[(nodeid * 0x9e3779b97f4a7c15u >> 32) % VF_N_BEGUN];
+}
+
+/* ---- order_note.c: what fanotify says ---- */
+
+/* What of the events of this inode, and of the names in it, inotify tells. */
+uint64_t vf_order_bits(const struct vf_order *order, const struct vf_inode *inode);
+
+/* ---- order_pick.c: which fact is of what inotify says ---- */
+
+/*
+ * The fact that says who did this and to what; NULL: there is none yet.  now: there will be none,
+ * so one that was used before is better than none.
+ */
+struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *change, bool now);
+/* The same, after a moment if need be. */
+struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change);
+/* event of this fact is told, or found to be ours. */
+void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint32_t bucket);
+
+/* ---- order_tell.c: what is told by facts alone ---- */
+
+/* With references, for vf_fact_put_change(). */
+struct vf_change vf_fact_change(struct vf_order *order, const struct vf_fact *fact);
+void vf_fact_put_change(struct vf_order *order, const struct vf_change *change);
+/* All of it, with its other half. */
+void vf_fact_tell(struct vf_order *order, struct vf_fact *fact);
+/* What inotify has lost, in the order of fanotify, which loses none. */
+void vf_facts_tell_all(struct vf_order *order);
+/* What of a list came before that fact (NULL: all). */
+void vf_facts_tell_deferred(struct vf_order *order, struct vf_fact_list *list,
+			    const struct vf_fact *until);
+/* What of a list is of this object. */
+void vf_facts_tell_deferred_of(struct vf_order *order, struct vf_fact_list *list, uint64_t child);
+/* What inotify has not said of a generation that goes. */
+void vf_facts_tell_unsaid(struct vf_order *order, const struct vf_fact_generation *g);
+
+#endif

@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Which fact is of what inotify says: whose doing an event was, and which object it is about.
+ *
+ * That is asked of the facts that can mean it.  Where the guest and the host change the same name
+ * at the same time more than one can: then it is reported, since a second event does less harm
+ * than none.
+ */
+#include <time.h>
+
+#include "order_facts.h"
+
+/* An object that has its name from now on. */
+#define ARRIVALS (VF_FS_CREATE | VF_FS_MOVED_TO)
+/* And one that has it no longer. */
+#define DEPARTURES (VF_FS_DELETE | VF_FS_MOVED_FROM)
+#define RETRY_NS 50000
+
+struct candidates {
+	struct vf_fact *current; /* the one that was used last */
+	struct vf_fact *unused;	 /* the first that was not used for this event yet */
+	struct vf_fact *foreign; /* the first such that is to be reported */
+	struct vf_fact *told;	 /* the first that was told with its other half */
+	struct vf_fact *any;
+};
+
+static bool is_used_up(const struct vf_fact *fact)
+{
+	/* What had the name before may leave it behind what comes: two names are exchanged. */
+	uint64_t events = fact->past ? ARRIVALS | DEPARTURES : VF_ORDER_EVENTS;
+
+	return !(fact->mask & events & ~fact->used);
+}
+
+static void unlink_fact(struct vf_fact_generation *g, uint32_t bucket, struct vf_fact **link)
+{
+	struct vf_fact *fact = *link;
+
+	*link = fact->next;
+	if (g->last[bucket] == &fact->next)
+		g->last[bucket] = link;
+}
+
+/* Facts that are used up go from the chain when there is another of the same name. */
+static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t bucket,
+		 uint64_t nodeid, const struct vf_change *change, uint64_t event,
+		 struct candidates *c)
+{
+	struct vf_fact **link = &g->first[bucket], **used_up = NULL, *fact;
+	uint32_t compared = 0;
+
+	while ((fact = *link) && compared < VF_FACTS_COMPARED) {
+		if (!vf_fact_is_about(fact, nodeid, change->name, change->namelen)) {
+			link = &fact->next;
+			continue;
+		}
+		if (used_up) {
+			bool was_next = link == &(*used_up)->next;
+
+			unlink_fact(g, bucket, used_up);
+			if (was_next)
+				link = used_up;
+			used_up = NULL;
+		}
+		if (fact->picked && (!c->current || fact->picked > c->current->picked))
+			c->current = fact;
+		if (is_used_up(fact))
+			used_up = link;
+		else
+			compared++;
+		link = &fact->next;
+		if (!(fact->mask & event) || (fact->past && !(event & (ARRIVALS | DEPARTURES))))
+			continue;
+		if (vf_order_counts_for_all(order, event))
+			vf_fact_set_said(order, fact, event);
+		c->any = fact;
+		if (fact->told && !c->told)
+			c->told = fact;
+		if ((fact->past && !(event & DEPARTURES)) || (fact->used & event))
+			continue;
+		if (!c->unused)
+			c->unused = fact;
+		if (!c->foreign && !fact->silent)
+			c->foreign = fact;
+	}
+}
+
+/*
+ * The object of this fact has got the name: what is known of another that had it before is not of
+ * what comes now.  Some is left where inotify counted several events as one.
+ */
+static void supersede(struct vf_order *order, struct vf_fact *arrival, uint32_t bucket)
+{
+	arrival->past = false;
+	for (unsigned int i = 0; i < 2; i++) {
+		struct vf_fact *fact = order->generations[i].first[bucket];
+
+		for (uint32_t n = 0; fact && n < VF_FACTS_COMPARED; fact = fact->next) {
+			if (!vf_fact_is_about(fact, arrival->nodeid, arrival->name,
+					      arrival->namelen))
+				continue;
+			n++;
+			if (fact->number < arrival->number && fact->child != arrival->child)
+				fact->past = true;
+		}
+	}
+}
+
+void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint32_t bucket)
+{
+	vf_fact_set_said(order, fact, event);
+	fact->used |= event;
+	fact->picked = ++order->picks;
+	if (event & ARRIVALS)
+		supersede(order, fact, bucket);
+}
+
+/*
+ * The fact that says who did this and to what; NULL: there is none yet.  It goes on with the same
+ * object until that has left the name, since fanotify may have counted several events as one.
+ */
+struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *change, bool now)
+{
+	uint64_t event = change->mask & VF_ORDER_EVENTS, nodeid = vf_fact_place(change);
+	uint64_t key = vf_fact_key(nodeid, change->name, change->namelen);
+	uint32_t bucket = vf_fact_bucket(key);
+	struct candidates c = {.any = NULL};
+	struct vf_fact *fact;
+
+	look(order, &order->generations[order->young ^ 1], bucket, nodeid, change, event, &c);
+	look(order, &order->generations[order->young], bucket, nodeid, change, event, &c);
+	if (c.current && !(c.current->used & DEPARTURES) && (c.current->mask & event) &&
+	    (!(event & ARRIVALS) || !(c.current->used & event)))
+		fact = c.current;
+	else
+		fact = c.unused ? c.unused : now ? c.any : NULL;
+	if (fact && fact->silent && c.foreign)
+		fact = c.foreign;
+	if (c.told) {
+		fact = c.told;
+		fact->told = false;
+	}
+	if (fact || now)
+		vf_facts_note_early(order, key, event, !fact);
+	if (fact)
+		vf_fact_use(order, fact, event, bucket);
+	return fact;
+}
+
+struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change)
+{
+	struct vf_fact *fact = vf_fact_pick(order, change, !order->patience);
+
+	while (!fact && order->patience) {
+		order->patience--;
+		if (!order->read_facts(order->events))
+			nanosleep(&(struct timespec){.tv_nsec = RETRY_NS}, NULL);
+		fact = vf_fact_pick(order, change, !order->patience);
+	}
+	return fact;
+}
