@@ -31,7 +31,7 @@ static bool is_own(struct vf_inotify_reader *reader, const struct inotify_event 
 	struct vf_events *events = reader->events;
 	uint64_t at = reader->at + (uint64_t)((const uint8_t *)record - reader->buffer);
 
-	if (!vf_own_changes_is(events->own_changes, at, changes))
+	if (!vf_own_changes_is(events->own_changes, events->share, at, changes))
 		return false;
 	vf_count_n(&events->own, n);
 	vf_events_trace_own(events, changes, n);

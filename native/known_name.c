@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Which of the inodes that the guest holds a name means, for who watches the
- * host: nothing is looked up for the guest, and nothing is added to the table.
+ * Which of the inodes that the guest holds a name means or meant, for who
+ * watches the host: nothing is looked up for the guest, and nothing is added to
+ * the table.
  */
+#include <limits.h>
+
 #include "inode_table.h"
+#include "proc_name.h"
 
 /* The mount of sx, with a reference; MOUNT_NONE: no room for it. */
 static uint16_t mount_of(struct vf_inode_table *table, const struct vf_inode *dir,
@@ -67,4 +71,68 @@ struct vf_inode *vf_inode_known(struct vf_share *share, struct vf_inode *dir, co
 		inode = find(table, mount, sx.stx_ino, seen_at, &handle, &need_handle);
 	mount_unref(&table->mounts, mount);
 	return inode;
+}
+
+/* The path of a descriptor, with NUL; its length, or 0. */
+static uint32_t path_of(struct vf_share *share, int fd, char path[PATH_MAX + 1])
+{
+	char link[PROC_NAME_SIZE];
+	ssize_t n =
+	    fd < 0 ? -1
+		   : readlinkat(share->config.proc_fd_dir, proc_name(link, fd), path, PATH_MAX);
+
+	if (n <= 0 || n == PATH_MAX)
+		return 0;
+	path[n] = 0;
+	return (uint32_t)n;
+}
+
+static bool is_path_of(const char *path, const char *dir, uint32_t dir_len, const char *name)
+{
+	if (dir_len == 1)
+		dir_len = 0; /* the root */
+	return !strncmp(path, dir, dir_len) && path[dir_len] == '/' &&
+	       !strcmp(path + dir_len + 1, name);
+}
+
+/* sx: what has the name by now, if anything. */
+static bool had_name(struct vf_share *share, struct vf_inode *inode, const struct statx *sx,
+		     const char *dir_path, uint32_t dir_len, const char *name)
+{
+	const struct mount *m = &share->inodes->mounts.entries[inode->mount];
+	char path[PATH_MAX + 1];
+	struct stat st;
+	int fd;
+
+	if (sx && inode->ino == sx->stx_ino && m->dev == statx_dev(sx))
+		return true;
+	fd = vf_inode_path_fd(share, inode);
+	if (fd < 0 || fstat(fd, &st))
+		return true; /* gone: nobody knows what its name was */
+	return !st.st_nlink || !dir_len || !path_of(share, fd, path) ||
+	       is_path_of(path, dir_path, dir_len, name);
+}
+
+bool vf_inode_may_have_had_name(struct vf_share *share, struct vf_inode *dir, const char *name,
+				const uint64_t *nodeids, uint32_t n)
+{
+	int dir_fd = vf_inode_path_fd(share, dir);
+	char dir_path[PATH_MAX + 1];
+	uint32_t dir_len = path_of(share, dir_fd, dir_path);
+	bool had = false;
+	struct statx sx;
+	bool exists =
+	    dir_fd >= 0 &&
+	    !statx(dir_fd, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC,
+		   STATX_TYPE | STATX_INO, &sx);
+
+	for (uint32_t i = 0; !had && i < n; i++) {
+		struct vf_inode *inode = vf_inode_get(share, nodeids[i]);
+
+		had =
+		    !inode || had_name(share, inode, exists ? &sx : NULL, dir_path, dir_len, name);
+		if (inode)
+			vf_inode_put(share, inode);
+	}
+	return had;
 }

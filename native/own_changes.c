@@ -14,10 +14,13 @@
 #define MAX_KEYS 5u
 #define N_BUCKETS 4096u
 #define STILL_RUNNING UINT64_MAX
+/* Objects to which a change by a name that the guest does not know is compared. */
+#define MAX_SUSPECTS 64u
 
 /* These events on an object, or on a name in a directory. */
 struct expected {
 	uint64_t key, events;
+	uint64_t nodeid;	       /* 0: a name */
 	struct expected *next, **link; /* in its bucket */
 	struct window *window;
 };
@@ -84,7 +87,7 @@ static struct expected **bucket(struct vf_own_changes *own, uint64_t key)
 /* ---- what an operation causes ----------------------------------------------- */
 
 #define CLOSED (VF_FS_CLOSE_WRITE | VF_FS_CLOSE_NOWRITE)
-#define LISTED (VF_FS_OPEN | VF_FS_ACCESS | CLOSED)
+#define LISTED (VF_FS_OPEN | VF_FS_ACCESS | VF_FS_CLOSE_NOWRITE)
 #define MADE (VF_FS_CREATE | VF_FS_ATTRIB | VF_FS_OPEN | CLOSED)
 #define GONE (VF_FS_ATTRIB | VF_FS_DELETE_SELF | VF_FS_MOVE_SELF)
 
@@ -103,9 +106,9 @@ static const struct own_op {
     [FUSE_COPY_FILE_RANGE] = {.object = VF_FS_ACCESS},
     [VF_FUSE_COPY_FILE_RANGE_64] = {.object = VF_FS_ACCESS},
     [FUSE_OPEN] = {.object = VF_FS_OPEN | VF_FS_MODIFY | VF_FS_ATTRIB | CLOSED},
-    [FUSE_OPENDIR] = {.object = VF_FS_OPEN | CLOSED},
+    [FUSE_OPENDIR] = {.object = VF_FS_OPEN | VF_FS_CLOSE_NOWRITE},
     [FUSE_RELEASE] = {.object = CLOSED},
-    [FUSE_RELEASEDIR] = {.object = CLOSED},
+    [FUSE_RELEASEDIR] = {.object = VF_FS_CLOSE_NOWRITE},
     [FUSE_GETLK] = {.object = VF_FS_OPEN | CLOSED},
     [FUSE_SETLK] = {.object = VF_FS_OPEN | CLOSED},
     [FUSE_SETLKW] = {.object = VF_FS_OPEN | CLOSED},
@@ -141,17 +144,18 @@ static uint64_t reported(struct vf_events *events)
 	return mask;
 }
 
-static void add(struct window *w, uint64_t key, uint64_t events)
+static void add(struct window *w, uint64_t key, uint64_t events, uint64_t nodeid)
 {
 	if (!events)
 		return;
 	w->expected[w->n].key = key;
+	w->expected[w->n].nodeid = nodeid;
 	w->expected[w->n++].events = events;
 }
 
 static void add_object(struct window *w, uint64_t nodeid, uint64_t events)
 {
-	add(w, object_key(nodeid), events);
+	add(w, object_key(nodeid), events, nodeid);
 }
 
 /* A name, and the object that has it now. */
@@ -160,7 +164,7 @@ static void add_name(struct window *w, struct vf_share *share, uint64_t dir_id, 
 {
 	struct vf_inode *dir = NULL, *named = NULL;
 
-	add(w, name_key(dir_id, name, (uint32_t)strlen(name)), op->name & mask);
+	add(w, name_key(dir_id, name, (uint32_t)strlen(name)), op->name & mask, 0);
 	if (!(op->named & mask) || vf_check_name(name))
 		return;
 	dir = vf_inode_get(share, dir_id);
@@ -352,38 +356,63 @@ static bool is_expected(struct vf_own_changes *own, uint64_t at, uint64_t key, u
 	return false;
 }
 
-/*
- * Something happened to an object by a name that is gone already.  When an operation caused the
- * same on whatever object, it was that; the end of the name is told anyhow.
- */
-static bool is_expected_anywhere(struct vf_own_changes *own, uint64_t at, uint64_t event)
+static bool is_renamed(struct vf_own_changes *own, uint64_t key)
 {
-	for (uint32_t i = 0; i < own->used; i++) {
-		const struct window *w = &own->windows[i];
-
-		for (uint32_t k = 0; covers(w, at) && k < w->n; k++)
-			if (w->expected[k].events & event)
-				return true;
-	}
+	for (const struct expected *e = *bucket(own, key); e; e = e->next)
+		if (e->key == key && (e->events & VF_FS_MOVED_FROM))
+			return true;
 	return false;
 }
 
-bool vf_own_changes_is(struct vf_own_changes *own, uint64_t at, const struct vf_change *change)
+/*
+ * Something happened by a name of whose object the guest holds nothing, or nothing any longer: the
+ * objects to which an operation did the same at that time.  MAX_SUSPECTS + 1: there are more.
+ */
+static uint32_t find_suspects(struct vf_own_changes *own, uint64_t at, uint64_t event,
+			      uint64_t nodeids[MAX_SUSPECTS])
 {
-	uint64_t event = change->mask & ~VF_FS_ISDIR;
-	bool found = false;
+	uint32_t n = 0;
 
+	for (uint32_t i = 0; i < own->used; i++) {
+		const struct window *w = &own->windows[i];
+
+		for (uint32_t k = 0; covers(w, at) && k < w->n; k++) {
+			if (!(w->expected[k].events & event) || !w->expected[k].nodeid)
+				continue;
+			if (n == MAX_SUSPECTS)
+				return n + 1;
+			nodeids[n++] = w->expected[k].nodeid;
+		}
+	}
+	return n;
+}
+
+bool vf_own_changes_is(struct vf_own_changes *own, struct vf_share *share, uint64_t at,
+		       const struct vf_change *change)
+{
+	uint64_t event = change->mask & ~VF_FS_ISDIR, key = 0, suspects[MAX_SUSPECTS];
+	char name[VF_NAME_MAX + 1];
+	uint32_t n_suspects = 0;
+	bool found = false, renamed = false;
+
+	if (change->dir)
+		key = name_key(vf_inode_nodeid(change->dir), change->name, change->namelen);
 	pthread_mutex_lock(&own->lock);
 	if (change->child)
 		found = is_expected(own, at, object_key(vf_inode_nodeid(change->child)), event);
 	if (!found && change->dir)
-		found = is_expected(
-		    own, at, name_key(vf_inode_nodeid(change->dir), change->name, change->namelen),
-		    event);
-	if (!found && !change->child && (event & VF_FS_CHILD_EVENTS))
-		found = is_expected_anywhere(own, at, event);
+		found = is_expected(own, at, key, event);
+	if (!found && !change->child && (event & VF_FS_CHILD_EVENTS)) {
+		n_suspects = find_suspects(own, at, event, suspects);
+		renamed = n_suspects && is_renamed(own, key);
+	}
 	pthread_mutex_unlock(&own->lock);
-	return found;
+	if (!n_suspects)
+		return found;
+	memcpy(name, change->name, change->namelen);
+	name[change->namelen] = 0;
+	return renamed || n_suspects > MAX_SUSPECTS ||
+	       vf_inode_may_have_had_name(share, change->dir, name, suspects, n_suspects);
 }
 
 void vf_own_changes_pass(struct vf_own_changes *own, uint64_t at)

@@ -38,7 +38,8 @@ void vf_own_changes_end(struct vf_own_changes *own, struct vf_own_window *window
 /* read(2) of the instance; *at: where in the stream the first byte was. */
 ssize_t vf_own_changes_read(struct vf_own_changes *own, void *buffer, size_t size, uint64_t *at);
 /* Is the change of the record at this place of the stream the server's own? */
-bool vf_own_changes_is(struct vf_own_changes *own, uint64_t at, const struct vf_change *change);
+bool vf_own_changes_is(struct vf_own_changes *own, struct vf_share *share, uint64_t at,
+		       const struct vf_change *change);
 /* Everything before this place has been looked at. */
 void vf_own_changes_pass(struct vf_own_changes *own, uint64_t at);
 

@@ -611,6 +611,39 @@ static void many_at_once_are_told_apart(struct guest *g)
 	expect_nothing(events);
 }
 
+/* The guest's work on one file does not hide the host's on others, of which it holds nothing. */
+static void the_hosts_work_on_unknown_files_is_told(struct guest *g)
+{
+	struct vf_events *events = start_events(g, ALL_FLAGS);
+	uint64_t d, f;
+
+	host_mkdir("d");
+	host_mkdir("d/sub");
+	host_touch("d/f");
+	host_touch("d/sub/f");
+	host_touch("d/other");
+	d = must_lookup(g, 1, "d");
+	f = must_lookup(g, must_lookup(g, d, "sub"), "f");
+	CHECK_EQ(watch(g, d, VF_FS_ATTRIB | VF_FS_CREATE | VF_FS_DELETE | ON_CHILD), 0);
+	for (int i = 0; i < 5; i++) {
+		/* Its records are all where the guest's change can have been. */
+		pthread_mutex_lock(&events->busy);
+		CHECK_EQ(fchmodat(host_fd, "d/other", i % 2 ? 0600 : 0644, 0), 0);
+		guest_chmod(g, f, i % 2 ? 0600 : 0644);
+		CHECK_EQ(fchmodat(host_fd, "d/f", i % 2 ? 0600 : 0644, 0), 0);
+		host_touch("d/gone");
+		CHECK_EQ(fchmodat(host_fd, "d/gone", 0600, 0), 0);
+		CHECK_EQ(unlinkat(host_fd, "d/gone", 0), 0);
+		pthread_mutex_unlock(&events->busy);
+		expect(events, "ATTRIB %llx other", U(d));
+		expect(events, "ATTRIB %llx f", U(d));
+		expect(events, "CREATE %llx gone", U(d));
+		expect(events, "ATTRIB %llx gone", U(d));
+		expect(events, "DELETE %llx gone", U(d));
+		expect_nothing(events);
+	}
+}
+
 #define RUN_ALL(test)                                                                              \
 	do {                                                                                       \
 		RUN(test, VF_HANDLES_NEVER, 5000);                                                 \
@@ -630,6 +663,7 @@ int main(void)
 	RUN_ALL(the_hosts_overflow_is_passed_on);
 	RUN_ALL(a_new_session_hears_nothing_of_the_old);
 	RUN_ALL(our_own_changes_are_not_told);
+	RUN_ALL(the_hosts_work_on_unknown_files_is_told);
 	RUN_ALL(operations_without_a_record_do_not_add_up);
 	RUN_ALL(the_hosts_same_change_is_told);
 	RUN_ALL(many_at_once_are_told_apart);
