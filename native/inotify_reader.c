@@ -287,17 +287,42 @@ static struct inotify_event *own_record(struct vf_inotify_reader *reader,
 
 /* ---- an object itself -------------------------------------------------------------- */
 
-/* Does this record tell that the directory, which the guest watches, was removed? */
-static bool is_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
-		       struct vf_inode *dir)
+/* Is this record of the name by which the directory, which the guest watches, was last known? */
+static bool is_of_its_name(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			   struct vf_inode *dir)
 {
 	struct vf_watches *watches = reader->events->watches;
 
-	return (record->mask & IN_DELETE) && (record->mask & IN_ISDIR) &&
-	       record->wd == vf_watch_wd(watches, VF_WD_PARENT, dir) &&
+	return record->len && record->wd == vf_watch_wd(watches, VF_WD_PARENT, dir) &&
 	       vf_inotify_name_number(record->wd, record->name,
 				      (uint32_t)strnlen(record->name, record->len)) ==
 		   vf_watch_wd(watches, VF_WD_NAME, dir);
+}
+
+static bool is_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
+		       struct vf_inode *dir)
+{
+	return (record->mask & IN_DELETE) && (record->mask & IN_ISDIR) &&
+	       is_of_its_name(reader, record, dir);
+}
+
+/* Had another one come to the directory's name before this record of it? */
+static bool was_replaced(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			 struct vf_inode *dir)
+{
+	const struct inotify_event *other;
+	bool replaced = false;
+
+	for (uint32_t at = 0; (other = record_at(reader, at)) && other != record;
+	     at = record_end(at, other)) {
+		/* A second half that was taken with the first has no bits left. */
+		if (other->cookie && !(other->mask & ~(uint32_t)(IN_MOVED_TO | IN_ISDIR)) &&
+		    is_of_its_name(reader, other, dir))
+			replaced = true;
+		else if (other->wd == record->wd && (other->mask & IN_MOVE_SELF))
+			replaced = false; /* it was this one that came */
+	}
+	return replaced;
 }
 
 /*
@@ -308,6 +333,8 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 			   struct vf_inode *inode)
 {
 	bool dir = vf_inode_type(inode) == S_IFDIR;
+	/* What is removed of its name then is the one that replaced it. */
+	bool by_name = dir && !was_replaced(reader, record, inode);
 	uint32_t mask = IN_ATTRIB | (dir ? IN_MOVE_SELF | VF_FS_ENTRY_EVENTS : 0);
 	const struct inotify_event *other;
 	uint32_t at = reader->end;
@@ -316,7 +343,7 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 		for (; (other = record_at(reader, at)); at = record_end(at, other))
 			if ((other->wd == record->wd && (other->mask & mask) &&
 			     (dir || !other->len)) ||
-			    (dir && is_removal(reader, other, inode)))
+			    (by_name && is_removal(reader, other, inode)))
 				return true;
 	} while (read_more(reader, 0));
 	return false;
@@ -475,7 +502,7 @@ static void take_removal(struct vf_inotify_reader *reader, const struct inotify_
 {
 	uint32_t namelen = (uint32_t)strnlen(record->name, record->len);
 	struct vf_events *events = reader->events;
-	struct places named, removed = {.n = 0};
+	struct places named, removed = {.n = 0}, told = {.n = 0};
 
 	named.n = vf_watches_by_wd(events->watches, VF_WD_NAME,
 				   vf_inotify_name_number(record->wd, record->name, namelen),
@@ -484,12 +511,16 @@ static void take_removal(struct vf_inotify_reader *reader, const struct inotify_
 		if (vf_watch_wd(events->watches, VF_WD_PARENT, named.inodes[i]) == record->wd &&
 		    vf_events_is_gone(events, named.inodes[i]))
 			removed.inodes[removed.n++] = named.inodes[i];
+	/* Of several on one mount the others had the name before. */
+	for (uint32_t i = 0; i < dirs->n; i++)
+		if ((told.inodes[told.n] = on_mount(&removed, vf_inode_mount(dirs->inodes[i]))))
+			told.n++;
+	for (uint32_t i = 0; i < removed.n; i++)
+		if (!has(&told, removed.inodes[i]))
+			reader->removed(reader, record, removed.inodes[i]);
 	for (uint32_t i = 0; i < dirs->n; i++)
 		reader->one(reader, record, dirs->inodes[i],
 			    on_mount(&removed, vf_inode_mount(dirs->inodes[i])));
-	for (uint32_t i = 0; i < removed.n; i++)
-		if (!on_mount(dirs, vf_inode_mount(removed.inodes[i])))
-			reader->removed(reader, record, removed.inodes[i]);
 	put(events, &named);
 }
 

@@ -523,6 +523,29 @@ _TEXTS = {
         chmod u/s
         rename u/t u/s
     """,
+    "a directory that is replaced by one that is removed": """
+        mkdir d
+        mkdir d/s
+        mkdir u
+        mkdir u/t
+        watch d d ALL
+        watch s d/s ALL
+        watch t u/t ALL
+        rename u/t d/t
+        rename d/t d/s
+        rmdir d/s
+    """,
+    "directories that are removed by one name, one after the other": """
+        mkdir d
+        mkdir d/s
+        mkdir u
+        mkdir u/t
+        watch d d DELETE
+        watch s d/s ALL
+        watch t u/t ALL
+        rename u/t d/s
+        rmdir d/s
+    """,
     "renames of one name, one right after the other": """
         mkdir d
         mkdir e
