@@ -184,6 +184,37 @@ static bool suits(struct vf_inotify_reader *reader, const struct inotify_event *
 	return !certain && (record->mask & IN_ISDIR);
 }
 
+/* Is this record of the name by which the directory, which the guest watches, was last known? */
+static bool is_of_its_name(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			   struct vf_inode *dir)
+{
+	struct vf_watches *watches = reader->events->watches;
+
+	return record->len && record->wd == vf_watch_wd(watches, VF_WD_PARENT, dir) &&
+	       vf_inotify_name_number(record->wd, record->name,
+				      (uint32_t)strnlen(record->name, record->len)) ==
+		   vf_watch_wd(watches, VF_WD_NAME, dir);
+}
+
+/*
+ * Can this be what a directory says itself of a change that its parent told by that record?  Not
+ * when it has another name; but which one it had before it moved is not known any longer.
+ */
+static bool may_be_directory(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			     const struct inotify_event *own, const struct places *dirs)
+{
+	const struct inotify_event *other;
+
+	for (uint32_t i = 0; i < dirs->n; i++)
+		if (vf_watch_wd(reader->events->watches, VF_WD_PARENT, dirs->inodes[i]) < 0 ||
+		    is_of_its_name(reader, record, dirs->inodes[i]))
+			return true;
+	for (uint32_t at = 0; (other = record_at(reader, at)); at = record_end(at, other))
+		if (other->wd == own->wd && (other->mask & IN_MOVE_SELF))
+			return true;
+	return false;
+}
+
 /* The record of an object itself at this place, of the same event; its inodes are in objects. */
 static struct inotify_event *own_record_at(struct vf_inotify_reader *reader, uint32_t at,
 					   const struct inotify_event *record,
@@ -194,6 +225,11 @@ static struct inotify_event *own_record_at(struct vf_inotify_reader *reader, uin
 	if (!own || own->len || ((own->mask ^ record->mask) & (EVENTS | IN_ISDIR)))
 		return NULL;
 	find(reader, own->wd, objects);
+	if (objects->n && (record->mask & IN_ISDIR) &&
+	    !may_be_directory(reader, record, own, objects)) {
+		put(reader->events, objects);
+		objects->n = 0;
+	}
 	return objects->n ? own : NULL;
 }
 
@@ -286,18 +322,6 @@ static struct inotify_event *own_record(struct vf_inotify_reader *reader,
 }
 
 /* ---- an object itself -------------------------------------------------------------- */
-
-/* Is this record of the name by which the directory, which the guest watches, was last known? */
-static bool is_of_its_name(struct vf_inotify_reader *reader, const struct inotify_event *record,
-			   struct vf_inode *dir)
-{
-	struct vf_watches *watches = reader->events->watches;
-
-	return record->len && record->wd == vf_watch_wd(watches, VF_WD_PARENT, dir) &&
-	       vf_inotify_name_number(record->wd, record->name,
-				      (uint32_t)strnlen(record->name, record->len)) ==
-		   vf_watch_wd(watches, VF_WD_NAME, dir);
-}
 
 static bool is_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
 		       struct vf_inode *dir)

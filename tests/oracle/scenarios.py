@@ -535,6 +535,19 @@ _TEXTS = {
         rename d/t d/s
         rmdir d/s
     """,
+    "a directory that is replaced right after another changed": """
+        mkdir d
+        mkdir d/n
+        mkdir d/u
+        mkdir d/n/t
+        watch d d CREATE|DELETE_SELF
+        watch u d/u CREATE|DELETE_SELF
+        sync
+        rename d/u d/n/u
+        sync
+        chmod d/n
+        rename d/n/t d/n/u
+    """,
     "directories that are removed by one name, one after the other": """
         mkdir d
         mkdir d/s
