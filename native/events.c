@@ -237,6 +237,7 @@ void vf_events_free(struct vf_events *events)
 		vf_outbox_free(events->outbox);
 	vf_parked_free(events->parked);
 	vf_order_free(events->order);
+	vf_unlinked_forget(events);
 	vf_watches_free(events->watches);
 	vf_watch_share_free(events);
 	vf_own_changes_free(events->own_changes);
@@ -325,11 +326,11 @@ void vf_events_end_session(struct vf_events *events)
 	vf_handle_index_stop(events->share);
 	vf_watch_share_end(events);
 	vf_watches_clear(events->watches);
-	if (events->order) {
-		lock_source(events);
+	lock_source(events);
+	if (events->order)
 		vf_order_clear(events->order);
-		pthread_mutex_unlock(&events->busy);
-	}
+	vf_unlinked_forget(events);
+	pthread_mutex_unlock(&events->busy);
 	vf_outbox_clear(events->outbox);
 	vf_outbox_use(events->outbox, NULL);
 	atomic_store(&events->max_element, events->config.notify_buf_size);

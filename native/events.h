@@ -7,6 +7,7 @@
  *   fanotify_move.c, fanotify_overlap.c   from one mark to many, when the file system is busy
  *   order.c, order_*.c                    what fanotify cannot say: in which order
  *   route.c       vf_events_report()      does anybody in the guest watch it? an element is made
+ *   unlinked.c                            what was done through a name that is gone
  *   outbox.c      vf_outbox_push()        bounded, ordered; identical neighbours merge
  *   notify_queue.c                        puts elements into the buffers of the virtqueue
  *   watch.c                               what the guest watches, and marks on the host for it
@@ -45,6 +46,7 @@
 #define VF_FS_OPEN_EXEC 0x00001000ULL
 #define VF_FS_UNMOUNT 0x00002000ULL
 #define VF_FS_Q_OVERFLOW 0x00004000ULL
+#define VF_FS_EXCL_UNLINK 0x04000000ULL /* inotify's alone */
 #define VF_FS_EVENT_ON_CHILD 0x08000000ULL
 #define VF_FS_RENAME 0x10000000ULL
 #define VF_FS_ISDIR 0x40000000ULL
@@ -55,6 +57,8 @@
 #define VF_FS_CHILD_EVENTS                                                                         \
 	(VF_FS_ACCESS | VF_FS_MODIFY | VF_FS_ATTRIB | VF_FS_CLOSE_WRITE | VF_FS_CLOSE_NOWRITE |    \
 	 VF_FS_OPEN | VF_FS_OPEN_EXEC)
+/* Those that Linux raises with a path. */
+#define VF_FS_PATH_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_ATTRIB)
 #define VF_FS_SELF_EVENTS (VF_FS_DELETE_SELF | VF_FS_MOVE_SELF)
 
 /* ---- from a source to the router ------------------------------------------ */
@@ -70,9 +74,13 @@ struct vf_change {
 	struct vf_inode *child; /* the object; NULL: the guest does not hold it */
 	const char *name;	/* in dir, no NUL needed; namelen 0 when dir is NULL */
 	uint32_t namelen;
-	int32_t pid;	  /* of who made the change; 0: not known */
-	uint32_t cookie;  /* of the two halves of a rename; else 0 */
-	uint32_t flags;	  /* of the element */
+	int32_t pid;	 /* of who made the change; 0: not known */
+	uint32_t cookie; /* of the two halves of a rename; else 0 */
+	uint32_t flags;	 /* of the element */
+	/* The object and the directory on the host, whether the guest holds them or not; 0: the
+	 * source cannot tell. */
+	uint64_t object, place;
+	bool unlinked;	  /* done through a name that was gone; found out ahead of its turn */
 	bool not_its_end; /* whether the child has ended is told by another change */
 	uint64_t seen_ns; /* CLOCK_MONOTONIC, when the record was read */
 };
@@ -92,6 +100,15 @@ void vf_events_report_rename(struct vf_events *events, struct vf_change changes[
 bool vf_events_is_gone(struct vf_events *events, struct vf_inode *inode);
 /* The host's queue overflowed: the guest is told that events were lost. */
 void vf_events_report_overflow(struct vf_events *events);
+
+/* ---- unlinked.c ------------------------------------------------------------- */
+
+struct vf_unlinked;
+/* An entry event, in its turn; of others nothing is noted. */
+void vf_unlinked_note(struct vf_events *events, const struct vf_change *change);
+/* Has the name left the change's object?  False, too, if that is not known. */
+bool vf_name_is_gone(struct vf_events *events, const struct vf_change *change);
+void vf_unlinked_forget(struct vf_events *events);
 
 /* ---- sources --------------------------------------------------------------- */
 
@@ -145,6 +162,7 @@ struct vf_events {
 	struct vf_parked *parked;
 	struct vf_order *order;		      /* beside fanotify; NULL: fanotify's own order */
 	atomic_uint_fast64_t filesystem_mask; /* as config has it, until the source moves */
+	struct vf_unlinked *unlinked;	      /* NULL: nothing is noted */
 	struct vf_fanotify_move *move;	      /* NULL: it stays with its group */
 	bool again;	    /* read() is to be called again at once; its thread's */
 	uint64_t elsewhere; /* received, on objects that nobody watches; the source's thread's */

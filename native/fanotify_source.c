@@ -42,6 +42,17 @@ static void find(struct vf_events *events, const struct vf_fanotify_object *obje
 							 places->inodes, VF_FANOTIFY_PLACES);
 }
 
+/* What vf_change.object, or place, has for it. */
+static uint64_t identity(const struct vf_fanotify_object *object)
+{
+	uint64_t h = (uint32_t)object->fsid.val[0] * 0x9e3779b97f4a7c15u + (uint32_t)object->type;
+
+	for (uint32_t i = 0; object->there && i < object->handle_size; i++)
+		h = (h ^ object->handle[i]) * 0x100000001b3u;
+	h ^= h >> 32;
+	return object->there ? h | 1 : 0;
+}
+
 static void put(struct vf_events *events, struct vf_fanotify_places *places)
 {
 	for (uint32_t i = 0; i < places->n; i++)
@@ -52,6 +63,9 @@ static void report(struct reader *reader, const struct vf_change *changes, uint3
 {
 	struct vf_order *order = reader->events->order;
 
+	/* What comes behind it may be told ahead of it. */
+	for (uint32_t i = 0; i < n; i++)
+		vf_unlinked_note(reader->events, &changes[i]);
 	if (reader->own)
 		vf_events_trace_own(reader->events, changes, n);
 	else if (n != 1 || !order || !vf_events_is_wanted(reader->events, changes) ||
@@ -131,6 +145,25 @@ static void report_each(struct reader *reader, struct vf_change *change, uint64_
 	report_ordered(reader, change, mask);
 }
 
+/* Was it done through a name that is gone, in a directory that the guest does not hold? */
+static bool is_unlinked(const struct reader *reader, const struct vf_fanotify_record *record,
+			struct vf_inode *object)
+{
+	struct vf_change change = {
+	    .mask = record->mask & VF_FS_ENTRY_EVENTS,
+	    .child = object,
+	    .name = record->dir.name,
+	    .namelen = record->dir.namelen,
+	    .object = identity(&record->object),
+	    .place = identity(&record->dir),
+	};
+
+	/* Which of several was last cannot be known. */
+	if (change.mask && !(change.mask & (change.mask - 1)))
+		vf_unlinked_note(reader->events, &change);
+	return vf_name_is_gone(reader->events, &change);
+}
+
 /*
  * What happened to the objects themselves, or through a name that the guest does not know; but not
  * where the directory of that name is known.
@@ -154,6 +187,7 @@ static void report_objects(struct reader *reader, const struct vf_fanotify_recor
 
 		if (dirs && vf_fanotify_on_mount(dirs, vf_inode_mount(change.child)))
 			continue;
+		change.unlinked = dirs && is_unlinked(reader, record, change.child);
 		report_ordered(reader, &change, note_own(reader, &change, mask));
 	}
 }
@@ -171,9 +205,12 @@ static void report_entry(struct reader *reader, const struct vf_fanotify_record 
 		    .name = record->dir.name,
 		    .namelen = record->dir.namelen,
 		    .pid = record->pid,
+		    .object = identity(&record->object),
+		    .place = identity(&record->dir),
 		    .seen_ns = reader->now_ns,
 		};
 
+		change.unlinked = vf_name_is_gone(reader->events, &change);
 		mask = note(reader, &change, record->mask & ~VF_FS_SELF_EVENTS);
 		if (reader->events->order && change.child)
 			mask = vf_order_note_child(reader->events->order, &change, record->mask,
@@ -230,6 +267,8 @@ static void report_rename(struct reader *reader, const struct vf_fanotify_record
 			.name = record->old.name,
 			.namelen = record->old.namelen,
 			.pid = record->pid,
+			.object = identity(&record->object),
+			.place = identity(&record->old),
 			.seen_ns = reader->now_ns,
 		    },
 		};
@@ -237,6 +276,7 @@ static void report_rename(struct reader *reader, const struct vf_fanotify_record
 		changes[1] = changes[0];
 		changes[1].mask ^= VF_FS_MOVED_FROM | VF_FS_MOVED_TO;
 		changes[1].dir = vf_fanotify_on_mount(to, mount);
+		changes[1].place = identity(&record->new);
 		changes[1].name = record->new.name;
 		changes[1].namelen = record->new.namelen;
 		if (changes[0].dir && changes[1].dir) {

@@ -107,6 +107,7 @@ struct vf_fsnotify_watch_in {
 #define VF_FSNOTIFY_SPLIT_RENAME 1u
 #define VF_FSNOTIFY_CACHES 4u	  /* no event: only what the guest keeps of it is no longer right */
 #define VF_FSNOTIFY_FOR_PARENT 2u /* PARENT */
+#define VF_FSNOTIFY_UNLINKED 8u	  /* not for watchers with IN_EXCL_UNLINK */
 
 #define VF_NAME_MAX 255u
 

@@ -48,6 +48,9 @@ static struct vf_fact *complete(struct vf_order *order, struct vf_change *change
 		vf_facts_tell_deferred_of(order, &order->newer, fact->child);
 	}
 	change->pid = fact->pid;
+	change->object = fact->object;
+	change->place = fact->place;
+	change->unlinked = fact->unlinked;
 	if (change->dir)
 		change->child =
 		    fact->child ? vf_inode_get(order->events->share, fact->child) : NULL;
@@ -209,6 +212,9 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 		fact = complete(order, &change);
 		if (fact && change.dir)
 			held = change.child;
+	} else if (fact) {
+		change.object = fact->object;
+		change.place = fact->place;
 	}
 	if (!change.child)
 		change.child = child;

@@ -31,8 +31,9 @@ struct vf_fact {
 	uint64_t nodeid; /* of the directory; no references, since facts may lie here for long;
 			    0: deferred */
 	uint64_t child;	 /* nodeid, or 0 */
-	uint64_t mask;	 /* what happened */
-	uint64_t used;	 /* what of it was reported or found to be ours */
+	uint64_t object, place; /* as the change had them */
+	uint64_t mask;		/* what happened */
+	uint64_t used;		/* what of it was reported or found to be ours */
 	/* For what of it inotify said something: where it counts several events as one, only one
 	 * of their facts is used. */
 	uint64_t said;
@@ -43,6 +44,7 @@ struct vf_fact {
 	bool told;   /* with its other half, before inotify said this one */
 	bool past;   /* of an object that had the name before the one that has it now */
 	bool not_its_end;
+	bool unlinked;
 	bool itself;   /* of what happened to the object itself, which is also in nodeid */
 	bool deferred; /* not inotify's to tell: it waits in a list, not in a generation */
 	uint8_t namelen;

@@ -27,7 +27,13 @@ uint64_t vf_order_note(struct vf_order *order, const struct vf_change *change, u
 static void note_own(struct vf_order *order, const struct vf_change *change, uint64_t mask,
 		     uint64_t said, bool own)
 {
-	struct vf_change itself = {.child = change->child, .pid = change->pid};
+	struct vf_change itself = {
+	    .child = change->child,
+	    .object = change->object,
+	    .place = change->place,
+	    .pid = change->pid,
+	    .unlinked = change->unlinked,
+	};
 	struct vf_fact *fact;
 
 	if (!mask)

@@ -17,10 +17,11 @@
 #define RETRY_NS 50000
 
 struct candidates {
-	struct vf_fact *current; /* the one that was used last */
-	struct vf_fact *unused;	 /* the first that was not used for this event yet */
-	struct vf_fact *foreign; /* the first such that is to be reported */
-	struct vf_fact *told;	 /* the first that was told with its other half */
+	struct vf_fact *current;  /* the one that was used last */
+	struct vf_fact *unused;	  /* the first that was not used for this event yet */
+	struct vf_fact *foreign;  /* the first such that is to be reported */
+	struct vf_fact *told;	  /* the first that was told with its other half */
+	struct vf_fact *unlinked; /* the first unused of an object that lost the name before */
 	struct vf_fact *any;
 };
 
@@ -82,6 +83,8 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 			c->unused = fact;
 		if (!c->foreign && !fact->silent)
 			c->foreign = fact;
+		if (!c->unlinked && fact->unlinked)
+			c->unlinked = fact;
 	}
 }
 
@@ -134,6 +137,13 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 		fact = c.current;
 	else
 		fact = c.unused ? c.unused : now ? c.any : NULL;
+	/* Two objects go by this name, and of the one at hand it was told already. */
+	if (fact && (fact->used & event)) {
+		if (c.unlinked)
+			fact = c.unlinked;
+		else if (fact->unlinked && c.unused)
+			fact = c.unused;
+	}
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;
 	if (c.told) {

@@ -195,6 +195,15 @@ static void report_nameless(struct vf_events *events, uint64_t flags,
 	vf_outbox_push(events->outbox, &out, 1);
 }
 
+/* ---- names that are gone ------------------------------------------------------------ */
+
+/* Linux tells it to nobody who said IN_EXCL_UNLINK; that is the guest's to do. */
+static bool is_unlinked(struct vf_events *events, const struct vf_change *change)
+{
+	return (change->mask & VF_FS_PATH_EVENTS) &&
+	       (change->unlinked || vf_name_is_gone(events, change));
+}
+
 /* ---- reports ------------------------------------------------------------------------ */
 
 void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n)
@@ -212,6 +221,7 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 	for (uint32_t i = 0; i < n; i++) {
 		const struct vf_change *change = &changes[i];
 
+		vf_unlinked_note(events, change);
 		if (change->mask & VF_FS_DELETE)
 			report_end(events, flags, change);
 		if (!wanted(events, flags, change) ||
@@ -222,6 +232,8 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 		}
 		source[wanted_n] = change;
 		out[wanted_n] = element_of(flags, change);
+		if (is_unlinked(events, change))
+			out[wanted_n].element.flags |= VF_FSNOTIFY_UNLINKED;
 		all_fit &= fits(events, &out[wanted_n++]);
 	}
 	if (n == 2 && (wanted_n == 1 || !all_fit)) {
@@ -258,8 +270,10 @@ void vf_events_report_rename(struct vf_events *events, struct vf_change changes[
 
 void vf_events_trace_own(struct vf_events *events, const struct vf_change *changes, uint32_t n)
 {
-	for (uint32_t i = 0; i < n; i++)
+	for (uint32_t i = 0; i < n; i++) {
+		vf_unlinked_note(events, &changes[i]);
 		trace(events, 0, &changes[i], VF_EVENT_OWN);
+	}
 }
 
 void vf_events_report_overflow(struct vf_events *events)

@@ -11,7 +11,9 @@
 
 #define KNOWN                                                                                      \
 	(VF_FS_ENTRY_EVENTS | VF_FS_CHILD_EVENTS | VF_FS_SELF_EVENTS | VF_FS_RENAME |              \
-	 VF_FS_EVENT_ON_CHILD)
+	 VF_FS_EVENT_ON_CHILD | VF_FS_EXCL_UNLINK)
+/* Without others they ask for nothing. */
+#define ATTRIBUTES (VF_FS_EVENT_ON_CHILD | VF_FS_EXCL_UNLINK)
 #define N_BITS 64u
 #define NO_WDS                                                                                     \
 	{                                                                                          \
@@ -324,7 +326,7 @@ int vf_watch_set(struct vf_watches *w, struct vf_inode *inode, uint64_t mask)
 
 uint64_t vf_watch_known(uint64_t mask)
 {
-	return mask & KNOWN & ~VF_FS_EVENT_ON_CHILD ? mask & KNOWN : 0;
+	return mask & KNOWN & ~ATTRIBUTES ? mask & KNOWN : 0;
 }
 
 int vf_watch_update(struct vf_watches *w, struct vf_inode *inode)

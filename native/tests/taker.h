@@ -124,8 +124,9 @@ static const char *next_text(void)
 	if (e->child_nodeid)
 		n += sprintf(text + n, " > %llx", (unsigned long long)e->child_nodeid);
 	if (e->flags)
-		sprintf(text + n, "%s%s", e->flags & VF_FSNOTIFY_SPLIT_RENAME ? " split" : "",
-			e->flags & VF_FSNOTIFY_FOR_PARENT ? " for parent" : "");
+		sprintf(text + n, "%s%s%s", e->flags & VF_FSNOTIFY_SPLIT_RENAME ? " split" : "",
+			e->flags & VF_FSNOTIFY_FOR_PARENT ? " for parent" : "",
+			e->flags & VF_FSNOTIFY_UNLINKED ? " unlinked" : "");
 	taker.read++;
 	return text;
 }

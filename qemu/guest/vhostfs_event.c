@@ -156,14 +156,14 @@ out:
 }
 
 static void vhostfs_self_event(struct vhostfs_notify *n, struct inode *inode,
-			       u32 bit, bool for_parent)
+			       u32 bit, bool for_parent, bool unlinked)
 {
 	vhostfs_stale_object(n, inode, bit);
 	if (bit == FS_DELETE_SELF) {
 		vhostfs_raise_delete_self(n, inode);
 		return;
 	}
-	vhostfs_raise_self(n, inode, bit, for_parent);
+	vhostfs_raise_self(n, inode, bit, for_parent, unlinked);
 	/* Of a file and without a name: it may be the link count */
 	if (bit == FS_ATTRIB && !S_ISDIR(inode->i_mode) &&
 	    READ_ONCE(inode->i_fsnotify_mask))
@@ -176,6 +176,7 @@ static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	/* An older server means the parent always, and one that knows it says so */
 	bool for_parent = !(n->granted & FUSE_FSNOTIFY_PARENT) ||
 			  (event->flags & FSNOTIFY_FOR_PARENT);
+	bool unlinked = event->flags & FSNOTIFY_UNLINKED;
 	u32 bit = event->mask & ~FS_ISDIR;
 	struct inode *dir, *child;
 	struct dentry *entry;
@@ -184,7 +185,8 @@ static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	if (!event->namelen) {
 		if (dir)
 			vhostfs_self_event(n, dir, bit, for_parent &&
-					   (bit & VHOSTFS_CHILD_EVENTS));
+					   (bit & VHOSTFS_CHILD_EVENTS),
+					   unlinked);
 		else
 			vhostfs_count(n, VHOSTFS_STALE);
 		iput(dir);
@@ -211,7 +213,7 @@ static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 	if (dir)
 		vhostfs_raise_child(n, dir, child, event, bit);
 	else if (child)
-		vhostfs_raise_self(n, child, bit, false);
+		vhostfs_raise_self(n, child, bit, false, unlinked);
 	else
 		vhostfs_count(n, VHOSTFS_STALE);
 	iput(child);
@@ -486,7 +488,7 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 		return "not FUSE_NOTIFY_FSNOTIFY";
 	if (wire->reserved || (le32_to_cpu(wire->flags) &
 			       ~(FSNOTIFY_SPLIT_RENAME | FSNOTIFY_FOR_PARENT |
-				 FSNOTIFY_CACHES)))
+				 FSNOTIFY_CACHES | FSNOTIFY_UNLINKED)))
 		return "reserved fields";
 
 	mask = le64_to_cpu(wire->mask);
@@ -529,6 +531,9 @@ static const char *vhostfs_check(const struct vhostfs_wire_element *wire,
 		return event->flags != FSNOTIFY_CACHES || event->cookie ||
 		       (!event->namelen && event->child_nodeid) ?
 		       "more than caches" : NULL;
+	if ((event->flags & FSNOTIFY_UNLINKED) &&
+	    (event->flags != FSNOTIFY_UNLINKED || !(mask & VHOSTFS_PATH_EVENTS)))
+		return "unlinked, but not by a path";
 	if ((event->flags & FSNOTIFY_FOR_PARENT) &&
 	    (event->namelen || !(mask & FS_ISDIR) ||
 	     !(mask & VHOSTFS_CHILD_EVENTS)))

@@ -46,6 +46,10 @@
 #define FSNOTIFY_SPLIT_RENAME	BIT(0)
 #define FSNOTIFY_FOR_PARENT	BIT(1)
 #define FSNOTIFY_CACHES		BIT(2)
+#define FSNOTIFY_UNLINKED	BIT(3)
+
+/* In the mask of FUSE_FSNOTIFY_WATCH: somebody does not want what is unlinked */
+#define VHOSTFS_EXCL_UNLINK	BIT(26)		/* IN_EXCL_UNLINK */
 
 struct fuse_fsnotify_init_in {
 	__le32 major;
@@ -103,6 +107,8 @@ struct vhostfs_wire_element {
 #define VHOSTFS_CHILD_EVENTS	(FS_ACCESS | FS_MODIFY | FS_ATTRIB | \
 				 FS_CLOSE_WRITE | FS_CLOSE_NOWRITE | \
 				 FS_OPEN | FS_OPEN_EXEC)
+/* Those that the VFS raises with a path; by that it finds what is unlinked */
+#define VHOSTFS_PATH_EVENTS	(VHOSTFS_CHILD_EVENTS & ~FS_ATTRIB)
 /* Events that only watchers of the object itself get */
 #define VHOSTFS_SELF_EVENTS	(FS_MOVE_SELF | FS_DELETE_SELF)
 #define VHOSTFS_EVENTS		(VHOSTFS_ENTRY_EVENTS | VHOSTFS_CHILD_EVENTS | \
@@ -139,6 +145,7 @@ struct vhostfs_wire_element {
 #define VHOSTFS_TOUCHED_BITS	11
 #define VHOSTFS_MAX_AGAIN	1024
 #define VHOSTFS_LOCKED_BITS	12
+#define VHOSTFS_NO_MOUNT_SIZE	2048
 
 /* An element that was checked, in the CPU's byte order */
 struct vhostfs_event {
@@ -192,6 +199,7 @@ struct vhostfs_watch {
 	u32 pass;			/* of the last walk that saw it */
 	bool sending;
 	bool refused;			/* the device does not want ->mask */
+	bool excl_unlink;		/* a mark has IN_EXCL_UNLINK */
 };
 
 /*
@@ -306,6 +314,8 @@ struct vhostfs_notify {
 	struct fuse_inode unknown;	/* see vhostfs_raise_child() */
 	struct dentry unknown_dentry;	/* see vhostfs_stand_in() */
 	struct dentry unknown_parent;	/* see vhostfs_raise_rename() */
+	struct path unlinked;		/* see vhostfs_unlinked() */
+	u8 no_mount[VHOSTFS_NO_MOUNT_SIZE] ____cacheline_aligned;
 	unsigned int batch_len[VHOSTFS_BATCH];
 	u8 batch[VHOSTFS_BATCH][VHOSTFS_ELEMENT_SIZE] __aligned(8);
 
@@ -450,7 +460,7 @@ void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 			 struct inode *child,
 			 const struct vhostfs_event *event, u32 bit);
 void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
-			u32 bit, bool for_parent);
+			u32 bit, bool for_parent, bool unlinked);
 void vhostfs_raise_delete_self(struct vhostfs_notify *n,
 			       struct inode *inode);
 void vhostfs_raise_rename(struct vhostfs_notify *n,

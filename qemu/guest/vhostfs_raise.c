@@ -10,6 +10,7 @@
 #include <linux/fanotify.h>
 #include <linux/fs.h>
 #include <linux/fsnotify.h>
+#include <linux/mount.h>
 #include "vhostfs_internal.h"
 
 static inline u32 vhostfs_isdir(const struct inode *inode)
@@ -186,6 +187,26 @@ static struct inode *vhostfs_unknown(struct vhostfs_notify *n,
 }
 
 /*
+ * The path of what happened through a name that is gone, for fsnotify() to find
+ * out that and nothing else: it leaves the event out for inotify's marks with
+ * IN_EXCL_UNLINK. The dentry is in no hash, and not the root of a tree. It is of
+ * no type, either, so who wants paths to open (fanotify, without file ids) is
+ * told nothing, as of all that the host does. The mount has no marks; of it
+ * fsnotify() looks at nothing else. It is part of a structure that only the
+ * kernel knows, and so lies amid zeroes that are more than that takes.
+ */
+static struct path *vhostfs_unlinked(struct vhostfs_notify *n,
+				     struct inode *of, struct inode *inode,
+				     const struct qstr *name)
+{
+	struct path *path = &n->unlinked;
+
+	path->dentry = vhostfs_stand_in(n, of, &n->unknown_parent, inode, name);
+	path->mnt = (struct vfsmount *)&n->no_mount[VHOSTFS_NO_MOUNT_SIZE / 2];
+	return path;
+}
+
+/*
  * An event on an object, by its name in dir: once to who watches dir's children
  * and once to who watches the object, as fsnotify_parent() does for a dentry.
  *
@@ -209,16 +230,25 @@ void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
 	if (!child && (mask & FS_ISDIR))
 		child = vhostfs_unknown_dir(n, dir->i_sb, event);
 	if (child && child->i_sb == dir->i_sb) {
-		fsnotify(mask, child, FSNOTIFY_EVENT_INODE, dir, &name, child,
-			 0);
+		if (event->flags & FSNOTIFY_UNLINKED)
+			fsnotify(mask, vhostfs_unlinked(n, dir, child, &name),
+				 FSNOTIFY_EVENT_PATH, dir, &name, child, 0);
+		else
+			fsnotify(mask, child, FSNOTIFY_EVENT_INODE, dir, &name,
+				 child, 0);
 		vhostfs_raise_on_mounts(n, mask, child, FSNOTIFY_EVENT_INODE,
 					dir, &name, child, dir->i_sb);
 	} else {
 		struct dentry *entry = vhostfs_stand_in(n, dir, NULL, NULL,
 							&name);
 
-		fsnotify(mask, entry, FSNOTIFY_EVENT_DENTRY, dir, &name,
-			 vhostfs_unknown(n, dir->i_sb), 0);
+		if (event->flags & FSNOTIFY_UNLINKED)
+			fsnotify(mask, vhostfs_unlinked(n, dir, NULL, &name),
+				 FSNOTIFY_EVENT_PATH, dir, &name,
+				 vhostfs_unknown(n, dir->i_sb), 0);
+		else
+			fsnotify(mask, entry, FSNOTIFY_EVENT_DENTRY, dir, &name,
+				 vhostfs_unknown(n, dir->i_sb), 0);
 		vhostfs_raise_on_mounts(n, mask, entry, FSNOTIFY_EVENT_DENTRY,
 					dir, &name, NULL, dir->i_sb);
 	}
@@ -231,8 +261,9 @@ void vhostfs_raise_child(struct vhostfs_notify *n, struct inode *dir,
  * done by a name that this guest does not know).
  */
 void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
-			u32 bit, bool for_parent)
+			u32 bit, bool for_parent, bool unlinked)
 {
+	const struct qstr no_name = { .name = "" };
 	struct dentry *alias = NULL;
 
 	vhostfs_count(n, VHOSTFS_RAISED);
@@ -241,6 +272,10 @@ void vhostfs_raise_self(struct vhostfs_notify *n, struct inode *inode,
 	/* One that is invalid is of an earlier name */
 	if (alias && !d_unhashed(alias))
 		fsnotify_parent(alias, bit, inode, FSNOTIFY_EVENT_INODE);
+	else if (unlinked)
+		fsnotify(bit | vhostfs_isdir(inode),
+			 vhostfs_unlinked(n, inode, inode, &no_name),
+			 FSNOTIFY_EVENT_PATH, NULL, NULL, inode, 0);
 	else
 		fsnotify_inode(inode, bit);
 	dput(alias);

@@ -137,11 +137,31 @@ static void vhostfs_set_mask(struct vhostfs_notify *n,
 }
 
 /*
+ * The device is to say what happens through names that are gone, and finds that
+ * out by what happens to the names.
+ */
+static u32 vhostfs_excluding(u32 mask)
+{
+	if (!(mask & VHOSTFS_PATH_EVENTS))
+		return mask;
+	if (mask & FS_EVENT_ON_CHILD)
+		mask |= VHOSTFS_ENTRY_EVENTS;
+	return mask | VHOSTFS_EXCL_UNLINK;
+}
+
+/* Does one of the marks have IN_EXCL_UNLINK? */
+enum vhostfs_excl {
+	VHOSTFS_EXCL_NO,
+	VHOSTFS_EXCL_YES,
+	VHOSTFS_EXCL_AS_BEFORE,		/* nobody has looked */
+};
+
+/*
  * Writes down what the marks on an inode want now. The mask is read under the
  * lock: whoever comes last to the table saw the newest.
  */
 static void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
-			 struct inode *inode)
+			 struct inode *inode, enum vhostfs_excl excl)
 {
 	struct vhostfs_watch *watch;
 	u32 mask = 0;
@@ -153,6 +173,11 @@ static void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
 	if (mask && !S_ISDIR(inode->i_mode))
 		mask |= FS_ATTRIB;
 	watch = vhostfs_find_watch(n, nodeid);
+	if (excl == VHOSTFS_EXCL_AS_BEFORE && watch && watch->excl_unlink &&
+	    watch->generation == generation)
+		excl = VHOSTFS_EXCL_YES;
+	if (excl == VHOSTFS_EXCL_YES)
+		mask = vhostfs_excluding(mask);
 	if (!watch && !mask)
 		return;
 	if (!watch)
@@ -170,6 +195,7 @@ static void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
 		vhostfs_set_refused(n, watch, false);
 	}
 	vhostfs_set_mask(n, watch, mask);
+	watch->excl_unlink = excl == VHOSTFS_EXCL_YES;
 	watch->pass = n->pass;
 	vhostfs_watch_changed(n, watch);
 }
@@ -277,7 +303,20 @@ struct vhostfs_probe {
 	struct inode *inode;		/* not looked at once it is detached */
 	u64 nodeid;			/* 0: a superblock */
 	u32 generation;
+	enum vhostfs_excl excl;
 };
+
+/* Does any of the marks exclude what is unlinked? It is a flag, and in no mask */
+static enum vhostfs_excl vhostfs_excludes(struct fsnotify_mark_connector *conn)
+{
+	struct fsnotify_mark *mark;
+
+	hlist_for_each_entry(mark, &conn->list, obj_list)
+		if (vhostfs_is_attached(mark) &&
+		    (mark->flags & FSNOTIFY_MARK_FLAG_EXCL_UNLINK))
+			return VHOSTFS_EXCL_YES;
+	return VHOSTFS_EXCL_NO;
+}
 
 /* Does any of the marks want to have objects by handle, and not only names? */
 static bool vhostfs_wants_fid(struct fsnotify_mark_connector *conn)
@@ -412,6 +451,7 @@ static int vhostfs_probe_entry(struct kretprobe_instance *ri,
 	probe->inode = inode;
 	probe->nodeid = get_node_id(inode);
 	probe->generation = inode->i_generation;
+	probe->excl = vhostfs_excludes(conn);
 	return 0;
 }
 
@@ -427,7 +467,7 @@ static void vhostfs_probed(struct kretprobe_instance *ri, bool attached)
 		vhostfs_wake_session(n);
 	} else if (n->session != VHOSTFS_NONE) {
 		vhostfs_note(n, probe->nodeid, probe->generation,
-			     attached ? probe->inode : NULL);
+			     attached ? probe->inode : NULL, probe->excl);
 		vhostfs_wake_session(n);
 	}
 	waits = attached && n->session != VHOSTFS_NONE &&
@@ -556,7 +596,7 @@ static bool vhostfs_look_at_marks(struct inode *inode, void *arg)
 	if (READ_ONCE(inode->i_fsnotify_mask) && !IS_AUTOMOUNT(inode)) {
 		spin_lock(&n->watch_lock);
 		vhostfs_note(n, get_node_id(inode), inode->i_generation,
-			     inode);
+			     inode, VHOSTFS_EXCL_AS_BEFORE);
 		spin_unlock(&n->watch_lock);
 	}
 	return false;

@@ -3,7 +3,8 @@
 
 Must not know what is right; tests compare the words. An element is written `EVENT dir[name]=child`, an event
 on an object itself `EVENT object`; objects are named by the path under which the guest first held them.
-`pair 1` stands behind both halves of the first rename that came as one, `half` behind a plain one.
+`pair 1` stands behind both halves of the first rename that came as one, `half` behind a plain one,
+`unlinked` behind what was done through a name that was gone.
 Specification: docs/protocol.md.
 """
 
@@ -189,7 +190,9 @@ class EventGuest:
             place += f"={self._name_of(element.child_nodeid, element.child_generation)}"
         if element.flags & ElementFlag.CACHES:
             return f"caches: {words} {place}"
-        if element.flags:
+        if element.flags & ElementFlag.UNLINKED:
+            place += " unlinked"
+        elif element.flags:
             place += f" pair {self._pairs.setdefault(element.cookie, len(self._pairs) + 1)}"
         elif element.mask & (Event.MOVED_FROM | Event.MOVED_TO):
             place += " half"

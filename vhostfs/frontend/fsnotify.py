@@ -50,6 +50,7 @@ class Event(enum.IntFlag):
     OPEN_EXEC = 0x1000
     UNMOUNT = 0x2000
     Q_OVERFLOW = 0x4000
+    EXCL_UNLINK = 0x0400_0000
     EVENT_ON_CHILD = 0x0800_0000
     RENAME = 0x1000_0000
     ISDIR = 0x4000_0000
@@ -94,6 +95,7 @@ class ElementFlag(enum.IntFlag):
     SPLIT_RENAME = 1
     FOR_PARENT = 2
     CACHES = 4
+    UNLINKED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,13 @@ def _check_form(element: Element) -> None:
         split = ElementFlag.SPLIT_RENAME
         sound = sound and (
             not element.flags or bool(element.flags == split and kind & halves and element.cookie)
+        )
+    elif element.flags & ElementFlag.UNLINKED:
+        sound = (
+            bool(kind & CHILD_EVENTS & ~Event.ATTRIB)
+            and element.flags == ElementFlag.UNLINKED
+            and not element.cookie
+            and bool(element.name or not element.child_nodeid)
         )
     elif kind & SELF_EVENTS or not element.name:
         for_parent = (

@@ -7,6 +7,7 @@ Must not know how events travel. Specification: inotify(7); docs/events.md.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import shutil
@@ -33,16 +34,18 @@ from tests.guest.place import awaited
 
 ONLYDIR, DONT_FOLLOW, EXCL_UNLINK = 0x0100_0000, 0x0200_0000, 0x0400_0000
 MASK_CREATE, MASK_ADD, ONESHOT = 0x1000_0000, 0x2000_0000, 0x8000_0000
-FENCE = "fence"
 Action = Callable[[Path], object]
 
 
 class Twins:
     """A directory of a share and one beside it, with a watcher each; watches have equal numbers in both."""
 
-    def __init__(self, watched: WatchedPlace, twin: Path, program: Path) -> None:
+    def __init__(self, watched: WatchedPlace, twin: Path, program: Path, fence: str = "fence") -> None:
+        """`fence`: a name of its own for each pair of watchers of the same directories."""
         self.watched = watched
         self.twin = twin
+        self._program = program
+        self._fence = fence
         self._before = watched.control.watches
         self._guest = watched.place.guest.start(f"exec {PROGRAM} 0", stdin=True)
         self._guest.wait_for_output(b"ready\n", READY_TIMEOUT_S)
@@ -50,8 +53,12 @@ class Twins:
         self._said = 0
         self._fences = 0
         self._used = [0, 0]
-        self.both(lambda directory: (directory / FENCE).mkdir())
-        assert self.watch(FENCE, In.CREATE) == "watching 0"
+        self.both(lambda directory: (directory / fence).mkdir())
+        assert self.watch(fence, In.CREATE) == "watching 0"
+
+    def beside(self) -> Twins:
+        """Two more watchers, of the same directories."""
+        return Twins(self.watched, self.twin, self._program, f"{self._fence}-beside")
 
     def both(self, action: Action) -> None:
         """Done natively first."""
@@ -81,9 +88,12 @@ class Twins:
     def step(self, action: Action, *expected: str) -> None:
         """Does something to both; both watchers then see exactly this since the last step."""
         self.both(action)
+        self.see(*expected)
+
+    def see(self, *expected: str) -> None:
         self._fences += 1
-        fence = f"fence-{self._fences}"
-        self.both(lambda directory: (directory / FENCE / fence).mkdir())
+        fence = f"{self._fence}-{self._fences}"
+        self.both(lambda directory: (directory / self._fence / fence).mkdir())
         outputs = (self._native, self._guest)
 
         def seen(which: int) -> list[Seen]:
@@ -284,10 +294,109 @@ def test_a_file_that_lost_its_name_while_open_is_told_of_by_it(twins: Twins) -> 
     twins.step(lambda _: write_and_close(held), "MODIFY f", "CLOSE_WRITE f")
 
 
-@pytest.mark.xfail(strict=True, reason="docs/events.md: IN_EXCL_UNLINK does not hold for the host's events")
-@pytest.mark.parametrize("twins", ["auto"], indirect=True)
-def test_excl_unlink_leaves_out_what_has_no_name(twins: Twins) -> None:
+# ---- names that are gone -----------------------------------------------------------------------------------
+
+
+EXCLUDING = CHANGES | EXCL_UNLINK
+
+
+def open_both(twins: Twins, name: str) -> list[int]:
     held: list[int] = []
-    twins.watch("d", CHANGES | EXCL_UNLINK)
-    twins.step(lambda d: unlink_open(held, d), "DELETE f")
-    twins.step(lambda _: write_and_close(held))
+    twins.both(lambda d: held.append(os.open(d / name, os.O_RDWR)))
+    return held
+
+
+def write(held: list[int]) -> Action:
+    """To what was opened of each, in turn."""
+    following = itertools.cycle(held)
+    return lambda _: os.write(next(following), b"x")
+
+
+def close(held: list[int]) -> Action:
+    return lambda _: os.close(held.pop(0))
+
+
+def test_excl_unlink_leaves_out_what_has_no_name(twins: Twins) -> None:
+    held = open_both(twins, "d/f")
+    twins.watch("d", EXCLUDING)
+    twins.step(write(held), "MODIFY f")
+    twins.step(lambda d: (d / "d/f").unlink(), "DELETE f")
+    twins.step(write(held))
+    modes = iter(held)
+    twins.step(lambda _: os.fchmod(next(modes), 0o600), "ATTRIB f")
+    twins.step(close(held))
+
+
+def test_excl_unlink_is_for_who_asks_for_it(twins: Twins) -> None:
+    held = open_both(twins, "d/f")
+    twins.watch("d", EXCLUDING)
+    beside = twins.beside()
+    beside.watch("d", CHANGES)
+    twins.both(lambda d: (d / "d/f").unlink())
+    twins.see("DELETE f")
+    beside.see("DELETE f")
+    twins.both(write(held))
+    twins.see()
+    beside.see("MODIFY f")
+    twins.watch("d", CHANGES)
+    beside.watch("d", EXCLUDING)
+    twins.both(write(held))
+    twins.see("MODIFY f")
+    beside.see()
+    twins.step(close(held), "CLOSE_WRITE f")
+    beside.close()
+
+
+def test_excl_unlink_looks_at_the_name_that_was_opened(twins: Twins) -> None:
+    twins.both(lambda d: (d / "d/link").hardlink_to(d / "d/f"))
+    gone, there = open_both(twins, "d/f"), open_both(twins, "d/link")
+    twins.watch("d", EXCLUDING)
+    twins.step(lambda d: (d / "d/f").unlink(), "DELETE f")
+    twins.step(write(gone))
+    twins.step(write(there), "MODIFY link")
+    twins.step(lambda d: os.rename(d / "d/link", d / "d/moved"), "MOVED_FROM link #1", "MOVED_TO moved #1")
+    twins.step(write(there), "MODIFY moved")
+    twins.step(close(gone))
+    twins.step(close(there), "CLOSE_WRITE moved")
+
+
+@pytest.mark.parametrize("twins", ["auto", "inodes"], indirect=True)
+def test_excl_unlink_holds_for_the_file_itself_too(twins: Twins) -> None:
+    twins.both(lambda d: (d / "d/link").hardlink_to(d / "d/f"))
+    gone, there = open_both(twins, "d/f"), open_both(twins, "d/link")
+    twins.watch("d", EXCLUDING)
+    twins.watch("d/link", EXCLUDING)
+    twins.step(lambda d: (d / "d/f").unlink(), "1 ATTRIB", "DELETE f")
+    twins.step(write(gone))
+    twins.step(write(there), "MODIFY link", "1 MODIFY")
+    twins.watch("d/link", CHANGES)
+    twins.step(write(gone), "1 MODIFY")
+    twins.step(close(gone), "1 CLOSE_WRITE")
+    twins.step(close(there), "CLOSE_WRITE link", "1 CLOSE_WRITE")
+
+
+@pytest.mark.parametrize("twins", ["auto", "inodes"], indirect=True)
+def test_excl_unlink_leaves_out_what_was_replaced(twins: Twins) -> None:
+    held = open_both(twins, "d/f")
+    twins.watch("d", EXCLUDING)
+    twins.step(lambda d: os.rename(d / "d/g", d / "d/f"), "MOVED_FROM g #1", "MOVED_TO f #1")
+    twins.step(write(held))
+    twins.step(lambda d: append(d / "d/f"), "MODIFY f", "CLOSE_WRITE f")
+    twins.step(lambda d: (d / "d/f").unlink(), "DELETE f")
+    twins.step(lambda d: append(d / "d/f"), "CREATE f", "MODIFY f", "CLOSE_WRITE f")
+    twins.step(write(held))
+    twins.step(close(held))
+
+
+# This share keeps its one mark on the file system, however busy that is.
+@pytest.mark.parametrize("twins", ["coherent"], indirect=True)
+def test_excl_unlink_holds_for_a_file_that_is_watched_alone(twins: Twins) -> None:
+    twins.both(lambda d: (d / "d/link").hardlink_to(d / "d/f"))
+    gone, there = open_both(twins, "d/f"), open_both(twins, "d/link")
+    twins.watch("d/f", EXCLUDING)
+    twins.step(write(gone), "MODIFY")
+    twins.step(lambda d: (d / "d/f").unlink(), "ATTRIB")
+    twins.step(write(gone))
+    twins.step(write(there), "MODIFY")
+    twins.step(close(gone))
+    twins.step(close(there), "CLOSE_WRITE")
