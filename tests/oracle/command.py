@@ -21,7 +21,7 @@ from tests.oracle.guest_level import GuestSession
 from tests.oracle.ring_level import RingLevel
 from tests.oracle.runner import SOURCES, Outcome, Source
 from tests.oracle.scenarios import SCENARIOS
-from tests.oracle.script import Script, ScriptError, parse, step_by_step, written
+from tests.oracle.script import Script, ScriptError, beside_work, parse, step_by_step, written
 from tests.oracle.shrink import shrunk
 from tests.oracle.table import Table, write_document
 from vhostfs.share.options import DeliveryMode
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ScriptError, OSError) as error:
         print(f"oracle: {error}", file=sys.stderr)
         return 2
+    if options.busy:
+        scripts = {name: beside_work(script) for name, script in scripts.items()}
     differed = 0
     try:
         with _opened(options, [SOURCES[name] for name in names]) as level_of:
@@ -122,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, metavar="N", help="of the first run; the next has N + 1")
     parser.add_argument("--scenarios", action="store_true", help="the scripted scenarios instead")
     parser.add_argument("--script", metavar="FILE", help="runs this script instead; - is stdin")
+    parser.add_argument(
+        "--busy", action="store_true", help="the guest works meanwhile, on files that nobody watches"
+    )
     parser.add_argument("--show", action="store_true", help="prints the scripts and runs nothing")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="how often each script is run")
     parser.add_argument("--no-shrink", action="store_true", help="leaves failing scripts as they are")

@@ -22,6 +22,7 @@ from vhostfs.vm.agent import GuestError
 
 _TIMEOUT_S = 20.0
 _FENCE = ".fence"
+_BUSY = ".busy"
 
 
 def _plain(entry: str) -> str:
@@ -144,6 +145,10 @@ class Program:
         """Drops what the caches hold and nobody uses."""
         self._asked("forget", "forgotten")
 
+    def busy(self) -> None:
+        """Works on files that nobody watches."""
+        self._asked(f"busy {self._at(_BUSY)}", "was busy")
+
     def _read_until(self, end: bytes) -> list[Seen]:
         begin = self._used_bytes
         try:
@@ -210,6 +215,7 @@ class RealGuest(Program):
         self._host = host
         self._fences = itertools.count()
         (host / _FENCE).mkdir()
+        (host / _BUSY).mkdir()
         self._asked(f"watch fence {int(In.CREATE):x} {inside}/{_FENCE}", "watched fence 0")
 
     def stall(self) -> None:

@@ -26,6 +26,7 @@ _ENTRY = Event.CREATE | Event.DELETE | Event.MOVED_FROM | Event.MOVED_TO
 _SELF = Event.DELETE_SELF | Event.MOVE_SELF
 _WANTED = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD | Granted.PARENT
 _FENCE = ".fence"
+_BUSY = ".busy"
 TIMEOUT_S = 10.0
 """For all that happened to arrive."""
 
@@ -57,6 +58,8 @@ class RingGuest:
         fence = self._fs.lookup(self._root[0], _FENCE)
         self._fs.watch(fence.nodeid, Event.CREATE, fence.generation)
         self._fence: Key = fence.nodeid, fence.generation
+        (self._path / _BUSY).mkdir()
+        self._busy = self._fs.lookup(self._root[0], _BUSY).nodeid
         self._elements: list[Element] = []
 
     # ---- what it holds and watches ---------------------------------------------------------------------
@@ -115,6 +118,24 @@ class RingGuest:
         # A watch of it that is made later is another, whatever names this one had.
         self._watched_as = {name: other for name, other in self._watched_as.items() if other != key}
         self._fs.watch(key[0], 0, key[1])
+
+    # ---- what it does itself ---------------------------------------------------------------------------
+
+    def busy(self) -> None:
+        """Events of many kinds on the host, by the server, that no watcher is to be told of."""
+        fs, at = self._fs, self._busy
+        entry, opened = fs.create(at, "a")
+        fs.write(entry.nodeid, opened.fh, b"text")
+        fs.read(entry.nodeid, opened.fh, 4)
+        fs.release(entry.nodeid, opened.fh)
+        fs.setattr(entry.nodeid, mode=0o600, size=1)
+        fs.rename(at, "a", at, "b")
+        fs.read_file(entry.nodeid)
+        fs.list(at)
+        fs.forget(fs.mkdir(at, "c").nodeid)
+        fs.rmdir(at, "c")
+        fs.unlink(at, "b")
+        fs.forget(entry.nodeid)
 
     # ---- what it is told -------------------------------------------------------------------------------
 

@@ -54,11 +54,12 @@ CONTROLS: dict[str, str] = {
     "unwatch": "watch",
     "look": "path",
     "forget": "",
+    "busy": "",
     "stall": "",
     "resume": "",
     "sync": "",
 }
-"""What concerns the watchers. Each is preceded by a comparison but `look` and `forget` by none."""
+"""What concerns the watchers. Each is preceded by a comparison but `look`, `forget` and `busy` by none."""
 COMPARED_BEFORE = frozenset(("watch", "unwatch", "sync"))
 MASK_NAMES = {"ALL": In.ALL, "CHANGES": In.CHANGES}
 
@@ -131,6 +132,16 @@ def mask_text(mask: In) -> str:
         if mask == value:
             return name
     return event_words(mask)
+
+
+def beside_work(script: Iterable[Op]) -> Script:
+    """The same while the guest works on files of its own, which nobody watches."""
+    ops: list[Op] = []
+    for op in script:
+        ops.append(op)
+        if op.kind in OPERATIONS:
+            ops.append(Op("busy"))
+    return tuple(ops)
 
 
 def step_by_step(script: Iterable[Op]) -> Script:

@@ -15,7 +15,7 @@ from tests.oracle.generate import random_script
 from tests.oracle.ring_level import RingLevel
 from tests.oracle.runner import SOURCES, Source
 from tests.oracle.scenarios import SCENARIOS
-from tests.oracle.script import parse, step_by_step
+from tests.oracle.script import beside_work, parse, step_by_step
 
 pytestmark = pytest.mark.usefixtures("ours")
 
@@ -70,4 +70,10 @@ def test_a_scenario_is_told_as_natively(level: RingLevel, name: str) -> None:
 @pytest.mark.parametrize("seed", RANDOM_SEEDS)
 def test_what_is_done_at_random_is_told_as_natively(level: RingLevel, seed: int) -> None:
     outcome = level.run(random_script(seed, RANDOM_OPERATIONS))
+    assert outcome.is_equal, "\n".join([f"seed {seed}", *outcome.lines])
+
+
+@pytest.mark.parametrize("seed", RANDOM_SEEDS)
+def test_that_the_guest_is_at_work_itself_hides_nothing(level: RingLevel, seed: int) -> None:
+    outcome = level.run(beside_work(random_script(seed, RANDOM_OPERATIONS)))
     assert outcome.is_equal, "\n".join([f"seed {seed}", *outcome.lines])

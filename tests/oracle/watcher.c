@@ -158,6 +158,23 @@ static void forget(void)
 	printf("forgotten\n");
 }
 
+/* Events of many kinds in a directory that nobody watches. */
+static void be_busy(const char *directory)
+{
+	int fd;
+	char c;
+
+	/* Opening it would be told to who watches the directory that it is in. */
+	if (chdir(directory))
+		fail(directory);
+	fd = open("a", O_RDWR | O_CREAT, 0644);
+	if (fd < 0 || write(fd, "text", 4) != 4 || pread(fd, &c, 1, 0) != 1 || close(fd) ||
+	    chmod("a", 0600) || rename("a", "b") || mkdir("c", 0755) || rmdir("c") || unlink("b") ||
+	    chdir("/"))
+		fail("busy");
+	printf("was busy\n");
+}
+
 static const char *name_of_handle(const struct file_handle *handle)
 {
 	for (int i = 0; i < n_watches; i++) {
@@ -293,6 +310,8 @@ static int obey(void)
 		look(arguments);
 	} else if (!strcmp(command, "forget")) {
 		forget();
+	} else if (!strcmp(command, "busy")) {
+		be_busy(arguments);
 	} else if (!strcmp(command, "sync")) {
 		read_events();
 		printf("synced\n");
