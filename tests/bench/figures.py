@@ -12,7 +12,6 @@ import os
 import socket
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -156,61 +155,6 @@ def _rows_a_second(library: ctypes.CDLL, client: FuseClient, row: Row, request_q
     with ThreadPoolExecutor(request_queues) as threads:
         seen = list(threads.map(lambda load: load.run(1.0), loads))
     return sum((one.rows_a_second for one in seen), 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """From the end of the host's system call to the used element."""
-
-    changes: int
-    p50_us: float
-    p99_us: float
-
-
-def event_latency(peer: Peer, library: ctypes.CDLL, changes: int, *, with_load: bool) -> Latency:
-    """mknod(2) on the host 1,000 times a second in a directory that the guest watches."""
-    with (
-        tempfile.TemporaryDirectory(prefix="vhostfs-bench-share-") as place,
-        running(peer, Path(place)) as server,
-    ):
-        client = mount(server, notifications=64)
-        elements = NotificationQueue(client.vmm, buffers=32, poison=False)
-        client.fsnotify_init(Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD, Event.CREATE)
-        client.watch(1, Event.CREATE, 0)
-        load_ended = threading.Event()
-        load_thread = None
-        if with_load:
-            load = Load(library, client, 4, lambda slot: Row((Step(op.getattr_(1)),)))
-
-            def keep_loading() -> None:
-                while not load_ended.is_set():
-                    load.run(0.05)
-                    time.sleep(0.01)
-
-            load_thread = threading.Thread(target=keep_loading)
-            load_thread.start()
-        fd = os.open(place, os.O_RDONLY)
-        took_us = []
-        try:
-            next_s = time.monotonic() + 0.05
-            for i in range(changes):
-                while time.monotonic() < next_s:
-                    time.sleep(0.0002)
-                next_s += 0.001
-                os.mknod(f"{i}", dir_fd=fd)
-                ended_ns = time.monotonic_ns()
-                while elements.poll() is None:
-                    if time.monotonic_ns() - ended_ns > 5_000_000_000:
-                        raise TimeoutError("no element within 5 s")
-                took_us.append((time.monotonic_ns() - ended_ns) / 1000)
-        finally:
-            load_ended.set()
-            if load_thread is not None:
-                load_thread.join()
-            os.close(fd)
-        client.close()
-    took_us.sort()
-    return Latency(changes, took_us[len(took_us) // 2], took_us[int(len(took_us) * 0.99)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from vhostfs.frontend.memory import PAGE_BYTES, GuestMemory
 from vhostfs.frontend.operations import Call
 from vhostfs.frontend.ring import DESCRIPTOR, F_NEXT, F_WRITE, Virtqueue
 
-_SOURCE = Path(__file__).with_name("ring_load.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("ring_load.c", "event_latency.c")]
 _LATENCIES = 1 << 20
 
 IN_HEADER_BYTES = abi.IN_HEADER.size
@@ -168,14 +168,24 @@ class _Load(ctypes.Structure):
 
 
 def build_library(directory: Path) -> ctypes.CDLL:
-    """Compiles ring_load.c into the directory, unless that was done before."""
-    source = _SOURCE.read_bytes()
+    """Compiles the C files of this place into the directory, unless that was done before."""
+    source = b"".join(path.read_bytes() for path in _SOURCES)
     library = directory / f"ring_load-{hashlib.sha256(source).hexdigest()[:16]}.so"
     if not library.exists():
         directory.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(".new")
-        command = ["cc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", str(unfinished), str(_SOURCE)]
-        subprocess.run(command, check=True)
+        command = [
+            "cc",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-D_GNU_SOURCE",
+            "-shared",
+            "-fPIC",
+            "-o",
+            str(unfinished),
+        ]
+        subprocess.run([*command, *map(str, _SOURCES)], check=True)
         unfinished.rename(library)
     loaded = ctypes.CDLL(str(library))
     loaded.ring_load_run.argtypes = [ctypes.POINTER(_Load), ctypes.c_uint64]
@@ -189,18 +199,28 @@ def build_library(directory: Path) -> ctypes.CDLL:
         ctypes.POINTER(ctypes.c_uint64),
     ]
     loaded.ring_load_take.restype = ctypes.c_uint64
+    loaded.event_latency_run.argtypes = [
+        ctypes.c_int,
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.c_uint64,
+        ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_uint32),
+    ]
+    loaded.event_latency_run.restype = ctypes.c_uint64
+    loaded.event_latency_read.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     return loaded
 
 
-def _address(view: memoryview) -> int:
+def native_address(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _native_queue(queue: Virtqueue) -> _Queue:
     return _Queue(
-        desc=_address(queue.table.view),
-        avail=_address(queue.available.view),
-        used=_address(queue.used.view),
+        desc=native_address(queue.table.view),
+        avail=native_address(queue.available.view),
+        used=native_address(queue.used.view),
         size=queue.size,
         kick_fd=queue.kick_fd,
         call_fd=queue.call_fd,
@@ -316,8 +336,8 @@ class Load:
             flags = (F_WRITE if writable else 0) | (F_NEXT if more else 0)
             DESCRIPTOR.pack_into(table.view, DESCRIPTOR.size * i, addr, part, flags, i + 1 if more else 0)
         return _Step(
-            request=_address(request.view),
-            reply=_address(reply.view),
+            request=native_address(request.view),
+            reply=native_address(reply.view),
             table=table.guest_addr,
             table_size=len(table),
             min_reply=OUT_HEADER_BYTES if call.has_reply else 0,
@@ -354,7 +374,7 @@ class Taker:
         self._queue = client.vmm.notification_queue
         memory = client.vmm.memory
         self._views = [memory.allocate(size_bytes) for _ in range(buffers)]
-        self._addresses = (ctypes.c_void_p * buffers)(*(_address(one.view) for one in self._views))
+        self._addresses = (ctypes.c_void_p * buffers)(*(native_address(one.view) for one in self._views))
         for i, one in enumerate(self._views):
             self._queue.put_descriptor(i, one.guest_addr, size_bytes, F_WRITE)
             self._queue.put_available(i, i)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench import figures, report
+from tests.bench import event_latency, figures, report
 from tests.bench.peers import ROOT, Peer, c_virtiofsd, running, rust_virtiofsd, vhostfs_peer
 from tests.bench.ring_load import Load, build_library
 from tests.bench.workloads import WORKLOADS, Workload, prepare
@@ -140,8 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         watcher = vhostfs_peer("--tag=bench")
         try:
             _say("events: latency")
-            quiet = figures.event_latency(watcher, library, 3000, with_load=False)
-            loaded = figures.event_latency(watcher, library, 3000, with_load=True)
+            plain = vhostfs_peer("--events=off")
+            quiet = event_latency.latencies(watcher, plain, library, 6000, with_load=False)
+            loaded = event_latency.latencies(watcher, plain, library, 6000, with_load=True)
             _say(f"events: a burst of {given.burst}")
             burst = figures.event_burst(watcher, library, given.burst)
             _say("events: foreign ones")
