@@ -10,6 +10,8 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <time.h>
 
 #include "events.h"
@@ -31,6 +33,9 @@ static const struct {
 	long nap_ns;
 } naps[] = {{150, 300000}, {30, 100000}};
 #define N_NAPS (sizeof(naps) / sizeof(naps[0]))
+
+/* The shortest that the scheduler takes. */
+#define TURN_NS 100000u
 
 struct pace {
 	uint64_t received, dropped; /* when the last turn ended */
@@ -65,6 +70,31 @@ static void pace(struct vf_events *events, struct pace *pace)
 		nanosleep(&(struct timespec){.tv_nsec = pace->nap_ns}, NULL);
 }
 
+/*
+ * Each turn takes some microseconds, so where all processors are taken this thread need not wait
+ * until whoever has one is through with its own milliseconds: Linux 6.12 lets the one with shorter
+ * turns go first, at no gain in processor time.  Older kernels take no notice.
+ */
+static void ask_for_short_turns(void)
+{
+	/* The first version of struct sched_attr, which not every C library has. */
+	struct {
+		uint32_t size, policy;
+		uint64_t flags;
+		int32_t nice;
+		uint32_t priority;
+		uint64_t runtime_ns, deadline_ns, period_ns;
+	} turns = {
+	    .size = sizeof(turns),
+	    .policy = SCHED_OTHER,
+	    .nice = getpriority(PRIO_PROCESS, 0),
+	    .runtime_ns = TURN_NS,
+	};
+
+	if (sched_getscheduler(0) == SCHED_OTHER)
+		syscall(SYS_sched_setattr, 0, &turns, 0);
+}
+
 static void *events_main(void *arg)
 {
 	struct vf_events *events = arg;
@@ -74,6 +104,7 @@ static void *events_main(void *arg)
 
 	pthread_setname_np(pthread_self(), "events");
 	prctl(PR_SET_TIMERSLACK, 1000);
+	ask_for_short_turns();
 	/* Watches name descriptors by their number, relative to this; see vf_thread_init(). */
 	if (unshare(CLONE_FS) || fchdir(events->share->config.proc_fd_dir))
 		vf_events_source_failed(events, "the thread for events cannot start", errno);

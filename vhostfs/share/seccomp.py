@@ -35,11 +35,11 @@ _CONNECTION = (
 # Memory, threads, time and signals of the process itself.
 _PROCESS = (
     "brk clock_getres clock_gettime clock_nanosleep clone clone3 exit exit_group futex futex_waitv "
-    "get_robust_list getcpu getpid getppid getrandom getrlimit getrusage gettid gettimeofday madvise "
-    "membarrier mmap mprotect mremap munmap nanosleep prlimit64 restart_syscall rseq rt_sigaction "
+    "get_robust_list getcpu getpid getppid getpriority getrandom getrlimit getrusage gettid gettimeofday "
+    "madvise membarrier mmap mprotect mremap munmap nanosleep prlimit64 restart_syscall rseq rt_sigaction "
     "rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait "
-    "rt_tgsigqueueinfo sched_getaffinity sched_getparam sched_getscheduler sched_yield set_robust_list "
-    "sigaltstack sysinfo tgkill time times tkill uname"
+    "rt_tgsigqueueinfo sched_getaffinity sched_getparam sched_getscheduler sched_setattr sched_yield "
+    "set_robust_list sigaltstack sysinfo tgkill time times tkill uname"
 )
 
 ALLOWED_SYSTEM_CALLS: tuple[str, ...] = tuple(
