@@ -31,7 +31,7 @@
 static const struct {
 	uint64_t per_window; /* events in WINDOW_NS, from which on */
 	long nap_ns;
-} naps[] = {{150, 300000}, {30, 100000}};
+} naps[] = {{100, 600000}, {30, 100000}};
 #define N_NAPS (sizeof(naps) / sizeof(naps[0]))
 
 /* The shortest that the scheduler takes. */

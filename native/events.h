@@ -348,6 +348,8 @@ void vf_handle_index_stop(struct vf_share *share);
 uint32_t vf_inodes_by_handle(struct vf_share *share, struct vf_fsid fsid, int32_t type,
 			     const uint8_t *bytes, uint32_t size, struct vf_inode **found,
 			     uint32_t max);
+/* Counts on with each inode that can be found by handle, at the latest when it may be asked for. */
+uint32_t vf_handle_index_additions(const struct vf_share *share);
 /* The same for a name in a directory of the host. */
 uint32_t vf_inodes_of_name(struct vf_share *share, struct vf_inode *dir, const char *name,
 			   struct vf_inode **found, uint32_t max);

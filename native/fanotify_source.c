@@ -31,6 +31,11 @@ struct reader {
 	struct vf_events *events;
 	uint64_t now_ns;
 	bool own; /* the record at hand is of our own doing */
+	/* The last directory that nobody in the guest holds, as of so many additions to the index;
+	 * in the events' buffer.  What happens elsewhere mostly goes on in one place for a while.
+	 */
+	struct vf_fanotify_object elsewhere;
+	uint32_t n_indexed;
 };
 
 static void find(struct vf_events *events, const struct vf_fanotify_object *object,
@@ -51,6 +56,33 @@ static uint64_t identity(const struct vf_fanotify_object *object)
 		h = (h ^ object->handle[i]) * 0x100000001b3u;
 	h ^= h >> 32;
 	return object->there ? h | 1 : 0;
+}
+
+static bool is_elsewhere(const struct reader *reader, const struct vf_fanotify_object *dir)
+{
+	const struct vf_fanotify_object *known = &reader->elsewhere;
+
+	return known->there && dir->there && known->handle_size == dir->handle_size &&
+	       !memcmp(known->handle, dir->handle, dir->handle_size) && known->type == dir->type &&
+	       !memcmp(&known->fsid, &dir->fsid, sizeof(dir->fsid)) &&
+	       reader->n_indexed == vf_handle_index_additions(reader->events->share);
+}
+
+/* As find(), for the directory that things happen in. */
+static void find_dir(struct reader *reader, const struct vf_fanotify_object *dir,
+		     struct vf_fanotify_places *places)
+{
+	uint32_t n_indexed;
+
+	places->n = 0;
+	if (is_elsewhere(reader, dir))
+		return;
+	n_indexed = vf_handle_index_additions(reader->events->share);
+	find(reader->events, dir, places);
+	if (!places->n) {
+		reader->elsewhere = *dir;
+		reader->n_indexed = n_indexed;
+	}
 }
 
 static void put(struct vf_events *events, struct vf_fanotify_places *places)
@@ -357,12 +389,12 @@ static bool has_watched(const struct vf_fanotify_places *places)
 	return false;
 }
 
-static void find_all(struct vf_events *events, const struct vf_fanotify_record *record,
+static void find_all(struct reader *reader, const struct vf_fanotify_record *record,
 		     struct vf_fanotify_found *found)
 {
-	find(events, record->mask & VF_FS_RENAME ? &record->old : &record->dir, &found->dirs);
-	find(events, &record->new, &found->to);
-	find(events, &record->object, &found->objects);
+	find_dir(reader, record->mask & VF_FS_RENAME ? &record->old : &record->dir, &found->dirs);
+	find(reader->events, &record->new, &found->to);
+	find(reader->events, &record->object, &found->objects);
 }
 
 static bool is_any_watched(const struct vf_fanotify_found *found)
@@ -398,7 +430,7 @@ static void take(struct reader *reader, const struct vf_fanotify_record *record)
 		if (!events->order && !vf_trace_is_on(events->trace))
 			return;
 	}
-	find_all(events, record, &found);
+	find_all(reader, record, &found);
 	announce(reader, record, &found.dirs, &found.to, &found.objects);
 	if (!is_any_watched(&found))
 		events->elsewhere += n;
@@ -422,7 +454,7 @@ bool vf_fanotify_is_wanted(struct vf_events *events, const struct vf_fanotify_re
 	struct vf_fanotify_found found;
 	bool wanted;
 
-	find_all(events, record, &found);
+	find_all(&(struct reader){.events = events}, record, &found);
 	wanted = is_any_watched(&found) || atomic_load(&events->everywhere);
 	put_all(events, &found);
 	return wanted;

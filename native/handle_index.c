@@ -318,6 +318,11 @@ uint32_t vf_inodes_by_handle(struct vf_share *share, struct vf_fsid fsid, int32_
 	return n;
 }
 
+uint32_t vf_handle_index_additions(const struct vf_share *share)
+{
+	return atomic_load(&share->inodes->n_indexed);
+}
+
 uint32_t vf_inodes_of_name(struct vf_share *share, struct vf_inode *dir, const char *name,
 			   struct vf_inode **found, uint32_t max)
 {
