@@ -241,7 +241,7 @@ void vf_mem_put(struct vf_mem *mem)
 	free(mem);
 }
 
-void *vf_mem_at(const struct vf_mem *mem, uint64_t guest_addr, uint64_t *room)
+bool vf_mem_find(const struct vf_mem *mem, uint64_t guest_addr, struct vf_mem_window *window)
 {
 	uint32_t low = 0, high = mem->n;
 
@@ -255,14 +255,13 @@ void *vf_mem_at(const struct vf_mem *mem, uint64_t guest_addr, uint64_t *room)
 			high = middle;
 	}
 	if (!low)
-		return NULL;
+		return false;
 	const struct mapping *map = mem->maps[low - 1];
-	uint64_t offset = guest_addr - map->region.guest_addr;
 
-	if (offset >= map->region.size)
-		return NULL;
-	*room = map->region.size - offset;
-	return map->host + offset;
+	if (guest_addr - map->region.guest_addr >= map->region.size)
+		return false;
+	*window = (struct vf_mem_window){map->region.guest_addr, map->region.size, map->host};
+	return true;
 }
 
 void *vf_mem_at_user(const struct vf_mem *mem, uint64_t user_addr, uint64_t size)

@@ -24,10 +24,32 @@ struct vf_mem *vf_mem_get(struct vf_mem *mem);
 void vf_mem_put(struct vf_mem *mem);
 
 /*
- * The memory at a guest address; *room: bytes from there to the end of its
- * region.  NULL: no such memory.
+ * A region that addresses were found in: most of a chain's lie in the same one, so whoever looks
+ * up many keeps this.  {0} at first; of one map only.
  */
-void *vf_mem_at(const struct vf_mem *mem, uint64_t guest_addr, uint64_t *room);
+struct vf_mem_window {
+	uint64_t guest_addr, size;
+	uint8_t *host; /* of guest_addr */
+};
+/* Moves the window to the region of an address.  False: no such memory. */
+bool vf_mem_find(const struct vf_mem *mem, uint64_t guest_addr, struct vf_mem_window *window);
+/*
+ * The memory at a guest address; *room: bytes from there to the end of its region.  NULL: no such
+ * memory.
+ */
+static inline void *vf_mem_in(const struct vf_mem *mem, struct vf_mem_window *window,
+			      uint64_t guest_addr, uint64_t *room)
+{
+	uint64_t offset = guest_addr - window->guest_addr;
+
+	if (offset >= window->size) {
+		if (!vf_mem_find(mem, guest_addr, window))
+			return NULL;
+		offset = guest_addr - window->guest_addr;
+	}
+	*room = window->size - offset;
+	return window->host + offset;
+}
 /* The same by the front end's user address, for ring addresses; size bytes must be there. */
 void *vf_mem_at_user(const struct vf_mem *mem, uint64_t user_addr, uint64_t size);
 

@@ -194,6 +194,29 @@ static int slice_iov(const struct iovec *from, uint32_t n_from, size_t skip, siz
 }
 
 /*
+ * slice_iov(), but from[] itself where what is wanted begins and ends where entries do, as it
+ * nearly always does.  In the other case entries are written to to[].
+ */
+static const struct iovec *cut_iov(const struct iovec *from, uint32_t n_from, size_t total,
+				   size_t skip, size_t size, struct iovec *to, int *n,
+				   size_t *bytes)
+{
+	if (skip && n_from && from->iov_len == skip) {
+		from++;
+		n_from--;
+		total -= skip;
+		skip = 0;
+	}
+	if (skip || total != size || n_from > IOV_MAX) {
+		*n = slice_iov(from, n_from, skip, size, to, bytes);
+		return to;
+	}
+	*n = (int)n_from;
+	*bytes = size;
+	return from;
+}
+
+/*
  * The guest takes a short READ for the end of the file, so one that ends early for another reason
  * is an error as a whole.
  */
@@ -205,9 +228,11 @@ static int32_t read_to_guest(const struct vf_req *r, int fd, uint64_t offset, si
 
 	while (done < size) {
 		size_t asked;
-		int n = slice_iov(r->out, r->n_out, sizeof(struct fuse_out_header) + done,
-				  size - done, iov, &asked);
-		ssize_t got = preadv2(fd, iov, n, (off_t)(offset + done), flags);
+		int n;
+		const struct iovec *to =
+		    cut_iov(r->out, r->n_out, r->out_size, sizeof(struct fuse_out_header) + done,
+			    size - done, iov, &n, &asked);
+		ssize_t got = preadv2(fd, to, n, (off_t)(offset + done), flags);
 
 		if (got < 0) {
 			if (errno == EINTR)
@@ -321,12 +346,14 @@ static int32_t write_from_guest(const struct vf_req *r, int fd, uint64_t offset,
 
 	while (done < size) {
 		size_t asked;
-		int n = slice_iov(r->in, r->n_in, done, size - done, iov, &asked);
+		int n;
+		const struct iovec *from =
+		    cut_iov(r->in, r->n_in, r->in_size, done, size - done, iov, &n, &asked);
 		off_t at = (off_t)(offset + done);
-		ssize_t put = pwritev2(fd, iov, n, at, flags);
+		ssize_t put = pwritev2(fd, from, n, at, flags);
 
 		if (put < 0 && errno == EOPNOTSUPP && flags == RWF_NOAPPEND)
-			put = write_at_reopened(r->share, fd, iov, n, at);
+			put = write_at_reopened(r->share, fd, from, n, at);
 		if (put < 0) {
 			if (errno == EINTR)
 				continue;

@@ -45,14 +45,11 @@ int vf_ring_init(struct vf_ring *ring, const struct vf_mem *mem,
 	return 0;
 }
 
-static int grow_iov(struct iovec **array, uint32_t *room, uint32_t n)
+static int grow_iov(struct iovec **array, uint32_t *room)
 {
 	uint32_t want = *room ? *room * 2 : 16;
-	struct iovec *bigger;
+	struct iovec *bigger = realloc(*array, want * sizeof(**array));
 
-	if (n < *room)
-		return 0;
-	bigger = realloc(*array, want * sizeof(**array));
 	if (!bigger)
 		return -ENOMEM;
 	*array = bigger;
@@ -60,45 +57,78 @@ static int grow_iov(struct iovec **array, uint32_t *room, uint32_t n)
 	return 0;
 }
 
-/* Adds one descriptor's buffer, in pieces where it crosses regions, joined to its neighbour where
- * it can be. */
-static int add_buffer(const struct vf_mem *mem, struct vf_req *r, uint64_t addr, uint32_t len,
-		      bool writable, const char **why)
-{
-	struct iovec **array = writable ? &r->out : &r->in;
-	uint32_t *n = writable ? &r->n_out : &r->n_in;
-	uint32_t *room = writable ? &r->out_room : &r->in_room;
-	uint32_t *total = writable ? &r->out_size : &r->in_size;
+/* A chain on its way into a request. */
+struct chain {
+	const struct vf_mem *mem;
+	struct vf_mem_window window; /* of mem */
+	const char **why;
+};
 
-	if (*total + (uint64_t)len > INT32_MAX) {
-		*why = "a chain of more than 2 GiB";
-		return -EINVAL;
+/* The request's buffers of one direction */
+struct side {
+	struct iovec *v;
+	uint32_t n, room, size;
+};
+
+/* Adds a piece of memory, joined to the one before it where it follows. */
+static inline int add_piece(struct side *side, uint8_t *p, uint64_t len)
+{
+	struct iovec *next = side->v + side->n;
+
+	if (side->n && (uint8_t *)next[-1].iov_base + next[-1].iov_len == p) {
+		next[-1].iov_len += len;
+		return 0;
 	}
-	*total += len;
+	if (side->n == side->room) {
+		if (grow_iov(&side->v, &side->room))
+			return -ENOMEM;
+		next = side->v + side->n;
+	}
+	next->iov_base = p;
+	next->iov_len = len;
+	side->n++;
+	return 0;
+}
+
+/* A buffer that is not as a whole in the window: moves the window, and cuts it where regions end.
+ */
+static __attribute__((noinline)) int add_across(struct chain *c, struct side *side, uint64_t addr,
+						uint64_t len)
+{
 	while (len) {
 		uint64_t here;
-		void *p = vf_mem_at(mem, addr, &here);
+		uint8_t *p = vf_mem_in(c->mem, &c->window, addr, &here);
 
 		if (!p) {
-			*why = "a descriptor points outside guest memory";
+			*c->why = "a descriptor points outside guest memory";
 			return -EFAULT;
 		}
 		if (here > len)
 			here = len;
-		if (*n && (uint8_t *)(*array)[*n - 1].iov_base + (*array)[*n - 1].iov_len == p) {
-			(*array)[*n - 1].iov_len += here;
-		} else {
-			if (grow_iov(array, room, *n)) {
-				*why = "out of memory";
-				return -ENOMEM;
-			}
-			(*array)[*n].iov_base = p;
-			(*array)[(*n)++].iov_len = here;
+		if (add_piece(side, p, here)) {
+			*c->why = "out of memory";
+			return -ENOMEM;
 		}
 		addr += here;
-		len -= (uint32_t)here;
+		len -= here;
 	}
 	return 0;
+}
+
+/* Adds one descriptor's buffer. */
+static inline int add_buffer(struct chain *c, struct side *side, uint64_t addr, uint32_t len)
+{
+	uint64_t offset = addr - c->window.guest_addr;
+
+	if (side->size + (uint64_t)len > INT32_MAX) {
+		*c->why = "a chain of more than 2 GiB";
+		return -EINVAL;
+	}
+	side->size += len;
+	if (len && offset < c->window.size && len <= c->window.size - offset &&
+	    side->n < side->room)
+		return add_piece(side, c->window.host + offset, len);
+	return add_across(c, side, addr, len);
 }
 
 struct desc_copy {
@@ -108,66 +138,95 @@ struct desc_copy {
 	uint16_t next;
 };
 
-static struct desc_copy read_desc(const volatile struct vring_desc *d)
+static inline struct desc_copy read_desc(const volatile struct vring_desc *d)
 {
 	return (struct desc_copy){d->addr, d->len, d->flags, d->next};
 }
 
-/* Follows a chain in a table of n descriptors from entry i. */
-static int walk(struct vf_ring *ring, const struct vf_mem *mem, struct vf_req *r,
-		const volatile struct vring_desc *table, uint32_t n, uint32_t i, bool in_indirect,
-		const char **why)
+/* The table that an indirect descriptor points to and its number of entries; NULL: *c->why. */
+static const volatile struct vring_desc *indirect_table(struct chain *c, const struct desc_copy *d,
+							uint32_t *n)
 {
-	uint32_t limit = n < VF_MAX_CHAIN ? n : VF_MAX_CHAIN;
+	const volatile struct vring_desc *table;
+	uint64_t room;
 
-	for (uint32_t count = 0;; count++) {
+	if (!d->len || d->len % sizeof(*table) || d->len / sizeof(*table) > 32768) {
+		*c->why = "an indirect table of an impossible length";
+		return NULL;
+	}
+	/* Linux's tables are aligned; an unaligned one is read bytewise by x86 and arm64 alike. */
+	table = vf_mem_in(c->mem, &c->window, d->addr, &room);
+	if (!table || room < d->len) {
+		*c->why = "an indirect table outside guest memory";
+		return NULL;
+	}
+	*n = d->len / (uint32_t)sizeof(*table);
+	return table;
+}
+
+/* Follows a chain in the ring's table from entry i, into an indirect one where it says so. */
+static int walk(const struct vf_ring *ring, struct chain *c, uint32_t i, struct side *in,
+		struct side *out)
+{
+	const volatile struct vring_desc *table = ring->desc;
+	uint32_t n = ring->size, count = 0;
+	bool indirect = ring->indirect; /* may there be such a descriptor (still)? */
+
+	for (;;) {
+		struct desc_copy d;
+		int error;
+
 		if (i >= n) {
-			*why = "a descriptor index is outside its table";
+			*c->why = "a descriptor index is outside its table";
 			return -EINVAL;
 		}
-		if (count >= limit) {
-			*why = "a descriptor chain loops or is too long";
+		if (count >= n || count >= VF_MAX_CHAIN) {
+			*c->why = "a descriptor chain loops or is too long";
 			return -ELOOP;
 		}
-		struct desc_copy d = read_desc(&table[i]);
-
+		count++;
+		d = read_desc(&table[i]);
 		if (d.flags & VRING_DESC_F_INDIRECT) {
-			uint64_t room;
-			const volatile struct vring_desc *sub;
-
-			if (!ring->indirect || in_indirect || (d.flags & VRING_DESC_F_NEXT)) {
-				*why = "an indirect descriptor where none is allowed";
+			if (!indirect || (d.flags & VRING_DESC_F_NEXT)) {
+				*c->why = "an indirect descriptor where none is allowed";
 				return -EINVAL;
 			}
-			if (!d.len || d.len % sizeof(struct vring_desc) ||
-			    d.len / sizeof(struct vring_desc) > 32768) {
-				*why = "an indirect table of an impossible length";
+			indirect = false;
+			table = indirect_table(c, &d, &n);
+			if (!table)
 				return -EINVAL;
-			}
-			sub = vf_mem_at(mem, d.addr, &room);
-			if (!sub || room < d.len) {
-				*why = "an indirect table outside guest memory";
-				return -EFAULT;
-			}
-			/* Linux's tables are aligned; an unaligned one is read bytewise by x86 and
-			 * arm64 alike. */
-			return walk(ring, mem, r, sub, d.len / (uint32_t)sizeof(struct vring_desc),
-				    0, true, why);
+			i = count = 0;
+			continue;
 		}
-		bool writable = d.flags & VRING_DESC_F_WRITE;
-
-		if (!writable && r->n_out) {
-			*why = "a readable descriptor behind a writable one";
+		if (!(d.flags & VRING_DESC_F_WRITE) && out->n) {
+			*c->why = "a readable descriptor behind a writable one";
 			return -EINVAL;
 		}
-		int error = add_buffer(mem, r, d.addr, d.len, writable, why);
-
-		if (error)
+		error = add_buffer(c, d.flags & VRING_DESC_F_WRITE ? out : in, d.addr, d.len);
+		if (error || !(d.flags & VRING_DESC_F_NEXT))
 			return error;
-		if (!(d.flags & VRING_DESC_F_NEXT))
-			return 0;
 		i = d.next;
 	}
+}
+
+/* Its arrays may have moved, whatever came of it. */
+static int take_chain(const struct vf_ring *ring, const struct vf_mem *mem, struct vf_req *r,
+		      const char **why)
+{
+	struct chain c = {.mem = mem, .why = why};
+	struct side in = {.v = r->in, .room = r->in_room};
+	struct side out = {.v = r->out, .room = r->out_room};
+	int error = walk(ring, &c, r->head, &in, &out);
+
+	r->in = in.v;
+	r->n_in = in.n;
+	r->in_room = in.room;
+	r->in_size = in.size;
+	r->out = out.v;
+	r->n_out = out.n;
+	r->out_room = out.room;
+	r->out_size = out.size;
+	return error;
 }
 
 bool vf_ring_has_work(const struct vf_ring *ring)
@@ -194,8 +253,7 @@ int vf_ring_take(struct vf_ring *ring, const struct vf_mem *mem, struct vf_req *
 		return -EINVAL;
 	}
 	r->head = ring->avail->ring[ring->next_avail & (ring->size - 1)];
-	r->n_in = r->n_out = r->in_size = r->out_size = 0;
-	error = walk(ring, mem, r, ring->desc, ring->size, r->head, false, why);
+	error = take_chain(ring, mem, r, why);
 	if (error)
 		return error;
 	ring->next_avail++;

@@ -26,6 +26,8 @@
 #define AT_DATA 0x200000u
 #define SLOT 4096u
 #define DEPTH 16u
+#define PAGE 4096u
+#define LARGE (32 * PAGE)
 
 struct machine {
 	uint8_t *memory;
@@ -65,6 +67,15 @@ static void start(struct machine *m, struct vf_share *share)
 	CHECK_EQ(vf_thread_enter(&m->thread, share, "queue"), 0);
 }
 
+/* Adds data to a chain page by page, none beside its neighbour, as a guest's page cache has them.
+ */
+static uint32_t add_pages(struct vring_desc *table, uint32_t n, uint32_t bytes, uint16_t flags)
+{
+	for (uint32_t page = bytes / PAGE; page--;)
+		table[n++] = (struct vring_desc){AT_DATA + page * PAGE, PAGE, flags, 0};
+	return n;
+}
+
 /* Puts a request into the ring as Linux does; data_in and data_out are bytes of whole pages. */
 static uint8_t *offer(struct machine *m, uint32_t slot, uint32_t opcode, uint64_t nodeid,
 		      const void *args, uint32_t size, uint32_t reply, uint32_t data_in,
@@ -88,13 +99,11 @@ static uint8_t *offer(struct machine *m, uint32_t slot, uint32_t opcode, uint64_
 	if (size)
 		table[n++] =
 		    (struct vring_desc){AT_REQUESTS + slot * SLOT + sizeof(header), size, 0, 0};
-	if (data_in)
-		table[n++] = (struct vring_desc){AT_DATA, data_in, 0, 0};
+	n = add_pages(table, n, data_in, 0);
 	if (opcode != FUSE_FORGET)
 		table[n++] = (struct vring_desc){AT_REPLIES + slot * SLOT, 16 + reply,
 						 VRING_DESC_F_WRITE, 0};
-	if (data_out)
-		table[n++] = (struct vring_desc){AT_DATA, data_out, VRING_DESC_F_WRITE, 0};
+	n = add_pages(table, n, data_out, VRING_DESC_F_WRITE);
 	for (uint32_t i = 0; i + 1 < n; i++) {
 		table[i].flags |= VRING_DESC_F_NEXT;
 		table[i].next = (uint16_t)(i + 1);
@@ -194,21 +203,31 @@ static void do_open(struct machine *m)
 	release_file(m, held, open_file(m, held));
 }
 
-static void do_read(struct machine *m)
+static void read_from(struct machine *m, uint32_t size)
 {
-	struct fuse_read_in in = {.fh = held_fh, .size = 4096};
+	struct fuse_read_in in = {.fh = held_fh, .size = size};
 	struct fuse_out_header *out =
-	    (void *)offer(m, 0, FUSE_READ, held, &in, sizeof(in), 0, 0, 4096);
+	    (void *)offer(m, 0, FUSE_READ, held, &in, sizeof(in), 0, 0, size);
 
 	served(m);
-	CHECK_EQ(out->len, 16 + 4096);
+	CHECK_EQ(out->len, 16 + size);
 }
 
-static void write_to(struct machine *m, uint64_t nodeid, uint64_t fh)
+static void do_read(struct machine *m)
 {
-	struct fuse_write_in in = {.fh = fh, .size = 4096};
+	read_from(m, PAGE);
+}
+
+static void do_read_large(struct machine *m)
+{
+	read_from(m, LARGE);
+}
+
+static void write_to(struct machine *m, uint64_t nodeid, uint64_t fh, uint32_t size)
+{
+	struct fuse_write_in in = {.fh = fh, .size = size};
 	struct fuse_out_header *out =
-	    (void *)offer(m, 0, FUSE_WRITE, nodeid, &in, sizeof(in), 8, 4096, 0);
+	    (void *)offer(m, 0, FUSE_WRITE, nodeid, &in, sizeof(in), 8, size, 0);
 
 	served(m);
 	CHECK_EQ(out->error, 0);
@@ -216,7 +235,12 @@ static void write_to(struct machine *m, uint64_t nodeid, uint64_t fh)
 
 static void do_write(struct machine *m)
 {
-	write_to(m, held, held_fh);
+	write_to(m, held, held_fh, PAGE);
+}
+
+static void do_write_large(struct machine *m)
+{
+	write_to(m, held, held_fh, LARGE);
 }
 
 static void do_create(struct machine *m)
@@ -231,7 +255,7 @@ static void do_create(struct machine *m)
 	} *out = ask(m, FUSE_CREATE, 1, &create, sizeof(create), sizeof(*out), 0);
 	uint64_t nodeid = out->entry.nodeid, fh = out->open.fh;
 
-	write_to(m, nodeid, fh);
+	write_to(m, nodeid, fh, PAGE);
 	release_file(m, nodeid, fh);
 	ask(m, FUSE_UNLINK, 1, "new", 4, 0, 0);
 	do_forget(m, nodeid);
@@ -249,14 +273,15 @@ static const struct {
     {"lookup_miss", do_lookup_miss},
     {"open_release", do_open},
     {"read4k", do_read},
+    {"read128k", do_read_large},
     {"write4k", do_write},
+    {"write128k", do_write_large},
     {"create_write_release_unlink_forget", do_create},
 };
 #define N_OPERATIONS (sizeof(operations) / sizeof(operations[0]))
 
 int main(int argc, char **argv)
 {
-	static char page[4096];
 	struct vf_share *share;
 	struct machine m;
 	uint32_t n = argc == 3 ? (uint32_t)atoi(argv[2]) : 0;
@@ -267,9 +292,7 @@ int main(int argc, char **argv)
 		return 0;
 	}
 	set_up();
-	for (size_t i = 0; i < sizeof(page) - 1; i++)
-		page[i] = 'x';
-	host_write("held", page);
+	host_write("held", "");
 	host_write("other", "");
 	share = open_share(VF_HANDLES_NEVER, 100);
 	/* As a guest's session without extensions of creating requests. */
@@ -278,7 +301,7 @@ int main(int argc, char **argv)
 	vf_thread_reply(&m.thread, 8192);
 	held = look_up(&m, "held", 0)->nodeid;
 	held_fh = open_file(&m, held);
-	write_to(&m, held, held_fh);
+	write_to(&m, held, held_fh, LARGE);
 	for (size_t i = 0; i < N_OPERATIONS; i++)
 		if (!strcmp(operations[i].name, argv[1]))
 			for (uint32_t k = 0; k < n; k++)
