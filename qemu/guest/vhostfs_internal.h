@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * vhostfs: what the files of the driver share: the wire, the state, their functions
+ * vhostfs: what the files of the driver share: the state, their functions
  *
- * The numbers and layouts are those of docs/protocol.md of vhostfs.
  * VHOSTFS_KERNEL is 100 * VERSION + PATCHLEVEL of the kernel; Kbuild sets it.
  */
 #ifndef _VHOSTFS_INTERNAL_H
@@ -16,107 +15,7 @@
 #include <linux/workqueue.h>
 #include "fuse_i.h"
 #include "vhostfs_notify.h"
-
-/* ---- what is on the wire -------------------------------------------------- */
-
-#define VHOSTFS_CONFIG_BUF_SIZE	40	/* le32 notify_buf_size */
-
-#define FUSE_NOTIFY_FSNOTIFY	0x5800
-#define FUSE_FSNOTIFY_INIT	0x5800
-#define FUSE_FSNOTIFY_WATCH	0x5801
-#define FUSE_FSNOTIFY_PARK	0x5802
-
-#define FUSE_FSNOTIFY_MAJOR	1
-#define FUSE_FSNOTIFY_MINOR	0
-
-/* Flags of FUSE_FSNOTIFY_INIT */
-#define FUSE_FSNOTIFY_VIRTQUEUE	BIT_ULL(0)
-#define FUSE_FSNOTIFY_PARKED	BIT_ULL(1)
-#define FUSE_FSNOTIFY_RENAME	BIT_ULL(3)
-#define FUSE_FSNOTIFY_CHILD	BIT_ULL(4)
-#define FUSE_FSNOTIFY_INVALIDATE BIT_ULL(5)
-#define FUSE_FSNOTIFY_WATCH_FILESYSTEM BIT_ULL(6)
-#define FUSE_FSNOTIFY_PARENT	BIT_ULL(7)
-#define FUSE_FSNOTIFY_DEFERRED_OPEN BIT_ULL(9)
-
-/* Flags of FUSE_FSNOTIFY_WATCH */
-#define FSNOTIFY_WATCH_FILESYSTEM BIT(0)
-
-/* Flags of an element */
-#define FSNOTIFY_SPLIT_RENAME	BIT(0)
-#define FSNOTIFY_FOR_PARENT	BIT(1)
-#define FSNOTIFY_CACHES		BIT(2)
-#define FSNOTIFY_UNLINKED	BIT(3)
-
-/* In the mask of FUSE_FSNOTIFY_WATCH: somebody does not want what is unlinked */
-#define VHOSTFS_EXCL_UNLINK	BIT(26)		/* IN_EXCL_UNLINK */
-
-struct fuse_fsnotify_init_in {
-	__le32 major;
-	__le32 minor;
-	__le64 flags;
-	__le64 mask;
-	__le32 buf_size;
-	__le32 reserved;
-};
-
-struct fuse_fsnotify_init_out {
-	__le32 major;
-	__le32 minor;
-	__le64 flags;
-	__le64 mask;
-	__le32 notify_buf_size;
-	__le32 max_watches;
-	__le32 max_parked;
-	__le32 reserved;
-};
-
-struct fuse_fsnotify_watch_in {
-	__le64 mask;
-	__le32 generation;
-	__le32 flags;
-};
-
-struct vhostfs_wire_element {
-	/* fuse_out_header */
-	__le32 len;
-	__le32 error;
-	__le64 unique;
-
-	__le64 nodeid;
-	__le32 generation;
-	__le32 reserved;
-	__le64 mask;
-	__le32 namelen;
-	__le32 cookie;
-	__le32 flags;
-	__le32 child_generation;
-	__le64 child_nodeid;
-	char name[];
-};
-
-#define VHOSTFS_MIN_BUF_SIZE	sizeof(struct vhostfs_wire_element)
-#define VHOSTFS_MAX_BUF_SIZE	4096
-/* Room for the longest name; buffers are never smaller */
-#define VHOSTFS_ELEMENT_SIZE	320
-
-/* Events in a directory's listing; an element carries one of them */
-#define VHOSTFS_ENTRY_EVENTS	(FS_CREATE | FS_DELETE | FS_MOVED_FROM | \
-				 FS_MOVED_TO)
-/* Events on an object, which watchers of its parent get as well */
-#define VHOSTFS_CHILD_EVENTS	(FS_ACCESS | FS_MODIFY | FS_ATTRIB | \
-				 FS_CLOSE_WRITE | FS_CLOSE_NOWRITE | \
-				 FS_OPEN | FS_OPEN_EXEC)
-/* Those that the VFS raises with a path; by that it finds what is unlinked */
-#define VHOSTFS_PATH_EVENTS	(VHOSTFS_CHILD_EVENTS & ~FS_ATTRIB)
-/* Events that only watchers of the object itself get */
-#define VHOSTFS_SELF_EVENTS	(FS_MOVE_SELF | FS_DELETE_SELF)
-#define VHOSTFS_EVENTS		(VHOSTFS_ENTRY_EVENTS | VHOSTFS_CHILD_EVENTS | \
-				 VHOSTFS_SELF_EVENTS)
-
-/* What a driver that holds all directories has to hear of */
-#define VHOSTFS_TREE_EVENTS	(VHOSTFS_ENTRY_EVENTS | FS_DELETE_SELF | \
-				 FS_EVENT_ON_CHILD)
+#include "vhostfs_wire.h"
 
 /* ---- state ------------------------------------------------------------------ */
 
@@ -200,6 +99,13 @@ struct vhostfs_watch {
 	bool sending;
 	bool refused;			/* the device does not want ->mask */
 	bool excl_unlink;		/* a mark has IN_EXCL_UNLINK */
+};
+
+/* Does one of the marks have IN_EXCL_UNLINK? */
+enum vhostfs_excl {
+	VHOSTFS_EXCL_NO,
+	VHOSTFS_EXCL_YES,
+	VHOSTFS_EXCL_AS_BEFORE,		/* nobody has looked */
 };
 
 /*
@@ -425,18 +331,8 @@ struct inode *vhostfs_look_up(struct inode *dir, const char *name,
 void vhostfs_walk(struct super_block *sb,
 		  bool (*look)(struct inode *inode, void *arg),
 		  void (*act)(struct inode *inode, void *arg), void *arg);
-void vhostfs_stale_attr(struct inode *inode, u32 mask);
-void vhostfs_wake(struct vhostfs_request *req, int error);
-struct vhostfs_request *vhostfs_getattr(struct vhostfs_notify *n,
-					struct inode *inode);
-void vhostfs_stale_object(struct vhostfs_notify *n, struct inode *inode,
-			  u32 mask);
-void vhostfs_expire_dentry(struct dentry *dentry);
-void vhostfs_stale_inode(struct vhostfs_notify *n, struct inode *inode);
-struct dentry *vhostfs_lookup_cached(struct inode *dir,
-				     const struct vhostfs_event *event);
-struct inode *vhostfs_stale_entry(struct inode *dir,
-				  const struct vhostfs_event *event);
+bool vhostfs_is_object(const struct inode *inode,
+		       const struct vhostfs_event *event);
 struct inode *vhostfs_find_child(struct fuse_conn *fc, struct inode *dir,
 				 const struct vhostfs_event *event);
 void vhostfs_remember(struct vhostfs_notify *n, struct inode *inode);
@@ -449,6 +345,20 @@ struct inode *vhostfs_meet(struct vhostfs_notify *n, struct inode *dir,
 			   const struct vhostfs_event *event);
 void vhostfs_follow(struct inode *dir, const struct inode *child,
 		    const struct vhostfs_event *event);
+
+/* vhostfs_cache.c */
+void vhostfs_stale_attr(struct inode *inode, u32 mask);
+void vhostfs_wake(struct vhostfs_request *req, int error);
+struct vhostfs_request *vhostfs_getattr(struct vhostfs_notify *n,
+					struct inode *inode);
+void vhostfs_stale_object(struct vhostfs_notify *n, struct inode *inode,
+			  u32 mask);
+void vhostfs_expire_dentry(struct dentry *dentry);
+void vhostfs_stale_inode(struct vhostfs_notify *n, struct inode *inode);
+struct dentry *vhostfs_lookup_cached(struct inode *dir,
+				     const struct vhostfs_event *event);
+struct inode *vhostfs_stale_entry(struct inode *dir,
+				  const struct vhostfs_event *event);
 
 /* vhostfs_raise.c */
 bool vhostfs_is_attached(const struct fsnotify_mark *mark);
@@ -470,15 +380,18 @@ void vhostfs_raise_rename(struct vhostfs_notify *n,
 			  const struct vhostfs_event *to);
 
 /* vhostfs_event.c */
-extern const struct fsnotify_ops vhostfs_group_ops;
 void vhostfs_free_halves(struct vhostfs_notify *n);
 void vhostfs_expire(struct vhostfs_notify *n, bool all);
 void vhostfs_half_timeout(struct work_struct *work);
-int vhostfs_add_mark(struct fsnotify_mark *mark, struct inode *inode,
-		     struct super_block *sb);
 bool vhostfs_is_granted(struct vhostfs_notify *n);
 void vhostfs_element(struct vhostfs_notify *n, const void *data,
 		     unsigned int len);
+
+/* vhostfs_overflow.c */
+extern const struct fsnotify_ops vhostfs_group_ops;
+int vhostfs_add_mark(struct fsnotify_mark *mark, struct inode *inode,
+		     struct super_block *sb);
+void vhostfs_overflow_event(struct vhostfs_notify *n, struct fuse_conn *fc);
 
 /* vhostfs_queue.c */
 void vhostfs_give_buffer(struct vhostfs_notify *n, void *buf);
@@ -488,13 +401,18 @@ void vhostfs_park_work(struct work_struct *work);
 void vhostfs_alloc_parked(struct vhostfs_notify *n, struct virtqueue *vq);
 void vhostfs_receive_work(struct work_struct *work);
 
-/* vhostfs_watch.c */
+/* vhostfs_probe.c */
 void vhostfs_register_probes(void);
 void vhostfs_unregister_probes(void);
+unsigned long vhostfs_probes_missed(void);
+
+/* vhostfs_watch.c */
 u32 vhostfs_wish(u32 mask);
+struct vhostfs_watch *vhostfs_find_watch(struct vhostfs_notify *n, u64 nodeid);
+void vhostfs_note(struct vhostfs_notify *n, u64 nodeid, u32 generation,
+		  struct inode *inode, enum vhostfs_excl excl);
 void vhostfs_free_watches(struct vhostfs_notify *n);
 void vhostfs_wake_session(struct vhostfs_notify *n);
-unsigned long vhostfs_probes_missed(void);
 void vhostfs_resync(struct vhostfs_notify *n);
 void vhostfs_retry_refused(struct vhostfs_notify *n);
 bool vhostfs_is_due(struct vhostfs_notify *n, bool wanted,
@@ -534,6 +452,15 @@ bool vhostfs_open_sent(struct vhostfs_notify *n, const struct fuse_in_header *in
 void vhostfs_open_answered(struct vhostfs_notify *n,
 			   const struct fuse_in_header *in,
 			   struct fuse_args *args);
+
+/* vhostfs_session.c */
+bool vhostfs_is_queue_wanted(void);
+void vhostfs_set_session(struct vhostfs_notify *n,
+			 enum vhostfs_session session);
+void vhostfs_session_work(struct work_struct *work);
+
+/* vhostfs_sysfs.c */
+extern const struct attribute_group vhostfs_attr_group;
 
 /* vhostfs_notify.c */
 void vhostfs_put(struct vhostfs_notify *n);
