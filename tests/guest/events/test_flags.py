@@ -21,6 +21,7 @@ from tests.guest.events.conftest import SOURCES, EventSession, MakeWatchedPlace,
 from tests.guest.events.watching import (
     ALL,
     CHANGES,
+    FANOTIFY_PROGRAM,
     PROGRAM,
     READY_TIMEOUT_S,
     STEP_TIMEOUT_S,
@@ -400,3 +401,30 @@ def test_excl_unlink_holds_for_a_file_that_is_watched_alone(twins: Twins) -> Non
     twins.step(write(there), "MODIFY")
     twins.step(close(gone))
     twins.step(close(there), "CLOSE_WRITE")
+
+
+@pytest.mark.parametrize("twins", ["auto"], indirect=True)
+def test_what_is_excluded_is_told_by_file_id_and_opened_by_nobody(twins: Twins) -> None:
+    place, mask = twins.watched.place, In.MODIFY | 0x0800_0000  # FAN_EVENT_ON_CHILD
+    held = open_both(twins, "d/f")
+    twins.watch("d", EXCLUDING)
+    told = {
+        report: place.guest.start(
+            f"exec {FANOTIFY_PROGRAM} --report={report} --mark=inode {mask:x} {place.inside}/d",
+            stdin=True,
+        )
+        for report in ("dfid_name", "fd")
+    }
+    for command in told.values():
+        command.wait_for_output(b"ready\n", READY_TIMEOUT_S)
+    twins.step(lambda d: (d / "d/f").unlink(), "DELETE f")
+    twins.step(write(held))
+    told["dfid_name"].wait_for_output(b"2 dir . f\n", STEP_TIMEOUT_S)
+    # The guest's own doing has a path.
+    place.sh("echo more >>d/g")
+    told["fd"].wait_for_output(b"2 fd\n", STEP_TIMEOUT_S)
+    for command in told.values():
+        command.close_stdin()
+        command.wait(READY_TIMEOUT_S).check()
+    assert told["fd"].stdout == b"ready\n2 fd\n"
+    twins.both(close(held))

@@ -11,6 +11,7 @@
  * none is told.  Events of no object below PATH are left out, but for an overflow.
  *
  *   --report=fid|dfid|dfid_name|dfid_fid|dfid_name_fid|target   what the group reports
+ *   --report=fd                 descriptors: a line is the mask and "fd"
  *   --mark=inode|mount|filesystem
  *   --ignore=MASK:PATH          and a mark on PATH that ignores these events
  *
@@ -45,6 +46,7 @@ static const struct {
 	unsigned int flags;
 } reports[] =
     {
+	{"fd", 0},
 	{"fid", FAN_REPORT_FID},
 	{"dfid", FAN_REPORT_DIR_FID},
 	{"dfid_name", FAN_REPORT_DFID_NAME},
@@ -107,6 +109,11 @@ static void print(const struct fanotify_event_metadata *event)
 	bool below = event->mask & FAN_Q_OVERFLOW, gone = false;
 	int n = sprintf(line, "%llx", (unsigned long long)event->mask);
 
+	if (event->fd >= 0) {
+		below = true;
+		strcpy(line + n, " fd");
+		close(event->fd);
+	}
 	for (; at < end; at += ((struct fanotify_event_info_header *)at)->len) {
 		struct fanotify_event_info_fid *fid = (struct fanotify_event_info_fid *)at;
 		struct file_handle *handle = (struct file_handle *)fid->handle;
@@ -199,6 +206,7 @@ static void add_ignore_mark(char *text)
 int main(int argc, char **argv)
 {
 	unsigned int flags = 0;
+	bool reporting = false;
 	struct pollfd polls[2];
 	char *ignore = NULL;
 	int i = 1;
@@ -207,15 +215,17 @@ int main(int argc, char **argv)
 	for (; i < argc && !strncmp(argv[i], "--", 2); i++) {
 		for (size_t j = 0; j < sizeof(reports) / sizeof(*reports); j++)
 			if (!strncmp(argv[i], "--report=", 9) &&
-			    !strcmp(argv[i] + 9, reports[j].name))
+			    !strcmp(argv[i] + 9, reports[j].name)) {
 				flags = reports[j].flags;
+				reporting = true;
+			}
 		for (size_t j = 0; j < 3; j++)
 			if (!strncmp(argv[i], "--mark=", 7) && !strcmp(argv[i] + 7, marks[j].name))
 				mark_type = marks[j].flags;
 		if (!strncmp(argv[i], "--ignore=", 9))
 			ignore = argv[i] + 9;
 	}
-	if (i + 2 != argc || !flags) {
+	if (i + 2 != argc || !reporting) {
 		fprintf(stderr, "usage: watch-fanotify --report=... --mark=... MASK PATH\n");
 		return 2;
 	}
