@@ -153,6 +153,7 @@ enum vf_op_flags {
 	VF_OP_MODIFY = 2, /* refused with EROFS on a read-only share */
 	VF_OP_NO_SESSION = 4, /* allowed before FUSE_INIT */
 	VF_OP_UPCALL = 8,     /* decided in Python */
+	VF_OP_QUICK = 16,     /* hardly ever has to wait: see vf_is_quick() */
 };
 struct vf_op_entry {
 	vf_op run;
@@ -162,6 +163,8 @@ struct vf_op_entry {
 extern const struct vf_op_entry vf_ops[];
 extern const uint32_t vf_n_ops;
 int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r);
+/* May answers to requests before this one be told of together with its own? */
+bool vf_is_quick(const struct vf_req *r);
 
 #define VF_DECLARE_OP(name) int32_t vf_op_##name(struct vf_thread *t, struct vf_req *r)
 /* op_names.c: names in directories */

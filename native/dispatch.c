@@ -8,11 +8,11 @@
 
 const struct vf_op_entry vf_ops[] = {
     [FUSE_LOOKUP] = {vf_op_lookup, 0},
-    [FUSE_FORGET] = {vf_op_forget, 0},
-    [FUSE_BATCH_FORGET] = {vf_op_batch_forget, 0},
-    [FUSE_GETATTR] = {vf_op_getattr, 0},
+    [FUSE_FORGET] = {vf_op_forget, VF_OP_QUICK},
+    [FUSE_BATCH_FORGET] = {vf_op_batch_forget, VF_OP_QUICK},
+    [FUSE_GETATTR] = {vf_op_getattr, VF_OP_QUICK},
     [FUSE_SETATTR] = {vf_op_setattr, VF_OP_MODIFY},
-    [VF_FUSE_STATX] = {vf_op_statx, 0},
+    [VF_FUSE_STATX] = {vf_op_statx, VF_OP_QUICK},
     [FUSE_READLINK] = {vf_op_readlink, 0},
     [FUSE_SYMLINK] = {vf_op_symlink, VF_OP_MODIFY},
     [FUSE_MKNOD] = {vf_op_mknod, VF_OP_MODIFY},
@@ -25,11 +25,11 @@ const struct vf_op_entry vf_ops[] = {
     [FUSE_CREATE] = {vf_op_create, VF_OP_MODIFY},
     [FUSE_TMPFILE] = {vf_op_tmpfile, VF_OP_MODIFY},
     [FUSE_ACCESS] = {vf_op_access, 0},
-    [FUSE_STATFS] = {vf_op_statfs, 0},
+    [FUSE_STATFS] = {vf_op_statfs, VF_OP_QUICK},
     [FUSE_SYNCFS] = {vf_op_syncfs, VF_OP_SLOW},
     [FUSE_OPEN] = {vf_op_open, 0},
-    [FUSE_READ] = {vf_op_read, 0},
-    [FUSE_WRITE] = {vf_op_write, VF_OP_MODIFY},
+    [FUSE_READ] = {vf_op_read, VF_OP_QUICK},
+    [FUSE_WRITE] = {vf_op_write, VF_OP_MODIFY | VF_OP_QUICK},
     [FUSE_FLUSH] = {vf_op_flush, 0},
     [FUSE_RELEASE] = {vf_op_release, 0},
     [FUSE_FSYNC] = {vf_op_fsync, VF_OP_SLOW},
@@ -59,7 +59,7 @@ const uint32_t vf_n_ops = sizeof(vf_ops) / sizeof(vf_ops[0]);
 static const struct vf_op_entry fsnotify_ops[] = {
     [VF_FUSE_FSNOTIFY_INIT - VF_FUSE_FSNOTIFY_INIT] = {NULL, VF_OP_UPCALL},
     [VF_FUSE_FSNOTIFY_WATCH - VF_FUSE_FSNOTIFY_INIT] = {vf_op_fsnotify_watch, 0},
-    [VF_FUSE_FSNOTIFY_PARK - VF_FUSE_FSNOTIFY_INIT] = {vf_op_fsnotify_park, 0},
+    [VF_FUSE_FSNOTIFY_PARK - VF_FUSE_FSNOTIFY_INIT] = {vf_op_fsnotify_park, VF_OP_QUICK},
 };
 #define N_FSNOTIFY_OPS (sizeof(fsnotify_ops) / sizeof(fsnotify_ops[0]))
 
@@ -73,6 +73,11 @@ static const struct vf_op_entry *find_op(uint32_t opcode)
 	else if (opcode - VF_FUSE_FSNOTIFY_INIT < N_FSNOTIFY_OPS)
 		op = &fsnotify_ops[opcode - VF_FUSE_FSNOTIFY_INIT];
 	return op->run || op->flags ? op : &unknown;
+}
+
+bool vf_is_quick(const struct vf_req *r)
+{
+	return find_op(r->header.opcode)->flags & VF_OP_QUICK;
 }
 
 /* Tells the source of host events, where it needs that, what the operation does. */

@@ -37,7 +37,7 @@ struct vf_queue {
 	struct vf_req *ready; /* for the next chain, or NULL; the thread's own */
 	uint32_t finished;    /* chains returned, ever (wraps); under lock */
 	struct vf_req *spare; /* requests that ended elsewhere, to use again */
-	bool draining;	      /* its thread is at work and will see to the interrupt */
+	uint32_t uncalled;    /* answers since an interrupt was last thought of */
 };
 
 struct vf_device {

@@ -12,8 +12,27 @@
 
 /* ---- completion --------------------------------------------------------- */
 
-/* alone: nothing else is about to end on this queue that would see to the interrupt soon. */
-static void finish(struct vf_req *r, int32_t result, const void *payload, bool recycle, bool alone)
+/*
+ * While its thread is at work the guest is interrupted once for so many answers, so that it works
+ * alongside and is not woken for each (1 to 64 measured); one with much data counts as two.  No
+ * answer waits for a request behind it that may take long.
+ */
+#define CALL_EVERY 4u
+#define MUCH_DATA 65536u
+
+/* With the queue's lock. */
+static void call_if_needed(struct vf_queue *q)
+{
+	q->uncalled = 0;
+	if (vf_ring_needs_call(&q->ring))
+		vf_signal_fd(q->call_fd);
+}
+
+/*
+ * elsewhere: not by the queue's thread, which would see to the interrupt and use the request
+ * again.
+ */
+static void finish(struct vf_req *r, int32_t result, const void *payload, bool elsewhere)
 {
 	struct vf_queue *q = r->queue;
 	uint32_t written = 0;
@@ -24,12 +43,13 @@ static void finish(struct vf_req *r, int32_t result, const void *payload, bool r
 	r->mem = NULL;
 	pthread_mutex_lock(&q->lock);
 	vf_ring_put(&q->ring, r->head, written);
-	if (recycle) {
+	q->uncalled += r->in_size + written < MUCH_DATA ? 1 : 2;
+	if (elsewhere) {
 		r->next = q->spare;
 		q->spare = r;
 	}
-	if ((alone || !q->draining) && vf_ring_needs_call(&q->ring))
-		vf_signal_fd(q->call_fd);
+	if (elsewhere || q->uncalled >= CALL_EVERY)
+		call_if_needed(q);
 	q->finished++;
 	if (atomic_load_explicit(&q->stopping, memory_order_relaxed))
 		pthread_cond_signal(&q->idle);
@@ -39,11 +59,11 @@ static void finish(struct vf_req *r, int32_t result, const void *payload, bool r
 void vf_req_complete(struct vf_req *r, int error, const void *payload, uint32_t size)
 {
 	r->in_place = false;
-	finish(r, error ? error : (int32_t)size, payload, true, true);
+	finish(r, error ? error : (int32_t)size, payload, true);
 }
 
 /* True: the request has ended and is the caller's to use again or to recycle. */
-static bool run(struct vf_thread *t, struct vf_req *r, bool recycle)
+static bool run(struct vf_thread *t, struct vf_req *r, bool elsewhere)
 {
 	int32_t result = vf_dispatch(t, r);
 
@@ -57,7 +77,7 @@ static bool run(struct vf_thread *t, struct vf_req *r, bool recycle)
 	atomic_store_explicit(&t->requests,
 			      atomic_load_explicit(&t->requests, memory_order_relaxed) + 1,
 			      memory_order_relaxed);
-	finish(r, result, t->reply, recycle, false);
+	finish(r, result, t->reply, elsewhere);
 	return true;
 }
 
@@ -87,30 +107,22 @@ static struct vf_req *new_request(struct vf_queue *q)
 	return r;
 }
 
-static void call_if_needed(struct vf_queue *q, bool still_draining)
+/* Tells of all answers that the guest has not been told of, if it wants to be. */
+static void tell(struct vf_queue *q)
 {
 	pthread_mutex_lock(&q->lock);
-	q->draining = still_draining;
-	if (vf_ring_needs_call(&q->ring))
-		vf_signal_fd(q->call_fd);
+	if (q->uncalled)
+		call_if_needed(q);
 	pthread_mutex_unlock(&q->lock);
 }
-
-/* Interrupt this often while a batch is drained, so that the guest works alongside (1 to 64
- * measured). */
-#define CALL_EVERY 2
 
 /* Answers what is available; 0, or negative when the ring is broken. */
 static int drain(struct vf_queue *q, struct vf_thread *t)
 {
 	const char *why = "out of memory";
 	struct vf_req *r = q->ready;
-	uint32_t since_call = 0;
 	int taken = 0;
 
-	pthread_mutex_lock(&q->lock);
-	q->draining = true;
-	pthread_mutex_unlock(&q->lock);
 	while (!atomic_load_explicit(&q->stopping, memory_order_relaxed)) {
 		bool ended = true;
 		int error;
@@ -130,23 +142,22 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		error = vf_req_parse(r);
 		if (error == -EBADMSG) {
 			why = "a request shorter than a FUSE header";
-			finish(r, VF_NO_REPLY, NULL, false, false);
+			finish(r, VF_NO_REPLY, NULL, false);
 			taken = error;
 			break;
 		}
-		if (error)
-			finish(r, error, NULL, false, false);
-		else
+		if (error) {
+			finish(r, error, NULL, false);
+		} else {
+			if (!vf_is_quick(r))
+				tell(q);
 			ended = run(t, r, false);
+		}
 		if (!ended)
 			r = NULL;
-		if (++since_call == CALL_EVERY) {
-			since_call = 0;
-			call_if_needed(q, true);
-		}
 	}
 	q->ready = r;
-	call_if_needed(q, false);
+	tell(q);
 	if (taken < 0)
 		vf_faults_add(&q->device->faults, (int32_t)q->index, "queue %u stopped: %s",
 			      q->index, why);

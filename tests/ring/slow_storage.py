@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file system with one file whose READ and FSYNC take as long as a test likes: a FUSE server in a thread.
+"""A file system whose READ, FSYNC and LOOKUP of "stuck" last as long as a test likes: a FUSE server.
 
 Must not know the server under test, for which it is a slow disk.
 Specification: include/uapi/linux/fuse.h of Linux, mount.fuse(8).
@@ -28,7 +28,7 @@ _HELD = (Opcode.READ, Opcode.FSYNC)
 
 
 class SlowStorage:
-    """Mounted while the block lasts; `slow` in it is the file. What is held goes on with release()."""
+    """Mounted while the block lasts; `slow` and `stuck` are its file. What is held goes on with release()."""
 
     def __init__(self, at: Path) -> None:
         self._at = at
@@ -56,7 +56,7 @@ class SlowStorage:
         os.close(self._fd)
 
     def await_held(self, count: int, timeout_s: float = 10.0) -> None:
-        """Until so many more READs and FSYNCs have come and wait."""
+        """Until so many more requests have come and wait."""
         for _ in range(count):
             assert self._arrived.acquire(timeout=timeout_s), "nothing came to the slow file system"
 
@@ -98,6 +98,8 @@ class SlowStorage:
                 self._reply(unique, abi.INIT_OUT.pack(7, 31, 0, 0, 0, 0, 4096, 1, 1, 0, *[0] * 8))
             case Opcode.LOOKUP if args == b"slow\0":
                 self._reply(unique, abi.ENTRY_HEAD.pack(_FILE, 1, 60, 60, 0, 0) + _attr(_FILE))
+            case Opcode.LOOKUP if args == b"stuck\0":
+                self._hold(unique, abi.ENTRY_HEAD.pack(_FILE, 1, 60, 60, 0, 0) + _attr(_FILE))
             case Opcode.LOOKUP:
                 self._reply(unique, error=errno.ENOENT)
             case Opcode.GETATTR:

@@ -6,7 +6,9 @@ Must not test what the requests do. Specification: --thread-pool-size in docs/mi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -103,3 +105,21 @@ def test_a_slow_fsync_holds_up_no_events(share: Share, storage: SlowStorage) -> 
     storage.release()
     pending.wait()
     slow.close()
+
+
+def test_an_answer_does_not_wait_for_a_slow_request_behind_it(share: Share, storage: SlowStorage) -> None:
+    fs = share.mount()
+    disk = fs.walk("disk").nodeid
+    queue = fs.vmm.request_queue()
+    queue.set_used_event(queue.used_index)
+    with suppress(BlockingIOError):
+        os.eventfd_read(queue.call_fd)
+    quick = fs.session.submit(op.getattr_(fs.root), publish=False)
+    slow = fs.session.submit(op.lookup(disk, "stuck"), publish=False)
+    queue.publish(quick.head, slow.head)
+    storage.await_held(1)
+    assert os.eventfd_read(queue.call_fd) == 1
+    quick.wait()
+    assert not slow.done
+    storage.release()
+    fs.session.submit(op.forget(slow.wait().nodeid, 1)).wait()
