@@ -7,11 +7,11 @@
 #include "polling.h"
 
 /* Longer than this after the last one a request does not come soon. */
-#define SOON_NS 50000u
+#define SOON_NS 100000u
 /* How long is waited awake. */
 #define BUDGET_NS 20000u
 /* Requests that came soon, more or less in a row, before the first wait awake. */
-#define MIN_FAST 32u
+#define MIN_FAST 8u
 /* Vain waits, after which twice as many fast requests are asked for as before, and no more than: */
 #define MAX_VAIN 3u
 #define MAX_FAST 256u
