@@ -31,6 +31,7 @@ FLAGS = abi.LINUX_7_FLAGS & ~abi.InitFlag.SECURITY_CTX & ~abi.InitFlag.CREATE_SU
 """Without what would add extensions to requests that create."""
 _FORK = get_context("fork")
 _PER_DIRECTORY = 1000
+_LISTED = 100
 
 
 def mount(server: Running, *, notifications: int = 0, request_queues: int = 1) -> FuseClient:
@@ -138,21 +139,32 @@ class Queues:
 
 
 def queues(peer: Peer, directory: Path, library: ctypes.CDLL, counts: Sequence[int]) -> Queues:
-    """Each queue has a driver's thread of its own."""
+    """Each queue has a driver's thread and a directory of its own: listings by one handle are in turn."""
+    for i in range(max(counts)):
+        for number in range(_LISTED):
+            (directory / f"queue{i}").mkdir(exist_ok=True)
+            (directory / f"queue{i}" / f"{number:04}").touch()
     found = {}
     for count in counts:
         with running(peer, directory) as server:
             client = mount(server, request_queues=count)
-            node = client.walk("listed").nodeid
-            row = Row([Step(op.readdirplus(node, client.opendir(node).fh, 0, 32 << 10))])
-            found[count] = _rows_a_second(library, client, row, count)
+            rows = []
+            for i in range(count):
+                node = client.walk(f"queue{i}").nodeid
+                rows.append(Row([Step(op.readdirplus(node, client.opendir(node).fh, 0, 32 << 10))]))
+            found[count] = _rows_a_second(library, client, rows)
             client.close()
     return Queues(found)
 
 
-def _rows_a_second(library: ctypes.CDLL, client: FuseClient, row: Row, request_queues: int) -> float:
-    loads = [Load(library, client, 16, lambda slot: row, queue=i) for i in range(request_queues)]
-    with ThreadPoolExecutor(request_queues) as threads:
+def _always(row: Row) -> Callable[[int], Row]:
+    return lambda slot: row
+
+
+def _rows_a_second(library: ctypes.CDLL, client: FuseClient, rows: Sequence[Row]) -> float:
+    """rows: one of each queue, over and over."""
+    loads = [Load(library, client, 16, _always(row), queue=i) for i, row in enumerate(rows)]
+    with ThreadPoolExecutor(len(rows)) as threads:
         seen = list(threads.map(lambda load: load.run(1.0), loads))
     return sum((one.rows_a_second for one in seen), 0.0)
 
