@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Records of inotify(7) in a buffer, and the inodes that their watches stand for. */
+#include <poll.h>
+#include <time.h>
+
+#include "inotify_records.h"
+
+/* A record fits, and a few more. */
+#define READ_ROOM 4096u
+
+void vf_places_find(struct vf_inotify_reader *reader, int32_t wd, struct vf_places *places)
+{
+	places->n = vf_watches_by_wd(reader->events->watches, reader->which, wd, places->inodes,
+				     VF_MAX_PLACES);
+}
+
+void vf_places_put(struct vf_events *events, struct vf_places *places)
+{
+	for (uint32_t i = 0; i < places->n; i++)
+		vf_inode_put(events->share, places->inodes[i]);
+}
+
+bool vf_places_have(const struct vf_places *places, const struct vf_inode *inode)
+{
+	for (uint32_t i = 0; i < places->n; i++)
+		if (places->inodes[i] == inode)
+			return true;
+	return false;
+}
+
+struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mount)
+{
+	for (uint32_t i = 0; i < places->n; i++)
+		if (vf_inode_mount(places->inodes[i]) == mount)
+			return places->inodes[i];
+	return NULL;
+}
+
+/* ---- reading ------------------------------------------------------------------------- */
+
+uint64_t vf_records_now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
+{
+	struct timespec time = {.tv_nsec = (long)time_ns};
+	struct pollfd more = {.fd = reader->fd, .events = POLLIN};
+	uint64_t at;
+	ssize_t n;
+
+	if (VF_SOURCE_BUFFER - reader->size < READ_ROOM || ppoll(&more, 1, &time, NULL) != 1)
+		return false;
+	n = reader->read(reader, reader->buffer + reader->size, VF_SOURCE_BUFFER - reader->size,
+			 &at);
+	if (n <= 0)
+		return false;
+	reader->size += (uint32_t)n;
+	return true;
+}
+
+void vf_records_make_room(struct vf_inotify_reader *reader)
+{
+	if (VF_SOURCE_BUFFER - reader->size >= READ_ROOM)
+		return;
+	memmove(reader->buffer, reader->buffer + reader->next, reader->size - reader->next);
+	reader->at += reader->next;
+	reader->size -= reader->next;
+	reader->end -= reader->next;
+	reader->next = 0;
+}
+
+int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
+{
+	ssize_t n;
+
+	reader->now_ns = vf_records_now_ns();
+	reader->size = reader->next = reader->end = 0;
+	reader->waits = 0;
+	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
+	reader->waited = reader->at;
+	if (n < 0)
+		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+	if (!n)
+		return -EIO;
+	reader->size = (uint32_t)n;
+	return (int32_t)n;
+}
+
+/* ---- names ---------------------------------------------------------------------------- */
+
+struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
+				   const struct inotify_event *record, struct vf_inode *inode,
+				   struct vf_inode *child)
+{
+	struct vf_change change = {
+	    .mask = record->mask & (VF_INOTIFY_EVENTS | VF_FS_ISDIR),
+	    .child = child,
+	    .not_its_end = reader->not_its_end,
+	    .seen_ns = reader->now_ns,
+	};
+
+	if (record->len) {
+		change.dir = inode;
+		change.name = record->name;
+		change.namelen = (uint32_t)strnlen(record->name, record->len);
+		if (change.namelen > VF_NAME_MAX)
+			change.namelen = VF_NAME_MAX;
+	} else {
+		/* inotify does not say so of self events. */
+		if (vf_inode_type(inode) == S_IFDIR)
+			change.mask |= VF_FS_ISDIR;
+		change.child = inode;
+	}
+	return change;
+}
+
+const char *vf_inotify_name(const struct vf_change *change, char buffer[VF_NAME_MAX + 1])
+{
+	memcpy(buffer, change->name, change->namelen);
+	buffer[change->namelen] = 0;
+	return buffer;
+}
+
+bool vf_record_is_of_its_name(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			      struct vf_inode *dir)
+{
+	struct vf_watches *watches = reader->events->watches;
+
+	return record->len && record->wd == vf_watch_wd(watches, VF_WD_PARENT, dir) &&
+	       vf_inotify_name_number(record->wd, record->name,
+				      (uint32_t)strnlen(record->name, record->len)) ==
+		   vf_watch_wd(watches, VF_WD_NAME, dir);
+}

@@ -1,0 +1,181 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What a watched object tells itself, and how the end of a directory is learnt of. */
+#include "inotify_records.h"
+
+/* So long a change may be under way between what it does and what inotify says of it. */
+#define LAST_LINK_NS 1000000u
+
+static bool is_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
+		       struct vf_inode *dir)
+{
+	return (record->mask & IN_DELETE) && (record->mask & IN_ISDIR) &&
+	       vf_record_is_of_its_name(reader, record, dir);
+}
+
+/* Had another one come to the directory's name before this record of it? */
+static bool was_replaced(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			 struct vf_inode *dir)
+{
+	const struct inotify_event *other;
+	bool replaced = false;
+
+	for (uint32_t at = 0; (other = vf_record_at(reader, at)) && other != record;
+	     at = vf_record_end(at, other)) {
+		/* A second half that was taken with the first has no bits left. */
+		if (other->cookie && !(other->mask & ~(uint32_t)(IN_MOVED_TO | IN_ISDIR)) &&
+		    vf_record_is_of_its_name(reader, other, dir))
+			replaced = true;
+		else if (other->wd == record->wd && (other->mask & IN_MOVE_SELF))
+			replaced = false; /* it was this one that came */
+	}
+	return replaced;
+}
+
+/*
+ * Does a record of its link count follow, or one of its end?  A directory has such a link count
+ * only when it is replaced, so what shows that it lived on is enough.
+ */
+static bool has_more_links(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			   struct vf_inode *inode)
+{
+	bool dir = vf_inode_type(inode) == S_IFDIR;
+	/* What is removed of its name then is the one that replaced it. */
+	bool by_name = dir && !was_replaced(reader, record, inode);
+	uint32_t mask = IN_ATTRIB | (dir ? IN_MOVE_SELF | VF_FS_ENTRY_EVENTS : 0);
+	const struct inotify_event *other;
+	uint32_t at = reader->end;
+
+	do {
+		for (; (other = vf_record_at(reader, at)); at = vf_record_end(at, other))
+			if ((other->wd == record->wd && (other->mask & mask) &&
+			     (dir || !other->len)) ||
+			    (by_name && is_removal(reader, other, inode)))
+				return true;
+	} while (vf_records_read_more(reader, 0));
+	return false;
+}
+
+/* Moved out of its parent's sight, has it gone before the next one was watched? */
+static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode *inode)
+{
+	const struct inotify_event *record;
+	uint32_t at = reader->end;
+
+	if (vf_watch_wd(reader->events->watches, VF_WD_PARENT, inode) < 0 ||
+	    !vf_events_is_gone(reader->events, inode))
+		return false;
+	do {
+		for (; (record = vf_record_at(reader, at)); at = vf_record_end(at, record))
+			if (is_removal(reader, record, inode))
+				return false;
+	} while (vf_records_read_more(reader, 0));
+	return true;
+}
+
+/* Whoever replaces it says so a moment after it has lost its last link. */
+static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
+{
+	uint64_t now = vf_records_now_ns(), until = now + LAST_LINK_NS;
+	const struct inotify_event *record;
+	uint32_t at = reader->end;
+
+	do {
+		for (; (record = vf_record_at(reader, at)); at = vf_record_end(at, record))
+			if (record->wd == wd && (record->mask & IN_ATTRIB))
+				return;
+	} while ((now = vf_records_now_ns()) < until && vf_records_read_more(reader, until - now));
+}
+
+/* It is told behind the last record of what happened in it. */
+static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
+				const struct vf_inode *inode)
+{
+	const struct inotify_event *record;
+	uint32_t last = reader->end;
+
+	await_last_link(reader, wd);
+	while (vf_records_read_more(reader, 0))
+		;
+	for (uint32_t at = last; (record = vf_record_at(reader, at));
+	     at = vf_record_end(at, record))
+		if (record->wd == wd)
+			last = vf_record_end(at, record);
+	reader->unseen[reader->n_unseen].nodeid = vf_inode_nodeid(inode);
+	reader->unseen[reader->n_unseen++].after = reader->at + last;
+}
+
+void vf_inotify_tell_unseen(struct vf_inotify_reader *reader)
+{
+	struct vf_share *share = reader->events->share;
+	uint32_t left = 0;
+
+	for (uint32_t i = 0; i < reader->n_unseen; i++) {
+		struct vf_inode *dir = NULL;
+
+		if (reader->unseen[i].after > reader->at + reader->end)
+			reader->unseen[left++] = reader->unseen[i];
+		else
+			dir = vf_inode_get(share, reader->unseen[i].nodeid);
+		if (!dir)
+			continue;
+		reader->removed(reader, (void *)(reader->buffer + reader->next), dir);
+		vf_inode_put(share, dir);
+	}
+	reader->n_unseen = left;
+}
+
+bool vf_inotify_is_last_link(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			     struct vf_inode *inode)
+{
+	return (vf_watch_mask(reader->events->watches, inode) & VF_FS_DELETE_SELF) &&
+	       vf_events_is_gone(reader->events, inode) && !has_more_links(reader, record, inode);
+}
+
+void vf_inotify_take_own(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			 const struct vf_places *objects)
+{
+	struct vf_events *events = reader->events;
+
+	for (uint32_t i = 0; i < objects->n; i++) {
+		struct vf_inode *inode = objects->inodes[i];
+		bool moved = (record->mask & IN_MOVE_SELF) && vf_inode_type(inode) == S_IFDIR;
+
+		/* Whoever moved it: what tells of its removal is on its parent. */
+		if (moved)
+			vf_watch_renew(events->watches, inode);
+		reader->not_its_end =
+		    (record->mask & IN_ATTRIB) && !vf_inotify_is_last_link(reader, record, inode);
+		reader->one(reader, record, inode, NULL);
+		reader->not_its_end = false;
+		if (moved && reader->n_unseen < VF_MAX_UNSEEN && is_removed_unseen(reader, inode))
+			note_unseen_removal(reader, record->wd, inode);
+	}
+}
+
+void vf_inotify_take_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			     const struct vf_places *dirs)
+{
+	uint32_t namelen = (uint32_t)strnlen(record->name, record->len);
+	struct vf_events *events = reader->events;
+	struct vf_places named, removed = {.n = 0}, told = {.n = 0};
+
+	named.n = vf_watches_by_wd(events->watches, VF_WD_NAME,
+				   vf_inotify_name_number(record->wd, record->name, namelen),
+				   named.inodes, VF_MAX_PLACES);
+	for (uint32_t i = 0; i < named.n; i++)
+		if (vf_watch_wd(events->watches, VF_WD_PARENT, named.inodes[i]) == record->wd &&
+		    vf_events_is_gone(events, named.inodes[i]))
+			removed.inodes[removed.n++] = named.inodes[i];
+	/* Of several on one mount the others had the name before. */
+	for (uint32_t i = 0; i < dirs->n; i++)
+		if ((told.inodes[told.n] =
+			 vf_places_on_mount(&removed, vf_inode_mount(dirs->inodes[i]))))
+			told.n++;
+	for (uint32_t i = 0; i < removed.n; i++)
+		if (!vf_places_have(&told, removed.inodes[i]))
+			reader->removed(reader, record, removed.inodes[i]);
+	for (uint32_t i = 0; i < dirs->n; i++)
+		reader->one(reader, record, dirs->inodes[i],
+			    vf_places_on_mount(&removed, vf_inode_mount(dirs->inodes[i])));
+	vf_places_put(events, &named);
+}
