@@ -108,6 +108,8 @@ struct vf_unlinked;
 void vf_unlinked_note(struct vf_events *events, const struct vf_change *change);
 /* Has the name left the change's object?  False, too, if that is not known. */
 bool vf_name_is_gone(struct vf_events *events, const struct vf_change *change);
+/* Was the name another object's not long ago, and is now one's? */
+bool vf_name_was_given_on(struct vf_events *events, const struct vf_change *change);
 void vf_unlinked_forget(struct vf_events *events);
 
 /* ---- sources --------------------------------------------------------------- */
@@ -356,6 +358,10 @@ uint32_t vf_inodes_of_name(struct vf_share *share, struct vf_inode *dir, const c
 /* Has this name in the directory the object of this handle now? */
 bool vf_name_has_handle(struct vf_share *share, struct vf_inode *dir, const char *name,
 			int32_t type, const uint8_t *bytes, uint32_t size);
+/* A number for the object of this handle, which another object hardly has; never 0. */
+uint64_t vf_handle_identity(int32_t type, const uint8_t *bytes, uint32_t size);
+/* The same of what has this name in the directory now; 0: nothing, or it cannot be told. */
+uint64_t vf_identity_of_name(struct vf_share *share, struct vf_inode *dir, const char *name);
 /* What the guest watches on other inodes that are the same object of the host. */
 uint64_t vf_inode_twins_watch_mask(struct vf_share *share, struct vf_inode *inode);
 /* Is one of these vf_inode_is_marked(), or vf_inode_is_moved()? */

@@ -50,12 +50,8 @@ static void find(struct vf_events *events, const struct vf_fanotify_object *obje
 /* What vf_change.object, or place, has for it. */
 static uint64_t identity(const struct vf_fanotify_object *object)
 {
-	uint64_t h = (uint32_t)object->fsid.val[0] * 0x9e3779b97f4a7c15u + (uint32_t)object->type;
-
-	for (uint32_t i = 0; object->there && i < object->handle_size; i++)
-		h = (h ^ object->handle[i]) * 0x100000001b3u;
-	h ^= h >> 32;
-	return object->there ? h | 1 : 0;
+	return object->there ? vf_handle_identity(object->type, object->handle, object->handle_size)
+			     : 0;
 }
 
 static bool is_elsewhere(const struct reader *reader, const struct vf_fanotify_object *dir)
@@ -193,7 +189,7 @@ static bool is_unlinked(const struct reader *reader, const struct vf_fanotify_re
 	/* Which of several was last cannot be known. */
 	if (change.mask && !(change.mask & (change.mask - 1)))
 		vf_unlinked_note(reader->events, &change);
-	return vf_name_is_gone(reader->events, &change);
+	return (record->mask & VF_FS_PATH_EVENTS) && vf_name_is_gone(reader->events, &change);
 }
 
 /*
@@ -242,7 +238,8 @@ static void report_entry(struct reader *reader, const struct vf_fanotify_record 
 		    .seen_ns = reader->now_ns,
 		};
 
-		change.unlinked = vf_name_is_gone(reader->events, &change);
+		change.unlinked =
+		    (record->mask & VF_FS_PATH_EVENTS) && vf_name_is_gone(reader->events, &change);
 		mask = note(reader, &change, record->mask & ~VF_FS_SELF_EVENTS);
 		if (reader->events->order && change.child)
 			mask = vf_order_note_child(reader->events->order, &change, record->mask,

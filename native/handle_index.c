@@ -347,6 +347,25 @@ bool vf_name_has_handle(struct vf_share *share, struct vf_inode *dir, const char
 	       handle.size == size && !memcmp(handle.bytes, bytes, size);
 }
 
+uint64_t vf_handle_identity(int32_t type, const uint8_t *bytes, uint32_t size)
+{
+	uint64_t h = ((uint64_t)size << 32 | (uint32_t)type) * 0x9e3779b97f4a7c15u;
+
+	for (uint32_t i = 0; i < size; i++)
+		h = (h ^ bytes[i]) * 0x100000001b3u;
+	return (h ^ h >> 32) | 1;
+}
+
+uint64_t vf_identity_of_name(struct vf_share *share, struct vf_inode *dir, const char *name)
+{
+	int fd = vf_inode_path_fd(share, dir);
+	struct handle handle;
+
+	return fd >= 0 && !findable_handle(fd, name, 0, &handle)
+		   ? vf_handle_identity(handle.type, handle.bytes, handle.size)
+		   : 0;
+}
+
 /* Adds to *sum what add() says of each other inode that is the same object of the host. */
 static void sum_over_twins(struct vf_share *share, struct vf_inode *inode, uint64_t *sum,
 			   uint64_t (*add)(struct vf_share *share, const struct vf_inode *twin))

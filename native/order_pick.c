@@ -16,6 +16,18 @@
 #define DEPARTURES (VF_FS_DELETE | VF_FS_MOVED_FROM)
 #define RETRY_NS 50000
 
+/* The name has gone from one object to another: events of both may come by it. */
+static bool was_given_on(struct vf_order *order, const struct vf_fact *fact)
+{
+	struct vf_change change = {
+	    .name = fact->name,
+	    .namelen = fact->namelen,
+	    .place = fact->place,
+	};
+
+	return vf_name_was_given_on(order->events, &change);
+}
+
 struct candidates {
 	struct vf_fact *current;  /* the one that was used last */
 	struct vf_fact *unused;	  /* the first that was not used for this event yet */
@@ -143,6 +155,8 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 			fact = c.unlinked;
 		else if (fact->unlinked && c.unused)
 			fact = c.unused;
+		else if (!now && !fact->unlinked && was_given_on(order, fact))
+			return NULL;
 	}
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;

@@ -131,6 +131,31 @@ void vf_unlinked_note(struct vf_events *events, const struct vf_change *change)
 		};
 }
 
+/*
+ * What was told last of a name need not have happened last.  That an event is told in vain is
+ * better than that it is missed, so the host is asked; where it cannot be known which object the
+ * event is of, any that has the name is.
+ */
+static bool is_there(struct vf_events *events, const struct vf_change *change)
+{
+	struct vf_share *share = events->share;
+	struct vf_inode *inode;
+	char name[VF_NAME_MAX + 1];
+	uint64_t object;
+
+	if (!change->dir)
+		return false;
+	memcpy(name, change->name, change->namelen);
+	name[change->namelen] = 0;
+	object = vf_identity_of_name(share, change->dir, name);
+	if (change->object || !change->child)
+		return object && (!change->object || object == change->object);
+	inode = vf_inode_known(share, change->dir, name);
+	if (inode)
+		vf_inode_put(share, inode);
+	return inode == change->child;
+}
+
 bool vf_name_is_gone(struct vf_events *events, const struct vf_change *change)
 {
 	const struct name *name;
@@ -138,7 +163,18 @@ bool vf_name_is_gone(struct vf_events *events, const struct vf_change *change)
 	if (!has_name(change) || !events->unlinked || !is_active(events))
 		return false;
 	name = find(events->unlinked, key_of(change));
-	return name && (name->gone || compare(name, change) == ANOTHER);
+	return name && (name->gone || compare(name, change) == ANOTHER) &&
+	       !is_there(events, change);
+}
+
+bool vf_name_was_given_on(struct vf_events *events, const struct vf_change *change)
+{
+	const struct name *name;
+
+	if (!has_name(change) || !events->unlinked || !is_active(events))
+		return false;
+	name = find(events->unlinked, key_of(change));
+	return name && !name->gone;
 }
 
 void vf_unlinked_forget(struct vf_events *events)

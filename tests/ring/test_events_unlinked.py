@@ -111,6 +111,11 @@ def test_a_renamed_or_exchanged_file_has_its_name(share: Share) -> None:
     guest.told()
     write(fd)
     assert guest.told() == ["MODIFY d[moved]"]
+    os.rename(share.path / "d/moved", share.path / "d/f")
+    os.rename(share.path / "d/f", share.path / "d/moved")
+    guest.told()
+    write(fd)
+    assert guest.told() == ["MODIFY d[moved]"]
     exchange(share.path / "d/moved", share.path / "d/new")
     guest.told()
     write(fd)
