@@ -3,6 +3,7 @@
  * The event pipeline's life: the thread that reads the host's records, what
  * the session was granted, counters.  See events.h.
  */
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -25,15 +26,18 @@
 
 /*
  * While much happens on the host that the guest is not told of, waking up for each of it would cost
- * more than looking at it: a nap gathers some, at the price of that much delay for the others.  It
- * is shorter where the guest itself makes them, so that its own work does not hold up its news.
+ * more than looking at it: a nap gathers some.  Where others make them it ends with the first
+ * record of inotify's, which is of something that the guest watches; what only fanotify tells waits
+ * for its end.  Where the guest itself makes them they are inotify's, too, and the nap is whole,
+ * but shorter.
  */
 #define WINDOW_NS 1000000u
 static const struct {
 	uint64_t per_window; /* events in WINDOW_NS, from which on */
 	bool own;	     /* the guest's count, too */
-	long nap_ns;
-} naps[] = {{100, false, 600000}, {150, true, 300000}, {30, true, 100000}};
+	bool whole;
+	long ns;
+} naps[] = {{30, false, false, 1000000}, {150, true, true, 300000}, {30, true, true, 100000}};
 #define N_NAPS (sizeof(naps) / sizeof(naps[0]))
 
 /* The shortest that the scheduler takes. */
@@ -43,8 +47,17 @@ struct pace {
 	uint64_t received, own, dropped;   /* when the last turn ended */
 	uint64_t since_ns;		   /* of the window */
 	uint64_t in_window, own_in_window; /* so far */
-	long nap_ns;			   /* by the last whole window */
+	uint32_t nap;			   /* by the last whole window; N_NAPS: none */
 };
+
+static void nap(struct vf_events *events, uint32_t which)
+{
+	struct pollfd wanted[2] = {{.fd = events->config.order_fd, .events = POLLIN},
+				   {.fd = events->stop_fd, .events = POLLIN}};
+
+	ppoll(wanted, naps[which].whole ? 0 : 2, &(struct timespec){.tv_nsec = naps[which].ns},
+	      NULL);
+}
 
 static void pace(struct vf_events *events, struct pace *pace)
 {
@@ -62,20 +75,20 @@ static void pace(struct vf_events *events, struct pace *pace)
 	pace->own = own;
 	pace->dropped = dropped;
 	if (passed_ns >= WINDOW_NS) {
-		pace->nap_ns = 0;
+		pace->nap = N_NAPS;
 		for (uint32_t i = N_NAPS; i--;) {
 			uint64_t n = pace->in_window;
 
 			if (!naps[i].own)
 				n -= pace->own_in_window < n ? pace->own_in_window : n;
 			if (n * WINDOW_NS / passed_ns >= naps[i].per_window)
-				pace->nap_ns = naps[i].nap_ns;
+				pace->nap = i;
 		}
 		pace->since_ns += passed_ns;
 		pace->in_window = pace->own_in_window = 0;
 	}
-	if (all_dropped && pace->nap_ns)
-		nanosleep(&(struct timespec){.tv_nsec = pace->nap_ns}, NULL);
+	if (all_dropped && pace->nap < N_NAPS)
+		nap(events, pace->nap);
 }
 
 /*
@@ -106,7 +119,7 @@ static void ask_for_short_turns(void)
 static void *events_main(void *arg)
 {
 	struct vf_events *events = arg;
-	struct pace turns = {.since_ns = 0};
+	struct pace turns = {.nap = N_NAPS};
 	struct epoll_event ready;
 	int32_t wait_ms = -1;
 

@@ -167,6 +167,7 @@ struct vf_events {
 	struct vf_unlinked *unlinked;	      /* NULL: nothing is noted */
 	struct vf_fanotify_move *move;	      /* NULL: it stays with its group */
 	bool again;	    /* read() is to be called again at once; its thread's */
+	bool drained;	    /* the last read of fanotify had all that there was; likewise */
 	uint64_t elsewhere; /* received, on objects that nobody watches; the source's thread's */
 	/* Granted to the session; 0: none, and nothing is reported. */
 	atomic_uint_fast64_t flags;

@@ -25,6 +25,8 @@ static const uint64_t usual_order[] = {
     VF_FS_MODIFY, VF_FS_ATTRIB,	   VF_FS_CLOSE_WRITE, VF_FS_CLOSE_NOWRITE, VF_FS_MOVED_FROM,
     VF_FS_DELETE, VF_FS_MOVE_SELF, VF_FS_DELETE_SELF,
 };
+/* More than any record: four handles and two names. */
+#define MAX_RECORD 4096u
 #define N_ORDERED (sizeof(usual_order) / sizeof(usual_order[0]))
 
 struct reader {
@@ -477,6 +479,7 @@ static bool read_records(struct vf_events *events)
 	uint32_t at = 0, size;
 	ssize_t n;
 
+	events->drained = false;
 	if (vf_fanotify_move_report(events))
 		return true;
 	n = read(events->config.source_fd, events->buffer, VF_SOURCE_BUFFER);
@@ -487,6 +490,7 @@ static bool read_records(struct vf_events *events)
 		return false;
 	}
 	size = (uint32_t)n;
+	events->drained = size + MAX_RECORD <= VF_SOURCE_BUFFER;
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	reader.now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 	while (at < size) {

@@ -345,7 +345,7 @@ static bool read_once(struct vf_order *order)
 	}
 	order->patience = PATIENCE;
 	for (uint32_t i = 0; more && i < MAX_READS && !is_held_up(order); i++)
-		more = order->read_facts(order->events);
+		more = order->read_facts(order->events) && !order->events->drained;
 	vf_inotify_take(&order->reader);
 	if (order->behind) {
 		vf_facts_tell_all(order);
