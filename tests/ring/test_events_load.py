@@ -7,9 +7,12 @@ Specification: docs/protocol.md, "Order, merging and loss".
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import re
 import statistics
+import struct
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -53,6 +56,28 @@ def in_a_child(work: Callable[..., None], *args: object) -> BaseProcess:
 
 
 # ---- latency ---------------------------------------------------------------------------------------------
+
+
+def turns_ns(thread: int) -> int:
+    """How long a thread's turns are by sched_getattr(2); 0 before Linux 6.12."""
+    number = {"x86_64": 315, "aarch64": 275}[os.uname().machine]
+    attributes = ctypes.create_string_buffer(48)
+    assert not ctypes.CDLL(None).syscall(number, thread, attributes, len(attributes), 0)
+    runtime_ns: int = struct.unpack_from("=Q", attributes, 24)[0]
+    return runtime_ns
+
+
+def test_the_thread_that_reads_events_asks_for_short_turns(make_share: MakeShare) -> None:
+    """So that it need not wait until a busy thread is through with its own; Linux 6.12."""
+    share = start_share(make_share, SOURCES[0])
+    [thread] = [
+        int(task.name)
+        for pid in share.server.pids()
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        if (task / "comm").read_text() == "events\n"
+    ]
+    kernel = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+    assert turns_ns(thread) == (100_000 if kernel >= (6, 12) else 0)
 
 
 def test_an_event_is_there_at_once(share: Share, source: Source) -> None:
