@@ -12,7 +12,7 @@
  * How long is waited awake: until a driver that sleeps on an idle processor has been woken, which
  * takes 15 to 25 us, has looked, and has asked again.
  */
-#define BUDGET_NS 30000u
+#define BUDGET_NS 40000u
 /* Requests that came soon, more or less in a row, before the first wait awake. */
 #define MIN_FAST 8u
 /* Vain waits, after which twice as many fast requests are asked for as before, and no more than: */
