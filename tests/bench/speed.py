@@ -20,7 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench import event_latency, figures, report
-from tests.bench.peers import ROOT, Peer, c_virtiofsd, running, rust_virtiofsd, vhostfs_peer
+from tests.bench.peers import (
+    ROOT,
+    Peer,
+    ahead_of_others,
+    c_virtiofsd,
+    running,
+    rust_virtiofsd,
+    vhostfs_peer,
+)
 from tests.bench.ring_load import Load, build_library
 from tests.bench.workloads import WORKLOADS, Workload, prepare
 from vhostfs.frontend.vhost_user import BackendGoneError
@@ -57,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-peers", action="store_true", help="this tree's server alone")
     parser.add_argument(
+        "--ahead",
+        action="store_true",
+        help="driver and server on a processor each, ahead of other work: for ratios on a busy machine",
+    )
+    parser.add_argument(
         "--write", action="store_true", help=f"write {TARGET.relative_to(ROOT)} and its plots"
     )
     return parser
@@ -68,6 +81,7 @@ def _one_round(
     workloads: Sequence[Workload],
     depths: Sequence[int],
     duration_s: float,
+    ahead: bool,
 ) -> list[report.Point]:
     """Each workload on all servers, one directly after the other: so they have the same machine."""
     library = build_library(cache_root() / "bench")
@@ -75,6 +89,8 @@ def _one_round(
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(running(peer, place)) for peer in peers]
         clients = [figures.mount(server) for server in servers]
+        if ahead:
+            stack.enter_context(ahead_of_others(servers))
         for workload, depth in itertools.product(workloads, depths):
             for peer, server, client in zip(peers, servers, clients, strict=True):
                 prepared = workload.prepare(client)
@@ -126,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Another one first in each round.
             first = turn % len(peers)
             order = [*peers[first:], *peers[:first]]
-            points += _one_round(order, place, workloads, depths, given.duration)
+            points += _one_round(order, place, workloads, depths, given.duration, given.ahead)
         _say("start to first reply")
         start = {peer.name: figures.start_up(peer, place, 7) for peer in peers}
         _say("several request queues")
