@@ -43,8 +43,10 @@ uint64_t vf_order_note_own(struct vf_order *order, const struct vf_change *chang
  */
 uint64_t vf_order_note_child(struct vf_order *order, struct vf_change *change, uint64_t mask,
 			     uint64_t left, bool own);
-/* The same for the two halves of a rename; false: of one of them inotify
- * does not tell, and nothing was noted. */
+/*
+ * The same for the two halves of a rename, which are told as one when inotify tells of either and
+ * the other is wanted, too; false: nothing was noted.
+ */
 bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes[2], bool own);
 
 /*

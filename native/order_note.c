@@ -110,10 +110,14 @@ uint64_t vf_order_note_child(struct vf_order *order, struct vf_change *change, u
 
 bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes[2], bool own)
 {
+	bool from = vf_order_bits(order, changes[0].dir) & VF_FS_MOVED_FROM;
+	bool to = vf_order_bits(order, changes[1].dir) & VF_FS_MOVED_TO;
 	struct vf_fact *first, *second;
 
-	if (!(vf_order_bits(order, changes[0].dir) & VF_FS_MOVED_FROM) ||
-	    !(vf_order_bits(order, changes[1].dir) & VF_FS_MOVED_TO))
+	if (!from && !to)
+		return false;
+	/* Who watches the share as a whole wants the half that inotify does not tell, too. */
+	if (!(from && to) && !vf_events_is_wanted(order->events, &changes[from]))
 		return false;
 	first = vf_fact_add(order, &changes[0], changes[0].mask, own);
 	second = vf_fact_add(order, &changes[1], changes[1].mask, own);

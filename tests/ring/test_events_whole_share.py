@@ -270,6 +270,16 @@ def test_a_rename_does_not_overtake_what_came_before_it(guest: EventGuest) -> No
     ]
 
 
+def test_a_rename_is_one_where_one_of_its_directories_is_watched_by_itself_too(guest: EventGuest) -> None:
+    host = guest.share.path
+    guest.watch("a")
+    watch_share(guest)
+    os.rename(host / "a/f", host / "a/b/g")
+    assert told(guest)[:2] == ["MOVED_FROM a[f] pair 1", "MOVED_TO a/b[g] pair 1"]
+    os.rename(host / "a/b/g", host / "a/f")
+    assert told(guest)[:2] == ["MOVED_FROM a/b[g] pair 2", "MOVED_TO a[f] pair 2"]
+
+
 def test_its_end_gives_everything_back(guest: EventGuest) -> None:
     before = event_counters(guest.share)
     assert before["share_watches"] == 0
