@@ -98,8 +98,12 @@ static void vhostfs_entry_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 		return;
 	}
 
-	vhostfs_check_former(n, vhostfs_stale_entry(dir, event));
+	/* The name may be all that keeps them in memory */
 	child = vhostfs_find_child(fc, NULL, event);
+	vhostfs_keep_former(n, dir, event);
+	vhostfs_check_former(n, vhostfs_stale_entry(dir, event));
+	if (!child)
+		child = vhostfs_find_child(fc, NULL, event);
 	if (child)
 		vhostfs_stale_attr(child, STATX_BASIC_STATS);
 	else
@@ -135,6 +139,7 @@ static void vhostfs_rename_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 		goto out;
 	}
 
+	vhostfs_keep_former(n, new_dir, to);
 	former = vhostfs_stale_entry(new_dir, to);
 	child = vhostfs_find_child(fc, NULL, to);
 	if (child)

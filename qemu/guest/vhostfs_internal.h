@@ -337,6 +337,8 @@ struct inode *vhostfs_find_child(struct fuse_conn *fc, struct inode *dir,
 				 const struct vhostfs_event *event);
 void vhostfs_remember(struct vhostfs_notify *n, struct inode *inode);
 bool vhostfs_keep(struct vhostfs_notify *n, struct inode *inode, bool ending);
+void vhostfs_keep_former(struct vhostfs_notify *n, struct inode *dir,
+			 const struct vhostfs_event *event);
 struct inode *vhostfs_next_ended(struct vhostfs_notify *n);
 void vhostfs_forget_recent(struct vhostfs_notify *n,
 			   const struct super_block *sb,

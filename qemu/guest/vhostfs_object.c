@@ -275,6 +275,22 @@ static void vhostfs_drop_kept(struct vhostfs_notify *n,
 	kfree(kept);
 }
 
+/* Who is held for its handle alone gives way; false: each has its end to be told */
+static bool vhostfs_has_room(struct vhostfs_notify *n)
+{
+	struct vhostfs_kept *kept;
+
+	if (n->nkept < VHOSTFS_MAX_KEPT)
+		return true;
+	list_for_each_entry(kept, &n->kept, list) {
+		if (!kept->ending) {
+			vhostfs_drop_kept(n, kept);
+			return true;
+		}
+	}
+	return false;
+}
+
 /*
  * Holds an object for VHOSTFS_HALF_WAIT. Either it is ending: it has no link any
  * more, but the device, which sends in order, may be about to tell of more before
@@ -294,7 +310,7 @@ bool vhostfs_keep(struct vhostfs_notify *n, struct inode *inode, bool ending)
 	}
 	if (!ending && !READ_ONCE(n->fid_wanted))
 		return true;
-	if (n->nkept == VHOSTFS_MAX_KEPT || READ_ONCE(n->paused))
+	if (READ_ONCE(n->paused) || !vhostfs_has_room(n))
 		return false;
 	kept = kmalloc(sizeof(*kept), GFP_KERNEL);
 	if (!kept)
@@ -307,6 +323,33 @@ bool vhostfs_keep(struct vhostfs_notify *n, struct inode *inode, bool ending)
 	n->nkept++;
 	queue_delayed_work(vhostfs_wq, &n->half_work, VHOSTFS_HALF_WAIT);
 	return true;
+}
+
+/*
+ * Holds the object that loses its name to another in a rename: the device may
+ * be about to tell that it has moved itself (an exchange) or of its end, to
+ * those who want objects by handle. Its dentry goes with the name, and may be
+ * all that keeps it in memory.
+ */
+void vhostfs_keep_former(struct vhostfs_notify *n, struct inode *dir,
+			 const struct vhostfs_event *event)
+{
+	struct vhostfs_kept *kept;
+	struct inode *inode = NULL;
+	struct dentry *entry;
+
+	if (!(event->mask & FS_MOVED_TO) || !READ_ONCE(n->fid_wanted))
+		return;
+	entry = vhostfs_lookup_cached(dir, event);
+	if (entry && d_really_is_positive(entry) &&
+	    !vhostfs_is_object(d_inode(entry), event))
+		inode = d_inode(entry);
+	list_for_each_entry(kept, &n->kept, list)
+		if (kept->inode == inode)
+			inode = NULL;
+	if (inode)
+		vhostfs_keep(n, inode, false);
+	dput(entry);
 }
 
 /*

@@ -7,6 +7,7 @@ docs/protocol.md, "Watching the whole share".
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import os
 import re
@@ -201,6 +202,13 @@ def number(path: Path) -> str:
     return f"#{path.lstat().st_ino}"
 
 
+def exchange(one: Path, other: Path) -> None:
+    """renameat2(2) with RENAME_EXCHANGE, of absolute paths."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(-1, bytes(one), -1, bytes(other), 2) != 0:
+        raise OSError(ctypes.get_errno(), "renameat2")
+
+
 NAMES = "--report=dfid_name --mark=filesystem"
 
 
@@ -264,6 +272,26 @@ def test_file_handles_in_events_lead_to_the_objects(watched: WatchedPlace, marke
         },
     )
     watcher.step(lambda: os.chmod(host / "four", 0o700), {"dir four .": Fan.ATTRIB | Fan.ONDIR})
+
+
+def test_an_object_is_named_of_which_the_guest_knows_no_more_than_the_name_it_loses(
+    watched: WatchedPlace, marked: MakeMarked
+) -> None:
+    host = watched.host
+    make_tree(host)
+    (host / "four/other").write_text("other")
+    watcher = marked(watched, "--report=target --mark=filesystem")
+    watched.place.sh("stat one/two/three/old four/other")
+    old, other = number(host / "one/two/three/old"), number(host / "four/other")
+    watcher.step(
+        lambda: exchange(host / "one/two/three/old", host / "four/other"),
+        {
+            f"dir one/two/three old fid {old}": Fan.MOVED_FROM,
+            f"dir four other fid {old}": Fan.MOVED_TO,
+            f"dir four other fid {other}": Fan.MOVED_FROM,
+            f"dir one/two/three old fid {other}": Fan.MOVED_TO,
+        },
+    )
 
 
 def test_a_group_that_wants_no_names_gets_the_objects(watched: WatchedPlace, marked: MakeMarked) -> None:
