@@ -24,6 +24,8 @@
 #define MANY_HITS 64u
 /* Between two turns of the loop only if the processor was another thread's, or an interrupt's. */
 #define TAKEN_AWAY_NS 8000u
+/* Who is there so soon after this thread has given up has waited for its processor. */
+#define STARVED_NS 12000u
 #define MIN_PENALTY_NS 50000000u
 #define MAX_PENALTY_NS 2000000000u
 
@@ -62,10 +64,19 @@ uint64_t vf_polling_begin(struct vf_polling *p)
 {
 	if (!p->possible)
 		return 0;
+	p->gave_up_ns = 0;
 	p->ended_ns = now_ns();
 	if (p->fast < p->wanted || p->ended_ns < p->off_until_ns)
 		return 0;
 	return BUDGET_NS;
+}
+
+static void stay_off(struct vf_polling *p, uint64_t now)
+{
+	p->fast = 0;
+	p->off_until_ns = now + p->penalty_ns;
+	if (p->penalty_ns < MAX_PENALTY_NS)
+		p->penalty_ns *= 2;
 }
 
 bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last_ns)
@@ -75,14 +86,12 @@ bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last
 
 	*last_ns = now;
 	if (taken_away) {
-		p->fast = 0;
-		p->off_until_ns = now + p->penalty_ns;
-		if (p->penalty_ns < MAX_PENALTY_NS)
-			p->penalty_ns *= 2;
+		stay_off(p, now);
 		return false;
 	}
 	if (now - p->ended_ns < budget_ns)
 		return true;
+	p->gave_up_ns = now;
 	p->hits = 0;
 	if (++p->vain >= MAX_VAIN) {
 		p->fast = 0;
@@ -104,9 +113,15 @@ void vf_polling_hit(struct vf_polling *p)
 
 void vf_polling_slept(struct vf_polling *p)
 {
+	uint64_t now, gave_up_ns = p->gave_up_ns;
+
 	if (!p->possible)
 		return;
-	if (now_ns() - p->ended_ns > SOON_NS)
+	now = now_ns();
+	p->gave_up_ns = 0;
+	if (gave_up_ns && now - gave_up_ns < STARVED_NS)
+		stay_off(p, now);
+	else if (now - p->ended_ns > SOON_NS)
 		p->fast -= p->fast < SLOW_COSTS ? p->fast : SLOW_COSTS;
 	else if (p->fast < p->wanted)
 		p->fast++;

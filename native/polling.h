@@ -7,7 +7,8 @@
  * ring for a moment is cheaper for both.  It is done only after a row of
  * requests that nearly all came so fast, ends after a few vain waits (the next row must be
  * longer), and stays off for a while when the thread finds that somebody else
- * needed its processor.
+ * needed its processor: it was taken away, or who was waited for could run only
+ * when it was given up.
  */
 #ifndef VHOSTFS_POLLING_H
 #define VHOSTFS_POLLING_H
@@ -16,13 +17,14 @@
 #include <stdint.h>
 
 struct vf_polling {
-	bool possible;	   /* there is another processor for the guest to run on */
-	uint32_t fast;	   /* requests that came soon, less what the others cost */
-	uint32_t wanted;   /* so many, before it is tried */
-	uint32_t vain;	   /* waits in a row that nothing came in */
-	uint32_t hits;	   /* waits in a row that something came in */
-	long switches;	   /* times that the thread had made room for another, at the last look */
-	uint64_t ended_ns; /* when the queue was last empty */
+	bool possible;	     /* there is another processor for the guest to run on */
+	uint32_t fast;	     /* requests that came soon, less what the others cost */
+	uint32_t wanted;     /* so many, before it is tried */
+	uint32_t vain;	     /* waits in a row that nothing came in */
+	uint32_t hits;	     /* waits in a row that something came in */
+	long switches;	     /* times that the thread had made room for another, at the last look */
+	uint64_t ended_ns;   /* when the queue was last empty */
+	uint64_t gave_up_ns; /* when a vain wait ended, if the thread then slept; else 0 */
 	uint64_t off_until_ns;
 	uint64_t penalty_ns; /* of the last time that the processor was taken away */
 };
