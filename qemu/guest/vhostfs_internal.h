@@ -323,6 +323,8 @@ void vhostfs_send(struct vhostfs_notify *n, struct fuse_mount *fm,
 struct vhostfs_request *vhostfs_new_request(u32 opcode, u64 nodeid,
 					    size_t in_size,
 					    size_t out_size);
+int vhostfs_ask(struct vhostfs_notify *n, struct fuse_mount *fm,
+		struct vhostfs_request *req);
 int vhostfs_inode_eq(struct inode *inode, void *nodeid);
 struct inode *vhostfs_find(struct fuse_conn *fc, u64 nodeid,
 			   u32 generation);
@@ -420,6 +422,14 @@ void vhostfs_retry_refused(struct vhostfs_notify *n);
 bool vhostfs_is_due(struct vhostfs_notify *n, bool wanted,
 		    unsigned long when);
 bool vhostfs_send_watch(struct vhostfs_notify *n, struct fuse_mount *fm);
+
+/* vhostfs_held.c */
+void vhostfs_hold(struct vhostfs_share *share, struct inode *inode);
+void vhostfs_let_go(struct vhostfs_share *share, struct inode *inode);
+void vhostfs_walk_work(struct work_struct *work);
+void vhostfs_read_all(struct vhostfs_share *share);
+void vhostfs_open_share(struct vhostfs_share *share);
+void vhostfs_close_share(struct vhostfs_share *share);
 
 /* vhostfs_share.c */
 extern const struct fsnotify_ops vhostfs_share_ops;

@@ -78,6 +78,19 @@ struct vhostfs_request *vhostfs_new_request(u32 opcode, u64 nodeid,
 	return req;
 }
 
+/* A request, and its answer; frees nothing */
+int vhostfs_ask(struct vhostfs_notify *n, struct fuse_mount *fm,
+		struct vhostfs_request *req)
+{
+	DECLARE_COMPLETION_ONSTACK(done);
+
+	req->end = vhostfs_wake;
+	req->done = &done;
+	vhostfs_send(n, fm, req);
+	wait_for_completion(&done);
+	return req->error;
+}
+
 /* ---- objects ---------------------------------------------------------------- */
 
 int vhostfs_inode_eq(struct inode *inode, void *nodeid)
