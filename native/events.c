@@ -26,28 +26,28 @@
 
 /*
  * While much happens on the host that the guest is not told of, waking up for each of it would cost
- * more than looking at it: a nap gathers some.  Where others make them it ends with the first
- * record of inotify's, which is of something that the guest watches; what only fanotify tells waits
- * for its end.  Where the guest itself makes them they are inotify's, too, and the nap is whole,
- * but shorter.
+ * more than looking at it: a nap gathers some.  Where it is others' doing elsewhere the nap ends
+ * with the first record of inotify's, which is of something that the guest watches; what only
+ * fanotify tells waits for its end.  What the guest itself does is inotify's, too, and then the nap
+ * is whole, but shorter.
  */
 #define WINDOW_NS 1000000u
 static const struct {
 	uint64_t per_window; /* events in WINDOW_NS, from which on */
-	bool own;	     /* the guest's count, too */
-	bool whole;
+	enum { BY_INOTIFY, ELSEWHERE, ALL } of;
 	long ns;
-} naps[] = {{30, false, false, 1000000}, {150, true, true, 300000}, {30, true, true, 100000}};
+} naps[] = {
+    {3, BY_INOTIFY, 1000000}, {30, ELSEWHERE, 1000000}, {150, ALL, 300000}, {30, ALL, 100000}};
 #define N_NAPS (sizeof(naps) / sizeof(naps[0]))
 
 /* The shortest that the scheduler takes. */
 #define TURN_NS 100000u
 
 struct pace {
-	uint64_t received, own, dropped;   /* when the last turn ended */
-	uint64_t since_ns;		   /* of the window */
-	uint64_t in_window, own_in_window; /* so far */
-	uint32_t nap;			   /* by the last whole window; N_NAPS: none */
+	uint64_t received, elsewhere, dropped;	 /* when the last turn ended */
+	uint64_t since_ns;			 /* of the window */
+	uint64_t in_window, elsewhere_in_window; /* so far */
+	uint32_t nap;				 /* by the last whole window; N_NAPS: none */
 };
 
 static void nap(struct vf_events *events, uint32_t which)
@@ -55,14 +55,35 @@ static void nap(struct vf_events *events, uint32_t which)
 	struct pollfd wanted[2] = {{.fd = events->config.order_fd, .events = POLLIN},
 				   {.fd = events->stop_fd, .events = POLLIN}};
 
-	ppoll(wanted, naps[which].whole ? 0 : 2, &(struct timespec){.tv_nsec = naps[which].ns},
+	ppoll(wanted, naps[which].of == ALL ? 0 : 2, &(struct timespec){.tv_nsec = naps[which].ns},
 	      NULL);
+}
+
+/* Is inotify told of everything that the guest is to be told? */
+static bool inotify_has_all(struct vf_events *events)
+{
+	return !events->order_error && !atomic_load(&events->everywhere) &&
+	       !atomic_load(&events->told_all) &&
+	       !(atomic_load(&events->flags) & VF_FSNOTIFY_WATCH_ALL);
+}
+
+static bool is_worth(struct vf_events *events, const struct pace *pace, uint64_t passed_ns,
+		     uint32_t which)
+{
+	uint64_t n = naps[which].of == ALL ? pace->in_window : pace->elsewhere_in_window;
+
+	if (naps[which].of != ALL && events->config.order_fd < 0)
+		return false;
+	if (naps[which].of == BY_INOTIFY && !inotify_has_all(events))
+		return false;
+	return n * WINDOW_NS / passed_ns >= naps[which].per_window;
 }
 
 static void pace(struct vf_events *events, struct pace *pace)
 {
-	uint64_t received = atomic_load(&events->received), own = atomic_load(&events->own);
-	uint64_t dropped = own + atomic_load(&events->unknown) + atomic_load(&events->unwatched);
+	uint64_t received = atomic_load(&events->received);
+	uint64_t elsewhere = atomic_load(&events->unknown) + atomic_load(&events->unwatched);
+	uint64_t dropped = elsewhere + atomic_load(&events->own);
 	bool all_dropped = received - pace->received <= dropped - pace->dropped;
 	struct timespec now;
 	uint64_t passed_ns;
@@ -70,22 +91,17 @@ static void pace(struct vf_events *events, struct pace *pace)
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	passed_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec - pace->since_ns;
 	pace->in_window += received - pace->received;
-	pace->own_in_window += own - pace->own;
+	pace->elsewhere_in_window += elsewhere - pace->elsewhere;
 	pace->received = received;
-	pace->own = own;
+	pace->elsewhere = elsewhere;
 	pace->dropped = dropped;
 	if (passed_ns >= WINDOW_NS) {
 		pace->nap = N_NAPS;
-		for (uint32_t i = N_NAPS; i--;) {
-			uint64_t n = pace->in_window;
-
-			if (!naps[i].own)
-				n -= pace->own_in_window < n ? pace->own_in_window : n;
-			if (n * WINDOW_NS / passed_ns >= naps[i].per_window)
+		for (uint32_t i = N_NAPS; i--;)
+			if (is_worth(events, pace, passed_ns, i))
 				pace->nap = i;
-		}
 		pace->since_ns += passed_ns;
-		pace->in_window = pace->own_in_window = 0;
+		pace->in_window = pace->elsewhere_in_window = 0;
 	}
 	if (all_dropped && pace->nap < N_NAPS)
 		nap(events, pace->nap);
