@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +47,22 @@ def test_a_front_end_may_come_and_go(share: Share, ours: None) -> None:
         fs.write_file(fs.root, str(i), b"x")
         share.unmount()
     assert len(list(share.path.iterdir())) == 20
+
+
+def test_queues_that_nobody_asks_take_no_processor_time(share: Share, ours: None) -> None:
+    fs = share.mount()
+    for _ in range(500):  # fast enough to be waited for awake
+        fs.session.call(op.getattr_(fs.root))
+    before_ns = _queues_cpu_ns(share)
+    time.sleep(0.2)
+    assert _queues_cpu_ns(share) - before_ns < 5_000_000
+
+
+def _queues_cpu_ns(share: Share) -> int:
+    tasks = [task for pid in share.server.pids() for task in Path(f"/proc/{pid}/task").iterdir()]
+    queues = [task for task in tasks if (task / "comm").read_text().startswith("vhostfs-vq")]
+    assert queues
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in queues)
 
 
 def test_once_ends_the_server_with_the_connection(make_share: MakeShare, ours: None) -> None:
