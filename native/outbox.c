@@ -230,10 +230,12 @@ static bool same(const struct record *record, const struct vf_outgoing *out)
 	       (!a->namelen || !memcmp(record->name, out->name, a->namelen));
 }
 
-/* The overflow element does not take that of another. */
-static uint32_t room(const struct vf_outbox *outbox)
+/* The overflow element does not take that of another; a rename fits where nothing else waits. */
+static bool has_room(const struct vf_outbox *outbox, uint32_t n)
 {
-	return outbox->max_elements - (outbox->depth - outbox->overflow_waits);
+	uint32_t waiting = outbox->depth - outbox->overflow_waits;
+
+	return !waiting || (waiting < outbox->max_elements && n <= outbox->max_elements - waiting);
 }
 
 /* Elements that are added at once before they begin to leave. */
@@ -254,9 +256,9 @@ static void push(struct vf_outbox *outbox, const struct vf_outgoing *elements, u
 	/* Let the guest begin while a large batch is still being added; nothing is lost to a full
 	 * queue while there are buffers. */
 	outbox->since_flush += n;
-	if (n > room(outbox) || outbox->since_flush >= FLUSH_EVERY)
+	if (!has_room(outbox, n) || outbox->since_flush >= FLUSH_EVERY)
 		flush(outbox);
-	if (n > room(outbox) || !make_room(outbox, size)) {
+	if (!has_room(outbox, n) || !make_room(outbox, size)) {
 		outbox->lost += n;
 		for (uint32_t i = 0; i < n; i++)
 			vf_trace_add(outbox->trace, &elements[i].element, elements[i].name,

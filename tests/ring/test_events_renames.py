@@ -144,6 +144,18 @@ def test_a_queue_for_one_element_never_locks_up(make_share: MakeShare, way: Way)
         raise AssertionError("the last event never came")
 
 
+def test_a_queue_for_one_element_takes_a_rename(make_share: MakeShare, way: Way) -> None:
+    share = start_share(make_share, way.source, *way.options, "--event-queue=1", private=True)
+    for name in ("d", "e"):
+        (share.path / name).mkdir()
+    (share.path / "d/a").touch()
+    guest = EventGuest(share)
+    guest.watch("d", Event.MOVED_FROM)
+    guest.watch("e", Event.MOVED_TO)
+    os.rename(share.path / "d/a", share.path / "e/a")
+    assert halves(guest.told()) == ["MOVED_FROM d[a]", "MOVED_TO e[a]"]
+
+
 def test_a_moved_directory_takes_its_watches_along(share: Share) -> None:
     (share.path / "d/tree/below").mkdir(parents=True)
     guest = EventGuest(share)
