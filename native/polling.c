@@ -22,12 +22,15 @@
 #define SLOW_COSTS 16u
 /* Waits in a row that were not vain, after which MIN_FAST are enough again. */
 #define MANY_HITS 64u
-/* Between two turns of the loop only if the processor was another thread's, or an interrupt's. */
-#define TAKEN_AWAY_NS 8000u
+/*
+ * Between two turns of the loop: the processor was that of a thread that works, or (which is seen
+ * from switches) nobody's.  Threads of the kernel take it for less, on a quiet machine, too.
+ */
+#define TAKEN_AWAY_NS 300000u
 /* Who is there so soon after this thread has given up has waited for its processor. */
 #define STARVED_NS 12000u
 #define MIN_PENALTY_NS 50000000u
-#define MAX_PENALTY_NS 2000000000u
+#define MAX_PENALTY_NS 200000000u
 
 static uint64_t now_ns(void)
 {
