@@ -88,6 +88,8 @@ static int32_t run_noted(struct vf_thread *t, struct vf_req *r, vf_op run)
 	struct vf_own_window *noted = own ? vf_own_changes_begin(events, own, r) : NULL;
 	int32_t result = run(t, r);
 
+	if (own && result >= (int32_t)sizeof(struct fuse_entry_out))
+		vf_own_changes_name(own, r, ((struct fuse_entry_out *)t->reply)->nodeid);
 	if (noted)
 		vf_own_changes_end(own, noted);
 	return result;

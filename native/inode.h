@@ -113,8 +113,8 @@ struct vf_inode *vf_inode_guard_removal(struct vf_share *share, struct vf_inode 
 struct vf_inode *vf_inode_known(struct vf_share *share, struct vf_inode *dir, const char *name);
 /*
  * known_name.c: a moment ago something was done by this name, of which vf_inode_known() knows
- * nothing.  Can it have been done to one of these nodeids?  No, where all of them are held, have a
- * link and are to be found by other names.
+ * nothing.  Can it have been done to one of these nodeids?  No, where all of them have other names,
+ * or have gone while something has this one.
  */
 bool vf_inode_may_have_had_name(struct vf_share *share, struct vf_inode *dir, const char *name,
 				const uint64_t *nodeids, uint32_t n);

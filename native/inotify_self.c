@@ -4,6 +4,8 @@
 
 /* So long a change may be under way between what it does and what inotify says of it. */
 #define LAST_LINK_NS 1000000u
+/* And so long where it is known that one may be. */
+#define LATE_LINK_NS 5000000u
 
 static bool is_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
 		       struct vf_inode *dir)
@@ -42,16 +44,23 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 	/* What is removed of its name then is the one that replaced it. */
 	bool by_name = dir && !was_replaced(reader, record, inode);
 	uint32_t mask = IN_ATTRIB | (dir ? IN_MOVE_SELF | VF_FS_ENTRY_EVENTS : 0);
+	uint64_t began = vf_records_now_ns(), until = began, now;
 	const struct inotify_event *other;
 	uint32_t at = reader->end;
 
 	do {
-		for (; (other = vf_record_at(reader, at)); at = vf_record_end(at, other))
+		for (; (other = vf_record_at(reader, at)); at = vf_record_end(at, other)) {
 			if ((other->wd == record->wd && (other->mask & mask) &&
 			     (dir || !other->len)) ||
 			    (by_name && is_removal(reader, other, inode)))
 				return true;
-	} while (vf_records_read_more(reader, 0));
+			/* It lived on after this; that it lost its last link may not be told yet.
+			 */
+			if (!dir && other != record && other->wd == record->wd)
+				until = began + LATE_LINK_NS;
+		}
+		now = vf_records_now_ns();
+	} while (vf_records_read_more(reader, now < until ? until - now : 0));
 	return false;
 }
 

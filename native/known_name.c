@@ -107,10 +107,9 @@ static bool had_name(struct vf_share *share, struct vf_inode *inode, const struc
 	if (sx && inode->ino == sx->stx_ino && m->dev == statx_dev(sx))
 		return true;
 	fd = vf_inode_path_fd(share, inode);
-	if (fd < 0 || fstat(fd, &st))
-		return true; /* gone: nobody knows what its name was */
-	return !st.st_nlink || !dir_len || !path_of(share, fd, path) ||
-	       is_path_of(path, dir_path, dir_len, name);
+	if (fd < 0 || fstat(fd, &st) || !st.st_nlink)
+		return !sx; /* gone: nobody knows what its name was, but this one is there */
+	return !dir_len || !path_of(share, fd, path) || is_path_of(path, dir_path, dir_len, name);
 }
 
 bool vf_inode_may_have_had_name(struct vf_share *share, struct vf_inode *dir, const char *name,
@@ -129,8 +128,8 @@ bool vf_inode_may_have_had_name(struct vf_share *share, struct vf_inode *dir, co
 	for (uint32_t i = 0; !had && i < n; i++) {
 		struct vf_inode *inode = vf_inode_get(share, nodeids[i]);
 
-		had =
-		    !inode || had_name(share, inode, exists ? &sx : NULL, dir_path, dir_len, name);
+		had = inode ? had_name(share, inode, exists ? &sx : NULL, dir_path, dir_len, name)
+			    : !exists;
 		if (inode)
 			vf_inode_put(share, inode);
 	}

@@ -16,6 +16,7 @@
 #define STILL_RUNNING UINT64_MAX
 /* Objects to which a change by a name that the guest does not know is compared. */
 #define MAX_SUSPECTS 64u
+#define N_NAMES 4096u
 
 /* These events on an object, or on a name in a directory. */
 struct expected {
@@ -33,6 +34,11 @@ struct window {
 	struct window *next; /* of those that are free, or that have ended */
 };
 
+/* By which name the guest last came to an object, and by which before that. */
+struct last_name {
+	uint64_t nodeid, key, before;
+};
+
 struct vf_own_changes {
 	pthread_mutex_t lock;
 	int fd;
@@ -43,6 +49,7 @@ struct vf_own_changes {
 	struct window *ended, **last_ended; /* in the order of their ends */
 	struct expected *buckets[N_BUCKETS];
 	struct window windows[MAX_WINDOWS];
+	struct last_name names[N_NAMES]; /* by nodeid; the last that fell there */
 };
 
 struct vf_own_changes *vf_own_changes_new(int source_fd)
@@ -82,6 +89,27 @@ static uint64_t name_key(uint64_t dir, const char *name, uint32_t namelen)
 static struct expected **bucket(struct vf_own_changes *own, uint64_t key)
 {
 	return &own->buckets[(key ^ key >> 32) % N_BUCKETS];
+}
+
+/* ---- names of objects ---------------------------------------------------------- */
+
+static struct last_name *last_name(struct vf_own_changes *own, uint64_t nodeid)
+{
+	return &own->names[(uint32_t)nodeid % N_NAMES];
+}
+
+static void note_name(struct vf_own_changes *own, uint64_t nodeid, uint64_t key)
+{
+	struct last_name *known = last_name(own, nodeid);
+
+	pthread_mutex_lock(&own->lock);
+	if (known->nodeid != nodeid)
+		*known = (struct last_name){.nodeid = nodeid, .key = key};
+	if (known->key != key) {
+		known->before = known->key;
+		known->key = key;
+	}
+	pthread_mutex_unlock(&own->lock);
 }
 
 /* ---- what an operation causes ----------------------------------------------- */
@@ -158,24 +186,27 @@ static void add_object(struct window *w, uint64_t nodeid, uint64_t events)
 	add(w, object_key(nodeid), events, nodeid);
 }
 
-/* A name, and the object that has it now. */
-static void add_name(struct window *w, struct vf_share *share, uint64_t dir_id, const char *name,
-		     const struct own_op *op, uint64_t mask)
+/* A name, and the object that has it now: its nodeid, or 0 where that is not known. */
+static uint64_t add_name(struct window *w, struct vf_share *share, uint64_t dir_id,
+			 const char *name, const struct own_op *op, uint64_t mask)
 {
 	struct vf_inode *dir = NULL, *named = NULL;
+	uint64_t nodeid = 0;
 
 	add(w, name_key(dir_id, name, (uint32_t)strlen(name)), op->name & mask, 0);
 	if (!(op->named & mask) || vf_check_name(name))
-		return;
+		return 0;
 	dir = vf_inode_get(share, dir_id);
 	if (dir)
 		named = vf_inode_known(share, dir, name);
 	if (named) {
-		add_object(w, vf_inode_nodeid(named), op->named & mask);
+		nodeid = vf_inode_nodeid(named);
+		add_object(w, nodeid, op->named & mask);
 		vf_inode_put(share, named);
 	}
 	if (dir)
 		vf_inode_put(share, dir);
+	return nodeid;
 }
 
 /* The ids that the arguments of three operations begin with. */
@@ -197,10 +228,10 @@ static uint64_t other_id(const struct vf_req *r)
 	}
 }
 
-static void foresee(struct window *w, const struct vf_req *r, const struct own_op *op,
-		    uint64_t mask)
+static void foresee(struct vf_own_changes *own, struct window *w, const struct vf_req *r,
+		    const struct own_op *op, uint64_t mask)
 {
-	uint64_t dir = r->header.nodeid, other = other_id(r);
+	uint64_t dir = r->header.nodeid, other = other_id(r), renamed = 0;
 	const char *name = op->name ? vf_arg_string(r, op->name_at, NULL) : NULL;
 	uint32_t next = op->name_at;
 
@@ -217,15 +248,18 @@ static void foresee(struct window *w, const struct vf_req *r, const struct own_o
 	case FUSE_RENAME2:
 		name = vf_arg_string(r, next, &next);
 		if (name)
-			add_name(w, r->share, dir, name, op, mask);
+			renamed = add_name(w, r->share, dir, name, op, mask);
 		name = name ? vf_arg_string(r, next, NULL) : NULL;
 		dir = other;
 		break;
 	default:
 		break;
 	}
-	if (name)
-		add_name(w, r->share, dir, name, op, mask);
+	if (!name)
+		return;
+	add_name(w, r->share, dir, name, op, mask);
+	if (renamed)
+		note_name(own, renamed, name_key(dir, name, (uint32_t)strlen(name)));
 }
 
 /* ---- windows in the stream ----------------------------------------------------- */
@@ -304,8 +338,28 @@ struct vf_own_window *vf_own_changes_begin(struct vf_events *events, struct vf_o
 	if (!((op->object | op->name | op->named) & mask))
 		return NULL;
 	made.n = 0;
-	foresee(&made, r, op, mask);
+	foresee(own, &made, r, op, mask);
 	return made.n ? begin(own, &made) : NULL;
+}
+
+void vf_own_changes_name(struct vf_own_changes *own, const struct vf_req *r, uint64_t nodeid)
+{
+	const char *name = NULL;
+
+	switch (r->header.opcode) {
+	case FUSE_LOOKUP:
+	case FUSE_CREATE:
+	case FUSE_MKNOD:
+	case FUSE_MKDIR:
+	case FUSE_SYMLINK:
+	case FUSE_LINK:
+		name = vf_arg_string(r, own_ops[r->header.opcode].name_at, NULL);
+		break;
+	default:
+		break;
+	}
+	if (name)
+		note_name(own, nodeid, name_key(r->header.nodeid, name, (uint32_t)strlen(name)));
 }
 
 void vf_own_changes_end(struct vf_own_changes *own, struct vf_own_window *window)
@@ -356,6 +410,7 @@ static bool is_expected(struct vf_own_changes *own, uint64_t at, uint64_t key, u
 	return false;
 }
 
+/* Was anything of this name renamed by an operation of late? */
 static bool is_renamed(struct vf_own_changes *own, uint64_t key)
 {
 	for (const struct expected *e = *bucket(own, key); e; e = e->next)
@@ -365,11 +420,13 @@ static bool is_renamed(struct vf_own_changes *own, uint64_t key)
 }
 
 /*
- * Something happened by a name of whose object the guest holds nothing, or nothing any longer: the
- * objects to which an operation did the same at that time.  MAX_SUSPECTS + 1: there are more.
+ * Something happened by a name (key) of whose object the guest holds nothing, or nothing any
+ * longer: the objects to which an operation did the same at that time and whose names are not
+ * known.  MAX_SUSPECTS + 1: there are more.  *found: it was one that had this name, or may have,
+ * since something of that name was renamed.
  */
-static uint32_t find_suspects(struct vf_own_changes *own, uint64_t at, uint64_t event,
-			      uint64_t nodeids[MAX_SUSPECTS])
+static uint32_t find_suspects(struct vf_own_changes *own, uint64_t at, uint64_t event, uint64_t key,
+			      uint64_t nodeids[MAX_SUSPECTS], bool *found)
 {
 	uint32_t n = 0;
 
@@ -377,11 +434,19 @@ static uint32_t find_suspects(struct vf_own_changes *own, uint64_t at, uint64_t 
 		const struct window *w = &own->windows[i];
 
 		for (uint32_t k = 0; covers(w, at) && k < w->n; k++) {
-			if (!(w->expected[k].events & event) || !w->expected[k].nodeid)
+			uint64_t nodeid = w->expected[k].nodeid;
+			const struct last_name *known = last_name(own, nodeid);
+
+			if (!(w->expected[k].events & event) || !nodeid)
 				continue;
+			if (known->nodeid == nodeid) {
+				*found |= known->key == key || known->before == key ||
+					  is_renamed(own, key);
+				continue;
+			}
 			if (n == MAX_SUSPECTS)
 				return n + 1;
-			nodeids[n++] = w->expected[k].nodeid;
+			nodeids[n++] = nodeid;
 		}
 	}
 	return n;
@@ -393,7 +458,7 @@ bool vf_own_changes_is(struct vf_own_changes *own, struct vf_share *share, uint6
 	uint64_t event = change->mask & ~VF_FS_ISDIR, key = 0, suspects[MAX_SUSPECTS];
 	char name[VF_NAME_MAX + 1];
 	uint32_t n_suspects = 0;
-	bool found = false, renamed = false;
+	bool found = false;
 
 	if (change->dir)
 		key = name_key(vf_inode_nodeid(change->dir), change->name, change->namelen);
@@ -403,15 +468,15 @@ bool vf_own_changes_is(struct vf_own_changes *own, struct vf_share *share, uint6
 	if (!found && change->dir)
 		found = is_expected(own, at, key, event);
 	if (!found && !change->child && (event & VF_FS_CHILD_EVENTS)) {
-		n_suspects = find_suspects(own, at, event, suspects);
-		renamed = n_suspects && is_renamed(own, key);
+		n_suspects = find_suspects(own, at, event, key, suspects, &found);
+		found |= n_suspects && is_renamed(own, key);
 	}
 	pthread_mutex_unlock(&own->lock);
-	if (!n_suspects)
+	if (found || !n_suspects)
 		return found;
 	memcpy(name, change->name, change->namelen);
 	name[change->namelen] = 0;
-	return renamed || n_suspects > MAX_SUSPECTS ||
+	return n_suspects > MAX_SUSPECTS ||
 	       vf_inode_may_have_had_name(share, change->dir, name, suspects, n_suspects);
 }
 

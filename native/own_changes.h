@@ -32,6 +32,8 @@ struct vf_own_window *vf_own_changes_begin(struct vf_events *events, struct vf_o
 struct vf_own_window *vf_own_changes_begin_listing(struct vf_own_changes *own,
 						   const struct vf_inode *dir);
 void vf_own_changes_end(struct vf_own_changes *own, struct vf_own_window *window);
+/* The operation was told of the object (nodeid) that has the name in its request. */
+void vf_own_changes_name(struct vf_own_changes *own, const struct vf_req *r, uint64_t nodeid);
 
 /* ---- the source's thread ---- */
 

@@ -535,6 +535,15 @@ _TEXTS = {
         rename d/t d/s
         rmdir d/s
     """,
+    "a file that loses a name, is written, and loses its last": """
+        mkdir u
+        file u/a
+        link u/a u/b
+        watch a u/a ALL
+        unlink u/b
+        write u/a
+        unlink u/a
+    """,
     "a directory that is replaced right after another changed": """
         mkdir d
         mkdir d/n
