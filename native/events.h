@@ -326,6 +326,11 @@ void vf_watch_share_new_directory(struct vf_events *events, struct vf_inode *dir
 struct vf_inode *vf_watch_share_announce(struct vf_events *events, struct vf_inode *dir,
 					 const char *name, uint32_t namelen);
 /*
+ * This directory was removed: nobody comes for it any more, so it is not held either, and who
+ * watches it on the host is told of its end.
+ */
+void vf_watch_share_removed(struct vf_events *events, struct vf_inode *dir);
+/*
  * Reports as made what an announced directory, whose own event was reported, had in it before it
  * was marked.  The source's thread.
  */

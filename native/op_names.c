@@ -6,6 +6,7 @@
 
 #include "attr.h"
 #include "cred.h"
+#include "events.h"
 #include "inode.h"
 #include "proc_name.h"
 
@@ -136,7 +137,8 @@ int32_t vf_op_readlink(struct vf_thread *t, struct vf_req *r)
 static int32_t remove_name(struct vf_req *r, int flags)
 {
 	const char *name = vf_arg_string(r, 0, NULL);
-	struct vf_inode *dir, *removed;
+	struct vf_events *events = r->share->events;
+	struct vf_inode *dir, *removed, *announced = NULL;
 	int fd, error;
 
 	if (!name)
@@ -148,7 +150,14 @@ static int32_t remove_name(struct vf_req *r, int flags)
 	if (fd < 0)
 		return fd;
 	removed = vf_inode_guard_removal(r->share, dir, fd, name);
+	if ((flags & AT_REMOVEDIR) && events && atomic_load(&events->everywhere))
+		announced = vf_inode_known(r->share, dir, name);
 	error = unlinkat(fd, name, flags) ? -errno : 0;
+	if (announced) {
+		if (!error)
+			vf_watch_share_removed(events, announced);
+		vf_inode_put(r->share, announced);
+	}
 	if (removed)
 		vf_inode_put(r->share, removed);
 	vf_inode_put(r->share, dir);

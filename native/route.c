@@ -204,6 +204,13 @@ static bool is_unlinked(struct vf_events *events, const struct vf_change *change
 	       (change->unlinked || vf_name_is_gone(events, change));
 }
 
+/* Of a directory that was removed all has been told. */
+static bool is_over(const struct vf_change *change)
+{
+	return (change->mask & VF_FS_ISDIR) && change->child && !change->not_its_end &&
+	       (change->mask & (VF_FS_DELETE | VF_FS_DELETE_SELF));
+}
+
 /* ---- reports ------------------------------------------------------------------------ */
 
 void vf_events_report(struct vf_events *events, const struct vf_change *changes, uint32_t n)
@@ -255,6 +262,8 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 		report_end(events, flags, changes);
 	if (n == 1 && (changes->mask & VF_FS_CREATE) && changes->child)
 		vf_watch_share_tell_unseen(events, changes);
+	if (n == 1 && is_over(changes))
+		vf_watch_share_removed(events, changes->child);
 }
 
 void vf_events_report_rename(struct vf_events *events, struct vf_change changes[2])

@@ -128,6 +128,27 @@ static void keep(struct vf_events *events, uint64_t nodeid)
 	give_up(events, oldest);
 }
 
+void vf_watch_share_removed(struct vf_events *events, struct vf_inode *dir)
+{
+	struct vf_announced *announced = events->announced;
+	uint64_t nodeid = vf_inode_nodeid(dir);
+	bool held = false;
+
+	if (!announced || !atomic_load(&events->everywhere))
+		return;
+	pthread_mutex_lock(&announced->lock);
+	for (uint32_t i = 0; !held && i < MAX_ANNOUNCED; i++) {
+		uint64_t *newest = &announced->nodeids[(announced->next - 1 - i) % MAX_ANNOUNCED];
+
+		held = *newest == nodeid;
+		if (held)
+			*newest = 0;
+	}
+	pthread_mutex_unlock(&announced->lock);
+	if (held)
+		vf_inode_forget(events->share, nodeid, 1);
+}
+
 static void give_all_up(struct vf_events *events)
 {
 	struct vf_announced *announced = events->announced;

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.oracle.native import NativeWatcher
+from tests.oracle.streams import In
 from tests.ring.conftest import MakeShare
 from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, INODE_MARKS, INOTIFY, SOURCES, Source, start_share
@@ -108,6 +110,43 @@ def test_everything_in_directories_that_the_guest_holds_is_told(guest: EventGues
             "DELETE a/b[g]",
         ]
     )
+
+
+def ended(watcher: NativeWatcher, *watches: str) -> bool:
+    """Is a watcher on the host told of the end of all of these?"""
+    left = set(watches)
+
+    def is_told() -> bool:
+        left.difference_update(event.watch for event in watcher.read() if event.mask & In.DELETE_SELF)
+        return not left
+
+    return awaited(is_told)
+
+
+def test_a_directory_that_came_and_was_removed_is_held_no_longer(guest: EventGuest) -> None:
+    host = guest.share.path
+    watch_share(guest)
+    watcher = NativeWatcher(host)
+    (host / "a/x/y").mkdir(parents=True)
+    watcher.watch("x", "a/x", In.DELETE_SELF)
+    watcher.watch("y", "a/x/y", In.DELETE_SELF)
+    guest.told()
+    (host / "a/x/y").rmdir()
+    (host / "a/x").rmdir()
+    assert ended(watcher, "x", "y")
+    watcher.close()
+
+
+def test_one_that_the_guest_removes_is_held_no_longer_either(guest: EventGuest) -> None:
+    host = guest.share.path
+    watch_share(guest)
+    watcher = NativeWatcher(host)
+    (host / "a/x").mkdir()
+    watcher.watch("x", "a/x", In.DELETE_SELF)
+    guest.told()
+    guest.fs.rmdir(guest.fs.walk("a").nodeid, "x")
+    assert ended(watcher, "x")
+    watcher.close()
 
 
 def test_what_a_directory_is_itself_is_told(guest: EventGuest) -> None:
