@@ -15,8 +15,6 @@
 #define GENERATION_NS 20000000u
 /* So old it may become while objects' own events keep coming. */
 #define MAX_GENERATION_NS (5u * GENERATION_NS)
-/* A fact may come a moment behind its event. */
-#define PATIENCE 4u
 /* Rounds in one turn, while objects' own events keep coming. */
 #define MAX_ROUNDS 8u
 /* So long inotify may say of a rename what fanotify has said already. */
@@ -167,7 +165,8 @@ static struct vf_fact *use_own_fact(struct vf_order *order, struct vf_inode *ino
 {
 	struct vf_change change = {.mask = event, .child = inode};
 
-	return vf_order_bits(order, inode) & event ? vf_fact_pick(order, &change, true) : NULL;
+	return vf_order_bits(order, inode) & event ? vf_fact_pick(order, &change, VF_FACT_ANY_LAST)
+						   : NULL;
 }
 
 static struct vf_inode *child_of(struct vf_inotify_reader *reader,
@@ -343,7 +342,7 @@ static bool read_once(struct vf_order *order)
 		vf_events_source_failed(order->events, "reading inotify", -n);
 		return false;
 	}
-	order->patience = PATIENCE;
+	order->waits = 0;
 	for (uint32_t i = 0; more && i < MAX_READS && !is_held_up(order); i++)
 		more = order->read_facts(order->events) && !order->events->drained;
 	vf_inotify_take(&order->reader);

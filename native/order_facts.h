@@ -94,9 +94,9 @@ struct vf_order {
 	struct vf_begun begun[VF_N_BEGUN]; /* by nodeid */
 	uint32_t unsaid; /* facts to be reported that inotify has not said anything of yet */
 	uint32_t n_arenas;
-	uint32_t patience; /* how often facts may still be waited for in this round */
-	bool behind;	   /* inotify lost something, and fanotify may not have said all of it */
-	bool full;	   /* no memory for a fact: order is given up at the end of the round */
+	uint32_t waits; /* how often facts were waited for in this round */
+	bool behind;	/* inotify lost something, and fanotify may not have said all of it */
+	bool full;	/* no memory for a fact: order is given up at the end of the round */
 	struct vf_fact_arena *spare;
 	struct vf_fact_generation generations[2];
 	unsigned int young; /* which of them */
@@ -178,11 +178,14 @@ uint64_t vf_order_bits(const struct vf_order *order, const struct vf_inode *inod
 
 /* ---- order_pick.c: which fact is of what inotify says ---- */
 
-/*
- * The fact that says who did this and to what; NULL: there is none yet.  now: there will be none,
- * so one that was used before is better than none.
- */
-struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *change, bool now);
+enum vf_fact_choice {
+	VF_FACT_UNUSED,	  /* one may still come */
+	VF_FACT_ANY,	  /* one that was used before will do */
+	VF_FACT_ANY_LAST, /* and if there is none, the change is told without */
+};
+/* The fact that says who did this and to what; NULL: there is none yet. */
+struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *change,
+			     enum vf_fact_choice choice);
 /* The same, after a moment if need be. */
 struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change);
 /* event of this fact is told, or found to be ours. */

@@ -14,7 +14,16 @@
 #define ARRIVALS (VF_FS_CREATE | VF_FS_MOVED_TO)
 /* And one that has it no longer. */
 #define DEPARTURES (VF_FS_DELETE | VF_FS_MOVED_FROM)
-#define RETRY_NS 50000
+/*
+ * The kernel tells inotify first, and whoever makes the change may lose the processor before it
+ * tells fanotify: for the time that others have it by turns, if nothing else is known of the name.
+ */
+static const uint32_t waits_ns[] = {50000, 50000, 50000, 50000, 400000, 1600000, 4000000};
+#define N_WAITS (sizeof(waits_ns) / sizeof(waits_ns[0]))
+/* After so many of them a fact that was used before will do. */
+#define N_SHORT 4u
+/* Of what is read meanwhile about other things, before a wait. */
+#define MAX_READS 32u
 
 /* The name has gone from one object to another: events of both may come by it. */
 static bool was_given_on(struct vf_order *order, const struct vf_fact *fact)
@@ -134,7 +143,8 @@ void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, u
  * The fact that says who did this and to what; NULL: there is none yet.  It goes on with the same
  * object until that has left the name, since fanotify may have counted several events as one.
  */
-struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *change, bool now)
+struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *change,
+			     enum vf_fact_choice choice)
 {
 	uint64_t event = change->mask & VF_ORDER_EVENTS, nodeid = vf_fact_place(change);
 	uint64_t key = vf_fact_key(nodeid, change->name, change->namelen);
@@ -148,14 +158,14 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 	    (!(event & ARRIVALS) || !(c.current->used & event)))
 		fact = c.current;
 	else
-		fact = c.unused ? c.unused : now ? c.any : NULL;
+		fact = c.unused ? c.unused : choice != VF_FACT_UNUSED ? c.any : NULL;
 	/* Two objects go by this name, and of the one at hand it was told already. */
 	if (fact && (fact->used & event)) {
 		if (c.unlinked)
 			fact = c.unlinked;
 		else if (fact->unlinked && c.unused)
 			fact = c.unused;
-		else if (!now && !fact->unlinked && was_given_on(order, fact))
+		else if (choice == VF_FACT_UNUSED && !fact->unlinked && was_given_on(order, fact))
 			return NULL;
 	}
 	if (fact && fact->silent && c.foreign)
@@ -164,22 +174,36 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 		fact = c.told;
 		fact->told = false;
 	}
-	if (fact || now)
+	if (fact || choice == VF_FACT_ANY_LAST)
 		vf_facts_note_early(order, key, event, !fact);
 	if (fact)
 		vf_fact_use(order, fact, event, bucket);
 	return fact;
 }
 
+static enum vf_fact_choice choice(const struct vf_order *order)
+{
+	/* Nor while somebody waits for all of this. */
+	if (order->waits == N_WAITS || atomic_load(&order->events->waiting))
+		return VF_FACT_ANY_LAST;
+	return order->waits < N_SHORT ? VF_FACT_UNUSED : VF_FACT_ANY;
+}
+
 struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change)
 {
-	struct vf_fact *fact = vf_fact_pick(order, change, !order->patience);
+	enum vf_fact_choice last = choice(order);
+	struct vf_fact *fact = vf_fact_pick(order, change, last);
 
-	while (!fact && order->patience) {
-		order->patience--;
-		if (!order->read_facts(order->events))
-			nanosleep(&(struct timespec){.tv_nsec = RETRY_NS}, NULL);
-		fact = vf_fact_pick(order, change, !order->patience);
+	for (uint32_t reads = 0; !fact && last != VF_FACT_ANY_LAST; reads++) {
+		if (reads == MAX_READS || !order->read_facts(order->events)) {
+			long ns = (long)waits_ns[order->waits++];
+
+			nanosleep(&(struct timespec){.tv_nsec = ns}, NULL);
+			order->read_facts(order->events);
+			reads = 0;
+		}
+		last = choice(order);
+		fact = vf_fact_pick(order, change, last);
 	}
 	return fact;
 }
