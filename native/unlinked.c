@@ -54,6 +54,13 @@ static enum match compare(const struct name *name, const struct vf_change *chang
 	return UNCERTAIN;
 }
 
+/* The first n of a set move back by one. */
+static void move_back(struct name *set, uint32_t n)
+{
+	for (; n; n--)
+		set[n] = set[n - 1];
+}
+
 /* The name, now first in its set; NULL: it is not kept. */
 static struct name *find(struct vf_unlinked *unlinked, uint64_t key)
 {
@@ -63,7 +70,7 @@ static struct name *find(struct vf_unlinked *unlinked, uint64_t key)
 		if (set[i].key != key)
 			continue;
 		found = set[i];
-		memmove(set + 1, set, i * sizeof(*set));
+		move_back(set, i);
 		set[0] = found;
 		return set;
 	}
@@ -74,7 +81,7 @@ static struct name *add(struct vf_unlinked *unlinked, uint64_t key)
 {
 	struct name *set = unlinked->sets[key % N_SETS];
 
-	memmove(set + 1, set, (N_WAYS - 1) * sizeof(*set));
+	move_back(set, N_WAYS - 1);
 	set[0] = (struct name){.key = key, .gone = true};
 	return set;
 }
