@@ -4,6 +4,7 @@
 #include <sys/ioctl.h>
 
 #include "inode.h"
+#include "inotify_reader.h"
 #include "own_changes.h"
 
 /*
@@ -474,10 +475,9 @@ bool vf_own_changes_is(struct vf_own_changes *own, struct vf_share *share, uint6
 	pthread_mutex_unlock(&own->lock);
 	if (found || !n_suspects)
 		return found;
-	memcpy(name, change->name, change->namelen);
-	name[change->namelen] = 0;
 	return n_suspects > MAX_SUSPECTS ||
-	       vf_inode_may_have_had_name(share, change->dir, name, suspects, n_suspects);
+	       vf_inode_may_have_had_name(share, change->dir, vf_inotify_name(change, name),
+					  suspects, n_suspects);
 }
 
 void vf_own_changes_pass(struct vf_own_changes *own, uint64_t at)

@@ -134,21 +134,20 @@ def mask_text(mask: In) -> str:
     return event_words(mask)
 
 
-def beside_work(script: Iterable[Op]) -> Script:
-    """The same while the guest works on files of its own, which nobody watches."""
+def _behind_each(script: Iterable[Op], control: str) -> Script:
     ops: list[Op] = []
     for op in script:
         ops.append(op)
         if op.kind in OPERATIONS:
-            ops.append(Op("busy"))
+            ops.append(Op(control))
     return tuple(ops)
+
+
+def beside_work(script: Iterable[Op]) -> Script:
+    """The same while the guest works on files of its own, which nobody watches."""
+    return _behind_each(script, "busy")
 
 
 def step_by_step(script: Iterable[Op]) -> Script:
     """The same with a comparison after each operation."""
-    ops: list[Op] = []
-    for op in script:
-        ops.append(op)
-        if op.kind in OPERATIONS:
-            ops.append(Op("sync"))
-    return tuple(ops)
+    return _behind_each(script, "sync")
