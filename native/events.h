@@ -108,8 +108,8 @@ struct vf_unlinked;
 void vf_unlinked_note(struct vf_events *events, const struct vf_change *change);
 /* Has the name left the change's object?  False, too, if that is not known. */
 bool vf_name_is_gone(struct vf_events *events, const struct vf_change *change);
-/* Was the name another object's not long ago, and is now one's? */
-bool vf_name_was_given_on(struct vf_events *events, const struct vf_change *change);
+/* Did an object lose the name, or get it from another, not long ago? */
+bool vf_name_has_changed(struct vf_events *events, const struct vf_change *change);
 void vf_unlinked_forget(struct vf_events *events);
 
 /* ---- sources --------------------------------------------------------------- */

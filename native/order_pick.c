@@ -25,8 +25,11 @@ static const uint32_t waits_ns[] = {50000, 50000, 50000, 50000, 400000, 1600000,
 /* Of what is read meanwhile about other things, before a wait. */
 #define MAX_READS 32u
 
-/* The name has gone from one object to another: events of both may come by it. */
-static bool was_given_on(struct vf_order *order, const struct vf_fact *fact)
+/*
+ * May an event like one of this fact, which was told, be one that came by another name, or of
+ * another object that had this one?
+ */
+static bool may_be_by_another(struct vf_order *order, const struct vf_fact *fact)
 {
 	struct vf_change change = {
 	    .name = fact->name,
@@ -34,7 +37,9 @@ static bool was_given_on(struct vf_order *order, const struct vf_fact *fact)
 	    .place = fact->place,
 	};
 
-	return vf_name_was_given_on(order->events, &change);
+	if (fact->itself)
+		return vf_watches_union(order->events->watches) & VF_FS_EXCL_UNLINK;
+	return fact->unlinked || vf_name_has_changed(order->events, &change);
 }
 
 struct candidates {
@@ -159,14 +164,12 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 		fact = c.current;
 	else
 		fact = c.unused ? c.unused : choice != VF_FACT_UNUSED ? c.any : NULL;
-	/* Two objects go by this name, and of the one at hand it was told already. */
+	/* It was told already, and fanotify says what has become of the name as well. */
 	if (fact && (fact->used & event)) {
 		if (c.unlinked)
 			fact = c.unlinked;
-		else if (fact->unlinked && c.unused)
+		else if (may_be_by_another(order, fact) && (c.unused || choice != VF_FACT_ANY_LAST))
 			fact = c.unused;
-		else if (choice == VF_FACT_UNUSED && !fact->unlinked && was_given_on(order, fact))
-			return NULL;
 	}
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;

@@ -174,14 +174,10 @@ bool vf_name_is_gone(struct vf_events *events, const struct vf_change *change)
 	       !is_there(events, change);
 }
 
-bool vf_name_was_given_on(struct vf_events *events, const struct vf_change *change)
+bool vf_name_has_changed(struct vf_events *events, const struct vf_change *change)
 {
-	const struct name *name;
-
-	if (!has_name(change) || !events->unlinked || !is_active(events))
-		return false;
-	name = find(events->unlinked, key_of(change));
-	return name && !name->gone;
+	return has_name(change) && events->unlinked && is_active(events) &&
+	       find(events->unlinked, key_of(change));
 }
 
 void vf_unlinked_forget(struct vf_events *events)

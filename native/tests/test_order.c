@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <time.h>
 
+#include "../order_facts.h"
 #include "taker.h"
 
 #define HOST_MASK                                                                                  \
@@ -18,10 +19,10 @@ static struct vf_events *start_events(struct guest *g)
 {
 	struct vf_events_config config = {
 	    .source = VF_EVENTS_FANOTIFY,
-	    .source_fd = fanotify_init(FAN_CLASS_NOTIF | FAN_NONBLOCK | FAN_CLOEXEC |
-					   FAN_REPORT_FID | FAN_REPORT_DFID_NAME |
-					   FAN_REPORT_TARGET_FID,
-				       O_RDONLY | O_CLOEXEC),
+	    .source_fd =
+		fanotify_init(FAN_CLASS_NOTIF | FAN_NONBLOCK | FAN_CLOEXEC | FAN_REPORT_FID |
+				  FAN_REPORT_DFID_NAME | FAN_REPORT_TARGET_FID,
+			      O_RDONLY | O_CLOEXEC),
 	    .order_fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC),
 	    .next_fd = -1,
 	    .marker_fd = -1,
@@ -147,6 +148,106 @@ static void a_busy_directory_is_told_once(struct guest *g)
 	expect_nothing(events);
 }
 
+/* fanotify's descriptor, while something else is in its place. */
+static struct {
+	atomic_int kept, source;
+} late = {-1, -1};
+
+/* In the place of libc's: the first time that anything is waited for is over when fanotify comes.
+ */
+int nanosleep(const struct timespec *requested, struct timespec *remaining)
+{
+	int kept = atomic_exchange(&late.kept, -1);
+
+	if (kept >= 0) {
+		CHECK(dup2(kept, late.source) >= 0);
+		close(kept);
+		return 0;
+	}
+	return clock_nanosleep(CLOCK_MONOTONIC, 0, requested, remaining);
+}
+
+/*
+ * The event's record of fanotify can be read only after the order has waited for it: whoever made
+ * the change has lost the processor in between.
+ */
+static void append_with_fanotify_late(struct vf_events *events, int fd)
+{
+	int empty[2];
+
+	CHECK_EQ(pipe2(empty, O_NONBLOCK | O_CLOEXEC), 0);
+	pthread_mutex_lock(&events->busy);
+	late.source = events->config.source_fd;
+	late.kept = dup(events->config.source_fd);
+	CHECK(late.kept >= 0);
+	CHECK(dup2(empty[0], events->config.source_fd) >= 0);
+	CHECK_EQ(write(fd, "x", 1), 1);
+	pthread_mutex_unlock(&events->busy);
+	settle(events);
+	CHECK_EQ(late.kept, -1); /* it was waited for */
+	close(empty[0]);
+	close(empty[1]);
+}
+
+/* The same event by a name that is gone, by one that is there, and by the first again. */
+static void write_by_two_names(struct vf_events *events, const char *gone, const char *there,
+			       const int fds[2])
+{
+	for (int i = 0; i < 2; i++) {
+		append_with_fanotify_late(events, fds[0]);
+		expect(events, "MODIFY %s unlinked", gone);
+		append_with_fanotify_late(events, fds[1]);
+		expect(events, "MODIFY %s", there);
+	}
+	expect_nothing(events);
+	close(fds[0]);
+	close(fds[1]);
+}
+
+static void open_two(const char *first, const char *second, int fds[2])
+{
+	fds[0] = openat(host_fd, first, O_WRONLY);
+	fds[1] = openat(host_fd, second, O_WRONLY);
+	CHECK(fds[0] >= 0 && fds[1] >= 0);
+}
+
+static void of_a_file_alone_it_is_waited_for_which_name(struct guest *g)
+{
+	struct vf_events *events = start_events(g);
+	char object[40];
+	uint64_t file;
+	int fds[2];
+
+	host_mkdir("dir");
+	host_touch("dir/f");
+	CHECK_EQ(linkat(host_fd, "dir/f", host_fd, "dir/link", 0), 0);
+	file = must_lookup(g, must_lookup(g, 1, "dir"), "f");
+	CHECK_EQ(watch(g, file, VF_FS_MODIFY | VF_FS_EXCL_UNLINK), 0);
+	open_two("dir/f", "dir/link", fds);
+	CHECK_EQ(unlinkat(host_fd, "dir/f", 0), 0);
+	settle(events); /* else fanotify makes one record of it and what follows */
+	sprintf(object, "%llx", U(file));
+	write_by_two_names(events, object, object, fds);
+}
+
+static void in_a_directory_it_is_waited_for_whose_name(struct guest *g)
+{
+	struct vf_events *events = start_events(g);
+	char object[40];
+	uint64_t dir;
+	int fds[2];
+
+	host_mkdir("dir");
+	host_touch("dir/f");
+	host_touch("dir/g");
+	dir = must_lookup(g, 1, "dir");
+	CHECK_EQ(watch(g, dir, VF_FS_MODIFY | VF_FS_EXCL_UNLINK | ON_CHILD), 0);
+	open_two("dir/f", "dir/g", fds);
+	CHECK_EQ(renameat(host_fd, "dir/g", host_fd, "dir/f"), 0);
+	sprintf(object, "%llx f", U(dir));
+	write_by_two_names(events, object, object, fds);
+}
+
 int main(void)
 {
 	set_up();
@@ -154,6 +255,8 @@ int main(void)
 	RUN(what_is_not_asked_for_is_not_told_late, VF_HANDLES_NEVER, 5000);
 	RUN(what_inotify_counts_as_one_is_told_once, VF_HANDLES_NEVER, 5000);
 	RUN(a_busy_directory_is_told_once, VF_HANDLES_NEVER, 5000);
+	RUN(of_a_file_alone_it_is_waited_for_which_name, VF_HANDLES_NEVER, 5000);
+	RUN(in_a_directory_it_is_waited_for_whose_name, VF_HANDLES_NEVER, 5000);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
 }
