@@ -32,11 +32,22 @@ static void report(struct vf_order *order, const struct vf_change *changes, uint
 		vf_events_report(order->events, changes, n);
 }
 
-/* Completes the change by its fact, which is returned; the child is referenced. */
-static struct vf_fact *complete(struct vf_order *order, struct vf_change *change)
+static uint32_t *told_cookie(struct vf_order *order, uint32_t cookie)
 {
-	struct vf_fact *fact = vf_fact_pick_patiently(order, change);
+	return &order->told_cookies[cookie % VF_N_TOLD];
+}
 
+/* Is this the second half of a rename that was told with its first half? */
+static bool was_told(struct vf_order *order, const struct inotify_event *record)
+{
+	return (record->mask & IN_MOVED_TO) && record->cookie &&
+	       *told_cookie(order, record->cookie) == record->cookie;
+}
+
+/* Completes the change by its fact, which is returned; the child is referenced. */
+static struct vf_fact *complete_by(struct vf_order *order, struct vf_change *change,
+				   struct vf_fact *fact)
+{
 	if (!fact)
 		return NULL;
 	vf_facts_tell_deferred(order, &order->older, fact);
@@ -55,9 +66,14 @@ static struct vf_fact *complete(struct vf_order *order, struct vf_change *change
 	return fact;
 }
 
+static struct vf_fact *complete(struct vf_order *order, struct vf_change *change)
+{
+	return complete_by(order, change, vf_fact_pick_patiently(order, change));
+}
+
 /* Only the first half was found in what inotify said, but fanotify knows both. */
-static bool report_by_fact(struct vf_order *order, const struct vf_change *first,
-			   struct vf_fact *second)
+static bool report_by_fact(struct vf_order *order, const struct inotify_event *record,
+			   const struct vf_change *first, struct vf_fact *second)
 {
 	struct vf_change changes[2] = {*first};
 
@@ -68,6 +84,7 @@ static bool report_by_fact(struct vf_order *order, const struct vf_change *first
 		vf_events_report_rename(order->events, changes);
 		vf_fact_set_silent(order, second);
 		second->told = true;
+		*told_cookie(order, record->cookie) = record->cookie;
 	}
 	vf_fact_put_change(order, &changes[1]);
 	return second->silent;
@@ -203,12 +220,14 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 	bool by_name = change.dir && (change.mask & VF_ORDER_CHILD_EVENTS);
 	struct vf_inode *held = NULL;
 	struct vf_fact *fact = order->fact;
+	bool told = was_told(order, record);
 
 	/* The session may have ended meanwhile. */
 	if (!(change.mask & VF_ORDER_EVENTS) || !atomic_load(&order->events->flags))
 		return;
 	if (!by_name) {
-		fact = complete(order, &change);
+		fact = told ? complete_by(order, &change, vf_fact_pick_told(order, &change))
+			    : complete(order, &change);
 		if (fact && change.dir)
 			held = change.child;
 	} else if (fact) {
@@ -232,9 +251,10 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 				     (vf_order_bits(order, change.child) & VF_FS_DELETE_SELF);
 	}
 	if (!fact || fact->silent ||
-	    !(((change.mask & VF_FS_MOVED_FROM) && report_by_fact(order, &change, fact->second)) ||
+	    !(((change.mask & VF_FS_MOVED_FROM) &&
+	       report_by_fact(order, record, &change, fact->second)) ||
 	      ((change.mask & VF_FS_MOVED_TO) && report_with_half(order, &change, fact->half))))
-		report(order, &change, 1, fact && fact->silent);
+		report(order, &change, 1, told || (fact && fact->silent));
 	if (change.mask & VF_ORDER_HALVES)
 		tell_counted_as_one(order, record, fact);
 	if (held)
@@ -431,11 +451,13 @@ struct vf_order *vf_order_new(struct vf_events *events, int inotify_fd, int *err
 	    .pair = take_pair,
 	    .overflow = overflow,
 	};
+	order->told_late = calloc(1, sizeof(*order->told_late));
 	vf_order_clear(order);
-	if (!order->reader.buffer) {
-		free(order);
+	if (!order->reader.buffer || !order->told_late) {
+		vf_order_free(order);
 		return NULL;
 	}
+	order->told_late->silent = true;
 	*error = 0;
 	return order;
 }
@@ -455,6 +477,7 @@ void vf_order_free(struct vf_order *order)
 		return;
 	vf_order_clear(order);
 	free(order->spare);
+	free(order->told_late);
 	free(order->reader.buffer);
 	free(order);
 }

@@ -101,6 +101,39 @@ static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 	return said;
 }
 
+/* ---- what is told before inotify has said it ---------------------------------------- */
+
+static void note_late(struct vf_order *order, const struct vf_fact *fact)
+{
+	uint64_t key = vf_fact_key(fact->nodeid, fact->name, fact->namelen);
+	struct vf_early *e = early_slot(order, key);
+
+	if (e->key != key)
+		*e = (struct vf_early){.key = key};
+	e->late |= fact->mask & VF_ORDER_EVENTS & ~fact->used;
+	e->late_since_ns = order->reader.now_ns;
+}
+
+void vf_facts_note_late(struct vf_order *order, const struct vf_fact *fact)
+{
+	note_late(order, fact);
+	if (fact->second && !fact->second->silent)
+		note_late(order, fact->second);
+}
+
+bool vf_facts_take_late(struct vf_order *order, const struct vf_change *change)
+{
+	uint64_t key = vf_fact_key(vf_fact_place(change), change->name, change->namelen);
+	uint64_t event = change->mask & VF_ORDER_EVENTS;
+	struct vf_early *e = early_slot(order, key);
+
+	if (e->key != key || !(e->late & event) ||
+	    order->reader.now_ns - e->late_since_ns >= OWED_NS)
+		return false;
+	e->late &= ~event;
+	return true;
+}
+
 /* ---- facts ------------------------------------------------------------------------ */
 
 static struct vf_fact *new_fact(struct vf_order *order, const struct vf_change *change,

@@ -22,6 +22,7 @@
 #define VF_FACT_ARENA_SIZE (256u * 1024)
 #define VF_N_BEGUN 1024u
 #define VF_N_EARLY 2048u
+#define VF_N_TOLD 256u
 
 struct vf_fact {
 	struct vf_fact *next;	/* in its bucket, in order of arrival */
@@ -58,6 +59,7 @@ struct vf_fact {
 struct vf_early {
 	uint64_t key, events, since_ns;
 	uint64_t owed, owed_since_ns; /* of them, those without a fact */
+	uint64_t late, late_since_ns; /* what was told without inotify, which may still say it */
 };
 
 /* When inotify was last asked to watch something. */
@@ -91,7 +93,11 @@ struct vf_order {
 	bool (*read_facts)(struct vf_events *events);
 	uint64_t picks, facts;
 	struct vf_early early[VF_N_EARLY]; /* by key */
+	struct vf_fact *told_late;	   /* in the place of a fact that went when it was told */
 	struct vf_begun begun[VF_N_BEGUN]; /* by nodeid */
+	/* inotify's, of renames that were told when it had only said their first halves; by
+	 * themselves.  The second halves come, later than facts are kept if need be. */
+	uint32_t told_cookies[VF_N_TOLD];
 	uint32_t unsaid; /* facts to be reported that inotify has not said anything of yet */
 	uint32_t n_arenas;
 	uint32_t waits; /* how often facts were waited for in this round */
@@ -114,6 +120,10 @@ struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *chan
 			    bool own);
 /* inotify said event of the name with this key; owed: and its fact is still to come. */
 void vf_facts_note_early(struct vf_order *order, uint64_t key, uint64_t event, bool owed);
+/* This fact, and its other half, are told without inotify. */
+void vf_facts_note_late(struct vf_order *order, const struct vf_fact *fact);
+/* Was this told like that not long ago, and has inotify said it only now? */
+bool vf_facts_take_late(struct vf_order *order, const struct vf_change *change);
 /* The generation's facts are forgotten. */
 void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g);
 
@@ -188,6 +198,8 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 			     enum vf_fact_choice choice);
 /* The same, after a moment if need be. */
 struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change);
+/* The fact of the second half of a rename that was told with the first; NULL: it is not kept. */
+struct vf_fact *vf_fact_pick_told(struct vf_order *order, const struct vf_change *change);
 /* event of this fact is told, or found to be ours. */
 void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint32_t bucket);
 

@@ -46,7 +46,6 @@ struct candidates {
 	struct vf_fact *current;  /* the one that was used last */
 	struct vf_fact *unused;	  /* the first that was not used for this event yet */
 	struct vf_fact *foreign;  /* the first such that is to be reported */
-	struct vf_fact *told;	  /* the first that was told with its other half */
 	struct vf_fact *unlinked; /* the first unused of an object that lost the name before */
 	struct vf_fact *any;
 };
@@ -101,8 +100,6 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 		if (vf_order_counts_for_all(order, event))
 			vf_fact_set_said(order, fact, event);
 		c->any = fact;
-		if (fact->told && !c->told)
-			c->told = fact;
 		if ((fact->past && !(event & DEPARTURES)) || (fact->used & event))
 			continue;
 		if (!c->unused)
@@ -173,15 +170,31 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 	}
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;
-	if (c.told) {
-		fact = c.told;
-		fact->told = false;
-	}
 	if (fact || choice == VF_FACT_ANY_LAST)
 		vf_facts_note_early(order, key, event, !fact);
 	if (fact)
 		vf_fact_use(order, fact, event, bucket);
 	return fact;
+}
+
+struct vf_fact *vf_fact_pick_told(struct vf_order *order, const struct vf_change *change)
+{
+	uint64_t nodeid = vf_fact_place(change);
+	uint32_t bucket = vf_fact_bucket(vf_fact_key(nodeid, change->name, change->namelen));
+
+	for (unsigned int i = 0; i < 2; i++) {
+		struct vf_fact *fact = order->generations[order->young ^ 1 ^ i].first[bucket];
+
+		for (; fact; fact = fact->next) {
+			if (!fact->told ||
+			    !vf_fact_is_about(fact, nodeid, change->name, change->namelen))
+				continue;
+			fact->told = false;
+			vf_fact_use(order, fact, change->mask & VF_ORDER_HALVES, bucket);
+			return fact;
+		}
+	}
+	return NULL;
 }
 
 static enum vf_fact_choice choice(const struct vf_order *order)
@@ -195,8 +208,12 @@ static enum vf_fact_choice choice(const struct vf_order *order)
 struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change)
 {
 	enum vf_fact_choice last = choice(order);
-	struct vf_fact *fact = vf_fact_pick(order, change, last);
+	struct vf_fact *fact = vf_fact_pick(order, change, VF_FACT_UNUSED);
 
+	if (!fact && vf_facts_take_late(order, change))
+		return order->told_late;
+	if (!fact && last != VF_FACT_UNUSED)
+		fact = vf_fact_pick(order, change, last);
 	for (uint32_t reads = 0; !fact && last != VF_FACT_ANY_LAST; reads++) {
 		if (reads == MAX_READS || !order->read_facts(order->events)) {
 			long ns = (long)waits_ns[order->waits++];

@@ -154,9 +154,11 @@ void vf_facts_tell_unsaid(struct vf_order *order, const struct vf_fact_generatio
 		if (!vf_fact_is_unsaid(fact))
 			continue;
 		fact->used |= fact->said;
-		if (is_behind_its_end(order, fact) || is_from_before(order, fact))
+		if (is_behind_its_end(order, fact) || is_from_before(order, fact)) {
 			vf_fact_set_silent(order, fact);
-		else
-			vf_fact_tell(order, fact);
+			continue;
+		}
+		vf_facts_note_late(order, fact);
+		vf_fact_tell(order, fact);
 	}
 }

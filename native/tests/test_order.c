@@ -248,6 +248,109 @@ static void in_a_directory_it_is_waited_for_whose_name(struct guest *g)
 	write_by_two_names(events, object, object, fds);
 }
 
+/* What inotify has said, read up to the first of such records. */
+static struct {
+	atomic_uint mask;
+	size_t n;
+	_Alignas(struct inotify_event) uint8_t bytes[8192];
+} held;
+
+static ssize_t read_partly(struct vf_inotify_reader *reader, void *buffer, size_t size,
+			   uint64_t *at)
+{
+	ssize_t n = read(reader->fd, held.bytes + held.n, sizeof(held.bytes) - held.n);
+	size_t given = 0;
+
+	*at = 0;
+	CHECK(size >= sizeof(held.bytes));
+	held.n += n > 0 ? (size_t)n : 0;
+	while (given < held.n) {
+		const struct inotify_event *record = (void *)(held.bytes + given);
+
+		if (record->mask & held.mask)
+			break;
+		given += sizeof(*record) + record->len;
+	}
+	if (!given) {
+		errno = EAGAIN;
+		return -1;
+	}
+	memcpy(buffer, held.bytes, given);
+	held.n -= given;
+	memmove(held.bytes, held.bytes + given, held.n);
+	return (ssize_t)given;
+}
+
+/* Whoever makes the changes loses the processor for longer than facts are kept. */
+static void let_facts_grow_old(struct vf_events *events)
+{
+	char name[30];
+
+	for (int i = 0; i < 4; i++) {
+		let_time_pass();
+		sprintf(name, "elsewhere%d", i);
+		host_touch(name);
+		settle(events);
+	}
+}
+
+static void a_second_half_may_come_late(struct guest *g)
+{
+	struct vf_events *events = start_events(g);
+	uint64_t from, to;
+
+	host_mkdir("from");
+	host_mkdir("to");
+	host_touch("from/x");
+	host_touch("from/z");
+	from = must_lookup(g, 1, "from");
+	to = must_lookup(g, 1, "to");
+	CHECK_EQ(watch(g, from, VF_FS_MOVED_FROM), 0);
+	CHECK_EQ(watch(g, to, VF_FS_MOVED_TO | VF_FS_MOVED_FROM), 0);
+	pthread_mutex_lock(&events->busy);
+	held.mask = IN_MOVED_TO;
+	events->order->reader.read = read_partly;
+	CHECK_EQ(renameat(host_fd, "from/x", host_fd, "to/y"), 0);
+	pthread_mutex_unlock(&events->busy);
+	expect(events, "FROM %llx x split", U(from));
+	expect(events, "TO %llx y split", U(to));
+	let_facts_grow_old(events);
+	pthread_mutex_lock(&events->busy);
+	held.mask = 0;
+	CHECK_EQ(renameat(host_fd, "from/z", host_fd, "to/y"), 0);
+	pthread_mutex_unlock(&events->busy);
+	expect(events, "FROM %llx z split", U(from));
+	expect(events, "TO %llx y split", U(to));
+	let_time_pass();
+	expect_nothing(events);
+}
+
+/* The same before inotify has heard of anything. */
+static void what_inotify_says_too_late_is_told_once(struct guest *g)
+{
+	struct vf_events *events = start_events(g);
+	uint64_t dir;
+
+	host_mkdir("dir");
+	dir = must_lookup(g, 1, "dir");
+	CHECK_EQ(watch(g, dir, MARKED | VF_FS_MOVED_FROM | VF_FS_MOVED_TO | ON_CHILD), 0);
+	pthread_mutex_lock(&events->busy);
+	held.mask = IN_ALL_EVENTS;
+	events->order->reader.read = read_partly;
+	host_touch("dir/f");
+	CHECK_EQ(renameat(host_fd, "dir/f", host_fd, "dir/g"), 0);
+	pthread_mutex_unlock(&events->busy);
+	let_facts_grow_old(events);
+	expect(events, "CREATE %llx f", U(dir));
+	expect(events, "FROM %llx f split", U(dir));
+	expect(events, "TO %llx g split", U(dir));
+	held.mask = 0;
+	host_touch("dir/f");
+	expect(events, "CREATE %llx f", U(dir));
+	let_time_pass();
+	expect_nothing(events);
+}
+
 int main(void)
 {
 	set_up();
@@ -257,6 +360,8 @@ int main(void)
 	RUN(a_busy_directory_is_told_once, VF_HANDLES_NEVER, 5000);
 	RUN(of_a_file_alone_it_is_waited_for_which_name, VF_HANDLES_NEVER, 5000);
 	RUN(in_a_directory_it_is_waited_for_whose_name, VF_HANDLES_NEVER, 5000);
+	RUN(a_second_half_may_come_late, VF_HANDLES_NEVER, 5000);
+	RUN(what_inotify_says_too_late_is_told_once, VF_HANDLES_NEVER, 5000);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
 }
