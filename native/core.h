@@ -163,7 +163,7 @@ struct vf_op_entry {
 extern const struct vf_op_entry vf_ops[];
 extern const uint32_t vf_n_ops;
 int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r);
-/* May answers to requests before this one be told of together with its own? */
+/* May answers to requests before this one be told of together with its own, in any case? */
 bool vf_is_quick(const struct vf_req *r);
 
 #define VF_DECLARE_OP(name) int32_t vf_op_##name(struct vf_thread *t, struct vf_req *r)

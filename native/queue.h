@@ -38,6 +38,7 @@ struct vf_queue {
 	uint32_t finished;    /* chains returned, ever (wraps); under lock */
 	struct vf_req *spare; /* requests that ended elsewhere, to use again */
 	uint32_t uncalled;    /* answers since an interrupt was last thought of */
+	uint32_t prompt;      /* unsure requests in a row that were prompt; the thread's own */
 };
 
 struct vf_device {

@@ -5,6 +5,7 @@
  */
 #include <stdio.h>
 #include <sys/epoll.h>
+#include <time.h>
 
 #include "polling.h"
 #include "queue.h"
@@ -14,11 +15,16 @@
 
 /*
  * While its thread is at work the guest is interrupted once for so many answers, so that it works
- * alongside and is not woken for each (1 to 64 measured); one with much data counts as two.  No
- * answer waits for a request behind it that may take long.
+ * alongside and is not woken for each (1 to 64 measured); one with much data counts as two.
  */
 #define CALL_EVERY 4u
 #define MUCH_DATA 65536u
+/*
+ * But no answer waits for a request behind it that may take long: one that may have to wait for
+ * storage, unless so many of its kind in a row, with answers before them, took less than this.
+ */
+#define PROMPT_ROW 32u
+#define PROMPT_NS 50000u
 
 /* With the queue's lock. */
 static void call_if_needed(struct vf_queue *q)
@@ -63,10 +69,8 @@ void vf_req_complete(struct vf_req *r, int error, const void *payload, uint32_t 
 }
 
 /* True: the request has ended and is the caller's to use again or to recycle. */
-static bool run(struct vf_thread *t, struct vf_req *r, bool elsewhere)
+static bool conclude(struct vf_thread *t, struct vf_req *r, int32_t result, bool elsewhere)
 {
-	int32_t result = vf_dispatch(t, r);
-
 	if (result == VF_ASYNC)
 		return false;
 	if (result == VF_TO_POOL) {
@@ -83,7 +87,7 @@ static bool run(struct vf_thread *t, struct vf_req *r, bool elsewhere)
 
 void vf_req_run_in_pool(struct vf_thread *t, struct vf_req *r)
 {
-	run(t, r, true);
+	conclude(t, r, vf_dispatch(t, r), true);
 }
 
 /* ---- the queue's thread ------------------------------------------------- */
@@ -107,13 +111,53 @@ static struct vf_req *new_request(struct vf_queue *q)
 	return r;
 }
 
-/* Tells of all answers that the guest has not been told of, if it wants to be. */
-static void tell(struct vf_queue *q)
+/* Tells of all answers that the guest has not been told of, if it wants to be; true: there were. */
+static bool tell(struct vf_queue *q)
 {
+	bool any;
+
 	pthread_mutex_lock(&q->lock);
-	if (q->uncalled)
+	any = q->uncalled;
+	if (any)
 		call_if_needed(q);
 	pthread_mutex_unlock(&q->lock);
+	return any;
+}
+
+static bool has_untold(struct vf_queue *q)
+{
+	bool any;
+
+	pthread_mutex_lock(&q->lock);
+	any = q->uncalled;
+	pthread_mutex_unlock(&q->lock);
+	return any;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* vf_dispatch(), for a request that may have to wait. */
+static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct vf_req *r)
+{
+	bool trusted = q->prompt >= PROMPT_ROW && !t->may_block;
+	uint64_t begun_ns;
+	int32_t result;
+
+	if (!(trusted ? has_untold(q) : tell(q)))
+		return vf_dispatch(t, r);
+	begun_ns = now_ns();
+	result = vf_dispatch(t, r);
+	if (now_ns() - begun_ns > PROMPT_NS)
+		q->prompt = 0;
+	else if (q->prompt < PROMPT_ROW)
+		q->prompt++;
+	return result;
 }
 
 /* Answers what is available; 0, or negative when the ring is broken. */
@@ -125,6 +169,7 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 
 	while (!atomic_load_explicit(&q->stopping, memory_order_relaxed)) {
 		bool ended = true;
+		int32_t result;
 		int error;
 
 		if (!r)
@@ -149,9 +194,8 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		if (error) {
 			finish(r, error, NULL, false);
 		} else {
-			if (!vf_is_quick(r))
-				tell(q);
-			ended = run(t, r, false);
+			result = vf_is_quick(r) ? vf_dispatch(t, r) : dispatch_unsure(q, t, r);
+			ended = conclude(t, r, result, false);
 		}
 		if (!ended)
 			r = NULL;
