@@ -36,7 +36,7 @@ def name_of(number: int) -> str:
 
 def prepare(directory: Path) -> None:
     """The files that the workloads use; what is there already is used again."""
-    for parent, count in (("many", FILES), ("listed", LISTED)):
+    for parent, count in (("many", FILES), ("cold", FILES), ("listed", LISTED)):
         (directory / parent).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             (directory / parent / name_of(i)).touch()
@@ -90,9 +90,9 @@ def _lookup(client: FuseClient) -> Prepared:
 
 
 def _lookup_cold(client: FuseClient) -> Prepared:
-    many = client.walk("many").nodeid
+    cold = client.walk("cold").nodeid  # nothing in it is held for another workload
     copies = [Copy(0, _NODEID_IN_REPLY, 1, _NODEID_IN_HEADER)]
-    steps = (Step(op.lookup(many, name_of(0))), Step(op.forget(0)))
+    steps = (Step(op.lookup(cold, name_of(0))), Step(op.forget(0)))
     return Prepared(_row(*steps, copies=copies), [_names(0, FILES)])
 
 
