@@ -130,6 +130,12 @@ class Running:
             for task in Path(f"/proc/{pid}/task").iterdir():
                 go_first(int(task.name), processor)
 
+    def stay_on(self, processor: int) -> None:
+        """All threads on this processor, for good."""
+        for pid in self.processes():
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), {processor})
+
     def private_bytes(self) -> int:
         """Memory that is its own; what processes share counts for none of them."""
         total = 0
@@ -158,6 +164,19 @@ def ahead_of_others(servers: Iterable[Running]) -> Iterator[None]:
         yield
     finally:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setaffinity(0, allowed)
+
+
+@contextlib.contextmanager
+def on_one_processor(servers: Iterable[Running]) -> Iterator[None]:
+    """The calling thread and the servers share a processor, with what else runs there."""
+    allowed = sorted(os.sched_getaffinity(0))
+    for server in servers:
+        server.stay_on(allowed[0])
+    os.sched_setaffinity(0, allowed[:1])
+    try:
+        yield
+    finally:
         os.sched_setaffinity(0, allowed)
 
 

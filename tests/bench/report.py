@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.bench.event_latency import Latencies
 from tests.bench.figures import Burst, Foreign, Memory, Queues, StartUp
 from tests.bench.instructions import TABLE as INSTRUCTIONS
+from tests.bench.system_calls import TABLE as SYSTEM_CALLS
 from tests.bench.workloads import WORKLOADS
 
 OURS, C, RUST = "vhostfs", "C virtiofsd", "Rust virtiofsd"
@@ -228,6 +229,7 @@ def write(results: Results, template: Path, target: Path) -> None:
         "table": "\n".join(table(lines)),
         "figures": "\n".join(_other_figures(results)),
         "instructions": _instructions(),
+        "system_calls": SYSTEM_CALLS.read_text().rstrip(),
         "workloads": "\n".join(f"- **{one.name}**: {one.what}" for one in WORKLOADS),
     }
     text = template.read_text()

@@ -16,15 +16,17 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tests.bench import event_latency, figures, report
 from tests.bench.peers import (
     ROOT,
     Peer,
+    Running,
     ahead_of_others,
     c_virtiofsd,
+    on_one_processor,
     running,
     rust_virtiofsd,
     vhostfs_peer,
@@ -38,6 +40,7 @@ from vhostfs.vm.errors import VmError
 TEMPLATE = ROOT / "tests/bench/performance.md.in"
 TARGET = ROOT / "docs/performance.md"
 WARM_UP_S = 0.03
+Placing = Callable[[Iterable[Running]], contextlib.AbstractContextManager[None]]
 
 
 def _say(text: str) -> None:
@@ -64,10 +67,20 @@ def _parser() -> argparse.ArgumentParser:
         "--directory", type=Path, help="where files are made (default: the temporary directory)"
     )
     parser.add_argument("--no-peers", action="store_true", help="this tree's server alone")
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--ahead",
-        action="store_true",
+        action="store_const",
+        const=ahead_of_others,
+        dest="placing",
         help="driver and server on a processor each, ahead of other work: for ratios on a busy machine",
+    )
+    where.add_argument(
+        "--together",
+        action="store_const",
+        const=on_one_processor,
+        dest="placing",
+        help="driver and server on one processor, which is chance otherwise",
     )
     parser.add_argument(
         "--write", action="store_true", help=f"write {TARGET.relative_to(ROOT)} and its plots"
@@ -81,7 +94,7 @@ def _one_round(
     workloads: Sequence[Workload],
     depths: Sequence[int],
     duration_s: float,
-    ahead: bool,
+    placing: Placing | None,
 ) -> list[report.Point]:
     """Each workload on all servers, one directly after the other: so they have the same machine."""
     library = build_library(cache_root() / "bench")
@@ -89,8 +102,8 @@ def _one_round(
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(running(peer, place)) for peer in peers]
         clients = [figures.mount(server) for server in servers]
-        if ahead:
-            stack.enter_context(ahead_of_others(servers))
+        if placing:
+            stack.enter_context(placing(servers))
         for workload, depth in itertools.product(workloads, depths):
             for peer, server, client in zip(peers, servers, clients, strict=True):
                 prepared = workload.prepare(client)
@@ -142,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Another one first in each round.
             first = turn % len(peers)
             order = [*peers[first:], *peers[:first]]
-            points += _one_round(order, place, workloads, depths, given.duration, given.ahead)
+            points += _one_round(order, place, workloads, depths, given.duration, given.placing)
         _say("start to first reply")
         start = {peer.name: figures.start_up(peer, place, 7) for peer in peers}
         _say("several request queues")
