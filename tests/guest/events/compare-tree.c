@@ -10,8 +10,11 @@
  *
  * Lines on stdin:
  *   pause    the program's own changes stop; answered "paused"
- *   check    one line for each name that is there or is listed, in a fixed order,
- *            then "end"
+ *   check    what it sees: lines "TIME PATH WHAT TEXT", then "end". TIME is when
+ *            that was asked, in nanoseconds of CLOCK_MONOTONIC; WHAT is "is"
+ *            (attributes, or "absent"), "has" (content or target), or "names" (of
+ *            a directory, each with a slash behind it)
+ *   clock    answered "TIME clock"
  *   go       they go on
  *
  * usage: compare-tree ROOT DIRS NAMES READERS
@@ -27,7 +30,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { INNER = 3, OWN = 4 };
@@ -43,93 +48,98 @@ static void fail(const char *what)
 	exit(1);
 }
 
-/* All names of a directory, each between slashes. */
-static void list(const char *dir, char *names, size_t size)
+static long long now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* What follows is asked from now on. */
+static void begin(const char *path, const char *what)
+{
+	printf("%lld %s %s ", now_ns(), path, what);
+}
+
+static void say_names(const char *path)
 {
 	struct dirent *entry;
-	size_t used = 1;
-	DIR *d = opendir(dir);
+	DIR *d;
 
-	strcpy(names, "/");
-	while (d && (entry = readdir(d)) && used < size)
-		used += (size_t)snprintf(names + used, size - used, "%s/", entry->d_name);
+	begin(path, "names");
+	d = opendir(path);
+	while (d && (entry = readdir(d)))
+		if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
+			printf("%s/", entry->d_name);
 	if (d)
 		closedir(d);
+	printf("\n");
 }
 
-static bool is_listed(const char *names, const char *name)
-{
-	char text[32];
-
-	snprintf(text, sizeof(text), "/%s/", name);
-	return strstr(names, text);
-}
-
-static void print_content(const char *path)
+static void say_content(const char *path, bool is_link)
 {
 	char text[512];
-	int fd = open(path, O_RDONLY);
-	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	ssize_t n;
+	int fd;
 
-	if (fd >= 0)
-		close(fd);
-	if (n < 0) {
-		printf(" error %d", errno);
-		return;
+	begin(path, "has");
+	if (is_link) {
+		n = readlink(path, text, sizeof(text) - 1);
+	} else {
+		fd = open(path, O_RDONLY);
+		n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+		if (fd >= 0)
+			close(fd);
 	}
+	if (n < 0)
+		n = snprintf(text, sizeof(text), "error %d", errno);
 	text[n] = 0;
-	printf(" %s", text);
+	printf("%s\n", text);
 }
 
-static void describe(const char *dir, const char *listed, const char *name, bool deep)
+static void describe(const char *dir, const char *name, bool deep)
 {
-	char path[256], text[512], below[1024];
+	char path[256], inner[8];
 	struct stat st;
-	ssize_t n;
 
-	snprintf(path, sizeof(path), "%s/%s", dir, name);
+	snprintf(path, sizeof(path), "%s%s%s", dir, *dir ? "/" : "", name);
+	begin(path, "is");
 	if (lstat(path, &st)) {
-		if (is_listed(listed, name))
-			printf("%s listed only\n", path);
+		printf("absent\n");
 		return;
 	}
-	printf("%s %o %lu %ld.%09ld %ld.%09ld", path, st.st_mode,
-	       S_ISDIR(st.st_mode) ? 0 : (unsigned long)st.st_nlink, (long)st.st_mtim.tv_sec,
-	       st.st_mtim.tv_nsec, (long)st.st_ctim.tv_sec, st.st_ctim.tv_nsec);
-	if (S_ISREG(st.st_mode)) {
-		printf(" %ld", (long)st.st_size);
-		print_content(path);
-	} else if (S_ISLNK(st.st_mode)) {
-		n = readlink(path, text, sizeof(text) - 1);
-		text[n < 0 ? 0 : n] = 0;
-		printf(" %s", text);
-	}
-	printf("%s\n", is_listed(listed, name) ? "" : " not listed");
+	printf("%o %lu %ld %ld.%09ld %ld.%09ld\n", st.st_mode,
+	       S_ISDIR(st.st_mode) ? 0 : (unsigned long)st.st_nlink,
+	       S_ISREG(st.st_mode) ? (long)st.st_size : 0, (long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec,
+	       (long)st.st_ctim.tv_sec, st.st_ctim.tv_nsec);
+	if (S_ISREG(st.st_mode) || S_ISLNK(st.st_mode))
+		say_content(path, S_ISLNK(st.st_mode));
 	if (!deep || !S_ISDIR(st.st_mode))
 		return;
-	list(path, below, sizeof(below));
+	say_names(path);
 	for (int i = 0; i < INNER; i++) {
-		snprintf(text, sizeof(text), "m%d", i);
-		describe(path, below, text, false);
+		snprintf(inner, sizeof(inner), "m%d", i);
+		describe(path, inner, false);
 	}
 }
 
 static void check(void)
 {
-	char dir[32], name[32], top[1024], listed[1024];
+	char dir[32], name[32];
 
-	list(".", top, sizeof(top));
+	say_names(".");
 	for (int d = 0; d < n_dirs; d++) {
 		snprintf(dir, sizeof(dir), "d%d", d);
-		describe(".", top, dir, false);
-		list(dir, listed, sizeof(listed));
+		describe("", dir, false);
+		say_names(dir);
 		for (int i = 0; i < n_names; i++) {
 			snprintf(name, sizeof(name), "n%d", i);
-			describe(dir, listed, name, true);
+			describe(dir, name, true);
 		}
 		for (int i = 0; i < OWN; i++) {
 			snprintf(name, sizeof(name), "g%d", i);
-			describe(dir, listed, name, false);
+			describe(dir, name, false);
 		}
 	}
 	printf("end\n");
@@ -260,6 +270,8 @@ int main(int argc, char **argv)
 	for (int i = 0; i < atoi(argv[4]); i++)
 		start_reader(i);
 	start_changer();
+	/* Those only use it; who asks is not to wait for them. */
+	setpriority(PRIO_PROCESS, 0, -10);
 	printf("ready\n");
 	fflush(stdout);
 	while (fgets(line, sizeof(line), stdin)) {
@@ -272,6 +284,8 @@ int main(int argc, char **argv)
 			pause_state->wanted = 0;
 		} else if (!strcmp(line, "check\n")) {
 			check();
+		} else if (!strcmp(line, "clock\n")) {
+			printf("%lld clock\n", now_ns());
 		}
 		fflush(stdout);
 	}

@@ -15,7 +15,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,47 @@ READERS = 2
 ANSWER_TIMEOUT_S = 60.0
 HIDDEN = "hidden"
 """A directory that the guest never looks into, with further names of files that it knows."""
+CLOCK_READINGS = 4
 _EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the guest sees of something, and when that was asked there, by the guest's clock."""
+
+    text: str
+    asked_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClockReading:
+    """What the guest's CLOCK_MONOTONIC was at a moment of this host's, at most error_ns off."""
+
+    guest_ns: int
+    host_ns: int
+    error_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """
+    The guest's clock between two readings.
+
+    Both, as that of an emulated guest may be far from true: it is calibrated while the guest starts.
+    """
+
+    first: ClockReading
+    last: ClockReading
+
+    def host_ns(self, guest_ns: int) -> float:
+        """The same moment by this host's CLOCK_MONOTONIC."""
+        rate = (self.last.host_ns - self.first.host_ns) / (self.last.guest_ns - self.first.guest_ns)
+        return self.first.host_ns + (guest_ns - self.first.guest_ns) * rate
+
+    @property
+    def error_ns(self) -> int:
+        return max(self.first.error_ns, self.last.error_ns)
 
 
 class Conversation:
@@ -67,10 +106,30 @@ class Conversation:
     def go(self) -> None:
         self._command.write_stdin(b"go\n")
 
-    def check(self) -> list[str]:
-        """What the guest sees now."""
+    def ask(self) -> None:
+        """The guest begins to look at everything; seen() waits for what it saw."""
         self._command.write_stdin(b"check\n")
-        return self._until("end\n").splitlines()
+
+    def seen(self) -> dict[str, Answer]:
+        """What it saw, by path and kind."""
+        answers: dict[str, Answer] = {}
+        for line in self._until("end\n").splitlines():
+            time_ns, path, what, text = line.split(" ", 3)
+            if what == "names":
+                text = _sorted_names(text.split("/"))
+            answers[f"{path} {what}"] = Answer(text, int(time_ns))
+        return answers
+
+    def clock(self) -> ClockReading:
+        """The best of a few."""
+        return min((self._read_clock() for _ in range(CLOCK_READINGS)), key=lambda reading: reading.error_ns)
+
+    def _read_clock(self) -> ClockReading:
+        before_ns = time.monotonic_ns()
+        self._command.write_stdin(b"clock\n")
+        guest_ns = int(self._until(" clock\n"))
+        after_ns = time.monotonic_ns()
+        return ClockReading(guest_ns, (before_ns + after_ns) // 2, (after_ns - before_ns) // 2)
 
     def close(self) -> None:
         self._command.close_stdin()
@@ -225,46 +284,85 @@ class Tree:
 
     # ---- what is true ----------------------------------------------------------------------------------
 
-    def truth(self) -> list[str]:
-        """What compare-tree says when it sees what is there."""
-        lines: list[str] = []
+    def truth(self) -> dict[str, str]:
+        """The texts of compare-tree's answers when it sees what is there, by path and kind."""
+        told: dict[str, str] = {}
+        self._tell_names(told, ".")
         for d in range(DIRS):
-            self._describe(lines, f"./d{d}")
+            self._tell(told, f"d{d}")
+            self._tell_names(told, f"d{d}")
             for name in [f"n{i}" for i in range(NAMES)] + [f"g{i}" for i in range(OWN)]:
                 path = f"d{d}/{name}"
-                mode = self._describe(lines, path)
-                for i in range(INNER if name[0] == "n" and stat.S_ISDIR(mode) else 0):
-                    self._describe(lines, f"{path}/m{i}")
-        return lines
+                if self._tell(told, path) and name[0] == "n":
+                    self._tell_names(told, path)
+                    for i in range(INNER):
+                        self._tell(told, f"{path}/m{i}")
+        return told
 
-    def _describe(self, lines: list[str], path: str) -> int:
+    def _tell_names(self, told: dict[str, str], path: str) -> None:
+        told[f"{path} names"] = _sorted_names(os.listdir(self.root / path))
+
+    def _tell(self, told: dict[str, str], path: str) -> bool:
+        """True: it is a directory."""
         place = self.root / path
         try:
             found = place.lstat()
         except OSError:
-            return 0
-        is_dir = stat.S_ISDIR(found.st_mode)
-        words = [path, f"{found.st_mode:o}", "0" if is_dir else str(found.st_nlink)]
+            told[f"{path} is"] = "absent"
+            return False
+        is_dir, is_file = stat.S_ISDIR(found.st_mode), stat.S_ISREG(found.st_mode)
+        words = [f"{found.st_mode:o}", "0" if is_dir else str(found.st_nlink)]
+        words += [str(found.st_size) if is_file else "0"]
         words += [
             f"{ns // 1_000_000_000}.{ns % 1_000_000_000:09}" for ns in (found.st_mtime_ns, found.st_ctime_ns)
         ]
-        if stat.S_ISREG(found.st_mode):
-            content = place.read_bytes()[:511].split(b"\0")[0].decode("ascii", "surrogateescape")
-            words += [str(found.st_size), content]
+        told[f"{path} is"] = " ".join(words)
+        if is_file:
+            content = place.read_bytes()[:511].split(b"\0")[0]
+            told[f"{path} has"] = content.decode("utf-8", "surrogateescape")
         elif stat.S_ISLNK(found.st_mode):
-            words.append(os.readlink(place))
-        lines.append(" ".join(words))
-        return found.st_mode
+            told[f"{path} has"] = os.readlink(place)
+        return is_dir
+
+
+def _sorted_names(names: Iterable[str]) -> str:
+    return "/".join(sorted(filter(None, names)))
+
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """An answer that was not right. asked_ms: how long after the end of the last change it was asked for."""
+
+    what: str
+    seen: str
+    expected: str
+    asked_ms: float
+
+    def __str__(self) -> str:
+        return (
+            f"  {self.what}, asked for {self.asked_ms:.1f} ms after the last change\n"
+            f"    guest: {self.seen}\n"
+            f"    host:  {self.expected}"
+        )
 
 
 @dataclass(slots=True)
 class Outcome:
-    """rounds: comparisons. late_ms: of each that was not right at first, after how long it was, in
-    milliseconds from the end of the last change to the request for the comparison that was right."""
+    """
+    rounds: comparisons; answers: what they compared. wrong_ms: of each comparison with a wrong answer the
+    time from the end of the last change to the moment at which the guest asked for the last wrong one.
+    clock_error_ms: what these may be off.
+    """
 
     rounds: int = 0
     changes: int = 0
-    late_ms: list[float] = field(default_factory=list)
+    answers: int = 0
+    wrong_ms: list[float] = field(default_factory=list)
+    clock_error_ms: float = 0.0
+
+
+Report = Callable[[Outcome, list[Wrong]], None]
+"""Called after each comparison."""
 
 
 def torture(
@@ -273,11 +371,12 @@ def torture(
     duration_s: float,
     *,
     patience_s: float,
-    progress: Callable[[Outcome], None] = lambda outcome: None,
+    report: Report = lambda outcome, wrong: None,
 ) -> Outcome:
-    """Changes and compares. AssertionError when the guest is not right within patience_s of a change."""
+    """Changes and compares. AssertionError when an answer is wrong that was asked for patience_s later."""
     outcome = Outcome()
     until = time.monotonic() + duration_s
+    reading = guest.clock()
     while time.monotonic() < until:
         for _ in range(tree.random.randrange(20)):
             tree.change()
@@ -286,27 +385,49 @@ def torture(
         for _ in range(tree.random.randrange(1, 5)):
             tree.change()
             outcome.changes += 1
-        _compare(tree, guest, outcome, patience_s)
+        reading, wrong = _compare(tree, guest, outcome, reading, patience_s)
+        report(outcome, wrong)
         guest.go()
-        progress(outcome)
     return outcome
 
 
-def _compare(tree: Tree, guest: Conversation, outcome: Outcome, patience_s: float) -> None:
-    changed_s = time.monotonic()
+def _expected(what: str, seen: dict[str, Answer], truth: dict[str, str]) -> str | None:
+    """The right answer; None: what the guest took the path for is wrong, and so that it asked for this."""
+    path, kind = what.split(" ")
+    if kind == "is":
+        return truth.get(what, "absent")
+    its = f"{path} is"
+    if its in seen and seen[its].text != truth.get(its, "absent"):
+        return None
+    return truth.get(what, "")
+
+
+def _compare(
+    tree: Tree, guest: Conversation, outcome: Outcome, before: ClockReading, patience_s: float
+) -> tuple[ClockReading, list[Wrong]]:
+    """All that was wrong until everything was right, and the guest's clock then."""
+    changed_ns = time.monotonic_ns()
+    guest.ask()
     truth = tree.truth()
     outcome.rounds += 1
+    every: list[Wrong] = []
     while True:
-        asked_s = time.monotonic()
-        seen = guest.check()
-        if seen == truth:
+        seen = guest.seen()
+        clock = Clock(before, guest.clock())
+        outcome.answers += len(seen)
+        outcome.clock_error_ms = max(outcome.clock_error_ms, clock.error_ns / 1e6)
+        wrong = [
+            Wrong(what, answer.text, expected, (clock.host_ns(answer.asked_ns) - changed_ns) / 1e6)
+            for what, answer in seen.items()
+            if (expected := _expected(what, seen, truth)) is not None and answer.text != expected
+        ]
+        every += wrong
+        if not wrong:
             break
-        if asked_s - changed_s > patience_s:
-            wrong = [f"  guest: {line}" for line in seen if line not in truth]
-            wrong += [f"  host:  {line}" for line in truth if line not in seen]
-            raise AssertionError(
-                f"the guest is wrong {1e3 * (asked_s - changed_s):.0f} ms after the last change, "
-                f"round {outcome.rounds}:\n" + "\n".join(wrong)
-            )
-    if asked_s - changed_s > 0.01:
-        outcome.late_ms.append(1e3 * (asked_s - changed_s))
+        if max(one.asked_ms for one in wrong) > 1e3 * patience_s:
+            told = "\n".join(map(str, wrong))
+            raise AssertionError(f"the guest is wrong, round {outcome.rounds}:\n{told}")
+        guest.ask()
+    if every:
+        outcome.wrong_ms.append(max(one.asked_ms for one in every))
+    return clock.last, every
