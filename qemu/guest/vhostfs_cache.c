@@ -199,6 +199,33 @@ static bool vhostfs_is_newer(const struct dentry *entry,
 }
 
 /*
+ * What can be done about an entry and an object without waiting for anybody: the
+ * next who uses it asks, unless a task with an old answer says otherwise, which
+ * is what vhostfs_stale_entry() and vhostfs_stale_object() wait for.
+ */
+void vhostfs_expire_entry(struct inode *dir, const struct vhostfs_event *event)
+{
+	struct dentry *entry;
+
+	inode_maybe_inc_iversion(dir, false);
+	entry = vhostfs_lookup_cached(dir, event);
+	if (!entry)
+		return;
+	if (d_really_is_positive(entry))
+		vhostfs_stale_attr(d_inode(entry), STATX_BASIC_STATS);
+	vhostfs_expire_dentry(entry);
+	dput(entry);
+}
+
+void vhostfs_expire_object(struct inode *inode, u32 mask)
+{
+	vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+	/* Pages that are locked, dirty or mapped stay for now */
+	if (S_ISREG(inode->i_mode) && (mask & (FS_MODIFY | FS_CLOSE_WRITE)))
+		invalidate_mapping_pages(inode->i_mapping, 0, -1);
+}
+
+/*
  * What is known of a directory's entry and of its listing. The directory's
  * lock waits for every LOOKUP and READDIRPLUS in it that was sent before now,
  * so that none of them can put an old answer into the dcache afterwards.

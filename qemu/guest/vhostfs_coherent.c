@@ -315,7 +315,36 @@ static void vhostfs_expire_again(struct vhostfs_notify *n, struct inode *dir,
 	dput(entry);
 }
 
-/* An element that is for the caches alone. Under event_mutex and fc->killsb */
+/*
+ * An element that is for the caches alone has come, and is acted on after those
+ * before it. What waits for nobody is done now: acting waits for those who look
+ * something up in the directory, and for pages that are being read, each as long
+ * as the device takes. Under event_mutex and fc->killsb.
+ */
+void vhostfs_expire_caches(struct vhostfs_notify *n, struct fuse_conn *fc,
+			   const struct vhostfs_event *event)
+{
+	struct inode *object, *child = NULL;
+
+	vhostfs_touch(n, vhostfs_touched(n, event->nodeid));
+	object = vhostfs_find(fc, event->nodeid, event->generation);
+	if (event->child_nodeid) {
+		vhostfs_touch(n, vhostfs_touched(n, event->child_nodeid));
+		child = vhostfs_find(fc, event->child_nodeid,
+				     event->child_generation);
+	}
+	if (object && S_ISDIR(object->i_mode) &&
+	    (event->mask & VHOSTFS_ENTRY_EVENTS))
+		vhostfs_expire_entry(object, event);
+	if (object && (!event->namelen || (event->mask & VHOSTFS_ENTRY_EVENTS)))
+		vhostfs_expire_object(object, event->mask);
+	if (child)
+		vhostfs_expire_object(child, event->mask);
+	iput(child);
+	iput(object);
+}
+
+/* The same element in its turn. Under event_mutex and fc->killsb */
 void vhostfs_invalidate(struct vhostfs_notify *n, struct fuse_conn *fc,
 			const struct vhostfs_event *event)
 {

@@ -410,6 +410,24 @@ bool vhostfs_is_granted(struct vhostfs_notify *n)
 	return READ_ONCE(n->session) == VHOSTFS_GRANTED;
 }
 
+/* An element has come; vhostfs_element() has it after those before it */
+void vhostfs_first_look(struct vhostfs_notify *n, const void *data,
+			unsigned int len)
+{
+	struct vhostfs_event *event = &n->event;
+
+	if (vhostfs_check(data, len, event) ||
+	    !(event->flags & FSNOTIFY_CACHES))
+		return;
+	mutex_lock(&n->event_mutex);
+	if (n->fc && vhostfs_is_granted(n)) {
+		down_read(&n->fc->killsb);
+		vhostfs_expire_caches(n, n->fc, event);
+		up_read(&n->fc->killsb);
+	}
+	mutex_unlock(&n->event_mutex);
+}
+
 void vhostfs_element(struct vhostfs_notify *n, const void *data,
 		     unsigned int len)
 {

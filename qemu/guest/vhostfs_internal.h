@@ -25,8 +25,8 @@
 #define VHOSTFS_PARKED_DESCS	2	/* of each: one to read, one to write */
 #define VHOSTFS_PARK_WAIT	(HZ / 4)	/* after the device sent some back */
 #define VHOSTFS_PARK_UNIQUE	BIT_ULL(62)	/* the FUSE core does not get there */
-#define VHOSTFS_BATCH		16	/* elements copied before acting */
-#define VHOSTFS_BATCHES		8	/* of them in one run of the worker */
+#define VHOSTFS_BATCH		64	/* elements copied before acting */
+#define VHOSTFS_BATCHES		2	/* of them in one run of the worker */
 #define VHOSTFS_MAX_HALVES	64
 #define VHOSTFS_HALF_WAIT	HZ
 #define VHOSTFS_MAX_COOKIES	64
@@ -57,6 +57,12 @@ struct vhostfs_event {
 	u32 flags;
 	u32 namelen;
 	char name[NAME_MAX + 1];	/* NUL at the end: inotify copies strings */
+};
+
+/* What came in a buffer or as an answer */
+struct vhostfs_copy {
+	unsigned int len;
+	u8 data[VHOSTFS_ELEMENT_SIZE] __aligned(8);
 };
 
 /*
@@ -222,8 +228,10 @@ struct vhostfs_notify {
 	struct dentry unknown_parent;	/* see vhostfs_raise_rename() */
 	struct path unlinked;		/* see vhostfs_unlinked() */
 	u8 no_mount[VHOSTFS_NO_MOUNT_SIZE] ____cacheline_aligned;
-	unsigned int batch_len[VHOSTFS_BATCH];
-	u8 batch[VHOSTFS_BATCH][VHOSTFS_ELEMENT_SIZE] __aligned(8);
+	/* Copied and not acted on yet, from first_copied on, around the end */
+	struct vhostfs_copy copied[VHOSTFS_BATCH];
+	unsigned int first_copied;
+	unsigned int ncopied;
 
 	/* Coherent caches; numbers of requests, those until then are old */
 	atomic64_t last_sent;
@@ -358,6 +366,8 @@ struct vhostfs_request *vhostfs_getattr(struct vhostfs_notify *n,
 void vhostfs_stale_object(struct vhostfs_notify *n, struct inode *inode,
 			  u32 mask);
 void vhostfs_expire_dentry(struct dentry *dentry);
+void vhostfs_expire_entry(struct inode *dir, const struct vhostfs_event *event);
+void vhostfs_expire_object(struct inode *inode, u32 mask);
 void vhostfs_stale_inode(struct vhostfs_notify *n, struct inode *inode);
 struct dentry *vhostfs_lookup_cached(struct inode *dir,
 				     const struct vhostfs_event *event);
@@ -388,6 +398,8 @@ void vhostfs_free_halves(struct vhostfs_notify *n);
 void vhostfs_expire(struct vhostfs_notify *n, bool all);
 void vhostfs_half_timeout(struct work_struct *work);
 bool vhostfs_is_granted(struct vhostfs_notify *n);
+void vhostfs_first_look(struct vhostfs_notify *n, const void *data,
+			unsigned int len);
 void vhostfs_element(struct vhostfs_notify *n, const void *data,
 		     unsigned int len);
 
@@ -447,6 +459,8 @@ bool vhostfs_is_coherent(const struct vhostfs_notify *n);
 void vhostfs_reset_coherence(struct vhostfs_notify *n);
 bool vhostfs_is_old(struct vhostfs_notify *n, u64 unique, u64 nodeid);
 void vhostfs_again_work(struct work_struct *work);
+void vhostfs_expire_caches(struct vhostfs_notify *n, struct fuse_conn *fc,
+			   const struct vhostfs_event *event);
 void vhostfs_invalidate(struct vhostfs_notify *n, struct fuse_conn *fc,
 			const struct vhostfs_event *event);
 void vhostfs_lose_caches(struct vhostfs_notify *n, struct fuse_conn *fc);

@@ -58,7 +58,7 @@ static void vhostfs_release(struct kref *kref)
 	vhostfs_free_halves(n);
 	vhostfs_free_watches(n);
 	vhostfs_free_opens(n);
-	kfree(n);
+	kvfree(n);
 }
 
 void vhostfs_put(struct vhostfs_notify *n)
@@ -104,7 +104,7 @@ int vhostfs_notify_probe(struct virtio_device *vdev,
 	u32 size;
 
 	*notify = NULL;
-	n = kzalloc(sizeof(*n), GFP_KERNEL);
+	n = kvzalloc(sizeof(*n), GFP_KERNEL);
 	if (!n)
 		return -ENOMEM;
 	kref_init(&n->kref);

@@ -28,14 +28,21 @@ void vhostfs_give_buffer(struct vhostfs_notify *n, void *buf)
 	virtqueue_add_inbuf(n->vq, &sg, 1, buf, GFP_ATOMIC);
 }
 
+static struct vhostfs_copy *vhostfs_copied(struct vhostfs_notify *n,
+					   unsigned int i)
+{
+	return &n->copied[(n->first_copied + i) % VHOSTFS_BATCH];
+}
+
 /*
  * Copies what came, at most a batch, and returns the buffers before anything is
  * done about it: acting takes time, and few buffers may be all there are.
  * Nothing is read from a buffer that the device may write to.
  */
-static unsigned int vhostfs_take_buffers(struct vhostfs_notify *n)
+static void vhostfs_take_buffers(struct vhostfs_notify *n)
 {
-	unsigned int count = 0, len;
+	unsigned int before = n->ncopied, len;
+	struct vhostfs_copy *copy;
 	bool kick = false;
 	void *buf;
 
@@ -44,26 +51,25 @@ static unsigned int vhostfs_take_buffers(struct vhostfs_notify *n)
 		goto out;
 	virtqueue_disable_cb(n->vq);
 	do {
-		while (count < VHOSTFS_BATCH) {
+		while (n->ncopied < VHOSTFS_BATCH) {
 			buf = virtqueue_get_buf(n->vq, &len);
 			if (!buf)
 				break;
-			n->batch_len[count] = min_t(unsigned int, len,
-						    VHOSTFS_ELEMENT_SIZE);
-			memcpy(n->batch[count], buf, n->batch_len[count]);
-			count++;
+			copy = vhostfs_copied(n, n->ncopied++);
+			copy->len = min_t(unsigned int, len,
+					  VHOSTFS_ELEMENT_SIZE);
+			memcpy(copy->data, buf, copy->len);
 			vhostfs_give_buffer(n, buf);
 		}
-	} while (count < VHOSTFS_BATCH && !virtqueue_enable_cb(n->vq) &&
+	} while (n->ncopied < VHOSTFS_BATCH && !virtqueue_enable_cb(n->vq) &&
 		 !virtqueue_is_broken(n->vq));
-	if (count)
+	if (n->ncopied > before)
 		kick = virtqueue_kick_prepare(n->vq);
 	/* Under the lock, so that the queue cannot go meanwhile */
 	if (kick)
 		virtqueue_notify(n->vq);
 out:
 	spin_unlock(&n->vq_lock);
-	return count;
 }
 
 /* Buffers for queue 1. Without memory it has fewer */
@@ -153,16 +159,16 @@ static bool vhostfs_to_element(struct vhostfs_notify *n, void *data,
 	return true;
 }
 
-/* Adds answers to the batch, and parks their requests again */
-static unsigned int vhostfs_take_parked(struct vhostfs_notify *n,
-					unsigned int count)
+/* Copies answers likewise, and parks their requests again */
+static void vhostfs_take_parked(struct vhostfs_notify *n)
 {
 	struct vhostfs_parked *parked;
+	struct vhostfs_copy *copy;
 	bool granted, sent_back = false;
 
 	spin_lock(&n->vq_lock);
 	granted = READ_ONCE(n->session) == VHOSTFS_GRANTED;
-	while (n->running && count < VHOSTFS_BATCH) {
+	while (n->running && n->ncopied < VHOSTFS_BATCH) {
 		spin_lock(&n->answered_lock);
 		parked = list_first_entry_or_null(&n->answered,
 						  struct vhostfs_parked, list);
@@ -171,12 +177,13 @@ static unsigned int vhostfs_take_parked(struct vhostfs_notify *n,
 		spin_unlock(&n->answered_lock);
 		if (!parked)
 			break;
-		n->batch_len[count] = min_t(unsigned int, parked->len,
-					    VHOSTFS_ELEMENT_SIZE);
-		memcpy(n->batch[count], parked->out, n->batch_len[count]);
-		if (vhostfs_to_element(n, n->batch[count], n->batch_len[count],
+		copy = vhostfs_copied(n, n->ncopied);
+		copy->len = min_t(unsigned int, parked->len,
+				  VHOSTFS_ELEMENT_SIZE);
+		memcpy(copy->data, parked->out, copy->len);
+		if (vhostfs_to_element(n, copy->data, copy->len,
 				       parked->unique))
-			count++;
+			n->ncopied++;
 		else
 			sent_back = true;
 		list_add_tail(&parked->list, &n->unposted);
@@ -188,7 +195,6 @@ static unsigned int vhostfs_take_parked(struct vhostfs_notify *n,
 	else if (n->running && granted)
 		vhostfs_post(n);
 	spin_unlock(&n->vq_lock);
-	return count;
 }
 
 /* Is this one of ours, among what comes out of a request queue? */
@@ -250,29 +256,55 @@ void vhostfs_alloc_parked(struct vhostfs_notify *n, struct virtqueue *vq)
 
 /* ---- the receiving worker --------------------------------------------------------- */
 
-static unsigned int vhostfs_take_batch(struct vhostfs_notify *n)
+/* True: there may be more than found a place */
+static bool vhostfs_take_batch(struct vhostfs_notify *n)
 {
-	return vhostfs_take_parked(n, vhostfs_take_buffers(n));
+	unsigned int i = n->ncopied;
+	struct vhostfs_copy *copy;
+
+	vhostfs_take_buffers(n);
+	vhostfs_take_parked(n);
+	for (; vhostfs_is_coherent(n) && i < n->ncopied; i++) {
+		copy = vhostfs_copied(n, i);
+		vhostfs_first_look(n, copy->data, copy->len);
+	}
+	return n->ncopied == VHOSTFS_BATCH;
 }
 
+static void vhostfs_act(struct vhostfs_notify *n)
+{
+	struct vhostfs_copy *copy = vhostfs_copied(n, 0);
+
+	vhostfs_element(n, copy->data, copy->len);
+	n->first_copied = (n->first_copied + 1) % VHOSTFS_BATCH;
+	n->ncopied--;
+	cond_resched();
+}
+
+/*
+ * Acting on an element may wait for others. With coherent caches what comes
+ * meanwhile is looked at before the next.
+ */
 void vhostfs_receive_work(struct work_struct *work)
 {
 	struct vhostfs_notify *n = container_of(work, struct vhostfs_notify,
 						receive_work);
-	unsigned int batches = VHOSTFS_BATCHES;
-	unsigned int count, i;
+	unsigned int left = VHOSTFS_BATCH * VHOSTFS_BATCHES;
+	bool more = true;
 
-	do {
-		count = vhostfs_take_batch(n);
-		for (i = 0; i < count; i++) {
-			vhostfs_element(n, n->batch[i], n->batch_len[i]);
-			cond_resched();
-		}
-	} while (count == VHOSTFS_BATCH && --batches);
+	for (;;) {
+		if (left && ((more && !n->ncopied) || vhostfs_is_coherent(n)))
+			more = vhostfs_take_batch(n);
+		if (!n->ncopied)
+			break;
+		vhostfs_act(n);
+		if (left)
+			left--;
+	}
 
-	vhostfs_expire(n, count < VHOSTFS_BATCH);
+	vhostfs_expire(n, !more);
 	/* Others get their turn, however much the device sends */
-	if (count == VHOSTFS_BATCH)
+	if (more)
 		queue_work(vhostfs_wq, &n->receive_work);
 }
 

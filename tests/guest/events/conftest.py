@@ -38,6 +38,7 @@ from vhostfs.vm.machine import Share, ShareDevice, queue_device
 from vhostfs.vm.qemu import Qemu, find_qemu
 from vhostfs.vm.server import ServerSpec, ShareServer
 
+HOLDER_PROGRAM = "/usr/bin/hold-directory"
 CACHE_MODES = {
     "auto": (),
     "never": ("--cache=never",),
@@ -102,11 +103,14 @@ class Parts:
     """The watcher with a mark of fanotify's, for both."""
     comparer: Path
     """Says what it sees of a tree, for the guest."""
+    holder: Path
+    """Holds the lock of a directory, for the guest."""
 
     def image_spec(self, kernel: str, packages: tuple[str, ...] = ()) -> ImageSpec:
         """An image with the driver and the watchers."""
         files = {PROGRAM: self.program, following.PROGRAM: self.follower, FANOTIFY_PROGRAM: self.marker}
         files[torture.PROGRAM] = self.comparer
+        files[HOLDER_PROGRAM] = self.holder
         return ImageSpec(kernel, packages, files=files, driver=True)
 
 
@@ -124,7 +128,8 @@ def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Par
     follower = compile_static(Path(following.__file__).with_name("follow-events.c"), folder / "follow-events")
     marker = compile_static(Path(__file__).with_name("watch-fanotify.c"), folder / "watch-fanotify")
     comparer = compile_static(Path(__file__).with_name("compare-tree.c"), folder / "compare-tree")
-    return Parts(launchpad, qemu, program, follower, marker, comparer)
+    holder = compile_static(Path(__file__).with_name("hold-directory.c"), folder / "hold-directory")
+    return Parts(launchpad, qemu, program, follower, marker, comparer, holder)
 
 
 def watchdog_files() -> dict[str, Path]:

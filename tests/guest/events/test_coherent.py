@@ -12,7 +12,7 @@ import os
 import pytest
 
 from tests.conftest import lacking
-from tests.guest.events.conftest import EventSession, MakeWatchedPlace, WatchedPlace
+from tests.guest.events.conftest import HOLDER_PROGRAM, EventSession, MakeWatchedPlace, WatchedPlace
 from tests.guest.events.torture import Conversation, Tree, torture
 from tests.guest.place import awaited
 
@@ -66,6 +66,23 @@ def test_what_the_host_changes_is_seen_although_it_was_kept(coherent: WatchedPla
     }
     assert before != expected[change]
     assert awaited(lambda: coherent.place.sh(look) == expected[change], 2.0)
+
+
+def test_what_came_is_right_while_somebody_is_long_in_the_directory(coherent: WatchedPlace) -> None:
+    directory = coherent.host / "dir"
+    directory.mkdir()
+    os.utime(directory, (1, 1))
+    coherent.place.sh("ls dir; stat -c %Y dir")
+    assert coherent.place.sh("stat -c %Y dir") == "1\n"
+    holder = coherent.place.start(f"exec {HOLDER_PROGRAM} dir")
+    try:
+        holder.wait_for_output("held", 10.0)
+        (directory / "new").mkdir()  # to drop its name takes the directory's lock
+        assert awaited(lambda: coherent.place.sh("stat -c %Y dir") != "1\n", 3.0)
+    finally:
+        holder.close_stdin()
+        holder.wait(10.0)
+    assert awaited(lambda: coherent.place.sh("ls dir") == "new\n", 3.0)
 
 
 def test_a_tree_that_is_changed_at_random_is_right(coherent: WatchedPlace) -> None:
