@@ -149,6 +149,15 @@ static bool vhostfs_wants_fid(struct fsnotify_mark_connector *conn)
 	return false;
 }
 
+static struct inode *vhostfs_marked_inode(struct fsnotify_mark_connector *conn)
+{
+#if VHOSTFS_KERNEL < 610
+	return container_of(conn->obj, struct inode, i_fsnotify_marks);
+#else
+	return conn->obj;
+#endif
+}
+
 static struct super_block *vhostfs_marked_sb(struct fsnotify_mark_connector *conn)
 {
 #if VHOSTFS_KERNEL < 610
@@ -158,22 +167,23 @@ static struct super_block *vhostfs_marked_sb(struct fsnotify_mark_connector *con
 #endif
 }
 
-static int vhostfs_probe_sb(struct vhostfs_probe *probe,
-			    struct fsnotify_mark_connector *conn)
+/* Marks on @sb itself, to begin with; false: they are nothing to us */
+static bool vhostfs_probe_sb(struct vhostfs_probe *probe,
+			     struct fsnotify_mark_connector *conn,
+			     struct super_block *sb)
 {
-	struct super_block *sb = vhostfs_marked_sb(conn);
 	struct vhostfs_notify *n;
 
 	if (sb->s_type != vhostfs_type)
-		return 1;
+		return false;
 	n = vhostfs_notify_of(get_fuse_conn_super(sb));
 	if (!n || READ_ONCE(ignore_probes))
-		return 1;
+		return false;
 	if (vhostfs_wants_fid(conn))
 		WRITE_ONCE(n->fid_wanted, true);
 	probe->notify = n;
 	probe->nodeid = 0;
-	return 0;
+	return true;
 }
 
 #if VHOSTFS_KERNEL >= 610
@@ -211,62 +221,56 @@ static void vhostfs_note_mount_marks(struct vhostfs_notify *n,
 	spin_unlock(&n->watch_lock);
 }
 
-static int vhostfs_probe_mount(struct vhostfs_probe *probe,
-			       struct fsnotify_mark_connector *conn)
+/* What is marked on a mount is its superblock, too */
+static bool vhostfs_probe_mount(struct vhostfs_probe *probe,
+				struct fsnotify_mark_connector *conn)
 {
 	struct super_block *sb = ((struct vfsmount *)conn->obj)->mnt_sb;
-	struct vhostfs_notify *n;
 
-	if (sb->s_type != vhostfs_type)
-		return 1;
-	n = vhostfs_notify_of(get_fuse_conn_super(sb));
-	if (!n || READ_ONCE(ignore_probes))
-		return 1;
-	if (vhostfs_wants_fid(conn))
-		WRITE_ONCE(n->fid_wanted, true);
-	vhostfs_note_mount_marks(n, sb, conn);
-	probe->notify = n;
-	probe->nodeid = 0;
-	return 0;
+	if (!vhostfs_probe_sb(probe, conn, sb))
+		return false;
+	vhostfs_note_mount_marks(probe->notify, sb, conn);
+	return true;
 }
 #endif
 
+static bool vhostfs_probe_inode(struct vhostfs_probe *probe,
+				struct fsnotify_mark_connector *conn)
+{
+	struct inode *inode = vhostfs_marked_inode(conn);
+
+	if (IS_AUTOMOUNT(inode) || !vhostfs_probe_sb(probe, conn, inode->i_sb))
+		return false;
+	probe->inode = inode;
+	probe->nodeid = get_node_id(inode);
+	probe->generation = inode->i_generation;
+	probe->excl = vhostfs_excludes(conn);
+	return true;
+}
+
+/* Returns 0 if the function's return is to be seen as well, as kprobes want it */
 static int vhostfs_probe_entry(struct kretprobe_instance *ri,
 			       struct pt_regs *regs)
 {
 	struct vhostfs_probe *probe = (struct vhostfs_probe *)ri->data;
 	struct fsnotify_mark_connector *conn;
-	struct vhostfs_notify *n;
-	struct inode *inode;
 
 	conn = (struct fsnotify_mark_connector *)
 		regs_get_kernel_argument(regs, 0);
-	if (conn->obj && READ_ONCE(conn->type) == FSNOTIFY_OBJ_TYPE_SB)
-		return vhostfs_probe_sb(probe, conn);
+	if (!conn->obj)
+		return 1;
+	switch (READ_ONCE(conn->type)) {
+	case FSNOTIFY_OBJ_TYPE_INODE:
+		return !vhostfs_probe_inode(probe, conn);
+	case FSNOTIFY_OBJ_TYPE_SB:
+		return !vhostfs_probe_sb(probe, conn, vhostfs_marked_sb(conn));
 #if VHOSTFS_KERNEL >= 610
-	if (conn->obj && READ_ONCE(conn->type) == FSNOTIFY_OBJ_TYPE_VFSMOUNT)
-		return vhostfs_probe_mount(probe, conn);
+	case FSNOTIFY_OBJ_TYPE_VFSMOUNT:
+		return !vhostfs_probe_mount(probe, conn);
 #endif
-	if (READ_ONCE(conn->type) != FSNOTIFY_OBJ_TYPE_INODE || !conn->obj)
+	default:
 		return 1;
-#if VHOSTFS_KERNEL < 610
-	inode = container_of(conn->obj, struct inode, i_fsnotify_marks);
-#else
-	inode = conn->obj;
-#endif
-	if (inode->i_sb->s_type != vhostfs_type || IS_AUTOMOUNT(inode))
-		return 1;
-	n = vhostfs_notify_of(get_fuse_conn(inode));
-	if (!n || READ_ONCE(ignore_probes))
-		return 1;
-	if (vhostfs_wants_fid(conn))
-		WRITE_ONCE(n->fid_wanted, true);
-	probe->notify = n;
-	probe->inode = inode;
-	probe->nodeid = get_node_id(inode);
-	probe->generation = inode->i_generation;
-	probe->excl = vhostfs_excludes(conn);
-	return 0;
+	}
 }
 
 static void vhostfs_probed(struct kretprobe_instance *ri, bool attached)
