@@ -17,7 +17,8 @@ from tests.ring.conftest import MakeShare
 from tests.ring.events import EventGuest
 from tests.ring.share import Share
 from tests.ring.slow_storage import CONTENT, SlowStorage
-from vhostfs.frontend import FuseClient, Pending
+from tests.server import awaited
+from vhostfs.frontend import Feature, FuseClient, Machine, Pending
 from vhostfs.frontend import operations as op
 
 pytestmark = pytest.mark.usefixtures("needs_root")
@@ -123,3 +124,35 @@ def test_an_answer_does_not_wait_for_a_slow_request_behind_it(share: Share, stor
     assert not slow.done
     storage.release()
     fs.session.submit(op.forget(slow.wait().nodeid, 1)).wait()
+
+
+WANTS_EVERY_INTERRUPT = Machine(features=Feature.VERSION_1 | Feature.INDIRECT_DESC)
+LOOKUPS = 64
+
+
+def interrupts_of_lookups(fs: FuseClient) -> int:
+    """For a row of them, in one batch."""
+    queue = fs.vmm.request_queue()
+    with suppress(BlockingIOError):
+        os.eventfd_read(queue.call_fd)
+    pending = [fs.session.submit(op.lookup(fs.root, "missing"), publish=False) for _ in range(LOOKUPS)]
+    queue.publish(*(one.head for one in pending))
+    assert awaited(lambda: all(one.done for one in pending))
+    return os.eventfd_read(queue.call_fd)
+
+
+@pytest.mark.usefixtures("ours")
+def test_lookups_share_interrupts_while_the_storage_is_prompt(share: Share, storage: SlowStorage) -> None:
+    """Each answer is told of before the next lookup, which might take long, until these prove not to."""
+    fs = share.mount(WANTS_EVERY_INTERRUPT)
+    disk = fs.walk("disk").nodeid
+    assert interrupts_of_lookups(fs) > LOOKUPS // 2 - 2
+    # On a busy machine some take long for want of a processor.
+    assert awaited(lambda: interrupts_of_lookups(fs) < LOOKUPS // 2 - 2)
+    quick = fs.session.submit(op.getattr_(fs.root), publish=False)
+    slow = fs.session.submit(op.lookup(disk, "stuck"), publish=False)
+    fs.vmm.request_queue().publish(quick.head, slow.head)
+    storage.await_held(1)
+    storage.release()
+    fs.session.submit(op.forget(slow.wait().nodeid, 1)).wait()
+    assert interrupts_of_lookups(fs) > LOOKUPS // 2 - 2

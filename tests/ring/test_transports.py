@@ -127,24 +127,6 @@ def test_no_interrupt_is_sent_to_a_driver_that_does_not_want_any(share: Share, o
         os.eventfd_read(queue.call_fd)
 
 
-def test_lookups_that_turn_out_to_be_prompt_share_interrupts(share: Share, ours: None) -> None:
-    """At first each answer is told of before the next lookup begins, for which storage might need long."""
-    fs = share.mount(Machine(features=features(False, True)))  # every interrupt is wanted
-    queue = fs.vmm.request_queue()
-
-    def interrupts() -> int:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(queue.call_fd)
-        pending = [fs.session.submit(op.lookup(fs.root, "missing"), publish=False) for _ in range(64)]
-        queue.publish(*(one.head for one in pending))
-        assert awaited(lambda: all(one.done for one in pending))
-        return os.eventfd_read(queue.call_fd)
-
-    assert interrupts() > 30
-    # On a busy machine some take long for want of a processor.
-    assert awaited(lambda: interrupts() < 30)
-
-
 @pytest.mark.parametrize(("event_idx", "indirect"), list(itertools.product((False, True), repeat=2)), ids=str)
 def test_hundreds_of_requests_of_mixed_size_in_flight(share: Share, event_idx: bool, indirect: bool) -> None:
     fs = share.mount(Machine(features=features(event_idx, indirect), queue_size=1024))
