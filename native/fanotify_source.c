@@ -188,10 +188,12 @@ static bool is_unlinked(const struct reader *reader, const struct vf_fanotify_re
 	    .place = identity(&record->dir),
 	};
 
-	/* Which of several was last cannot be known. */
+	bool gone = (record->mask & VF_FS_PATH_EVENTS) && vf_name_is_gone(reader->events, &change);
+
+	/* Which of several was last cannot be known, nor whether this came before it. */
 	if (change.mask && !(change.mask & (change.mask - 1)))
 		vf_unlinked_note(reader->events, &change);
-	return (record->mask & VF_FS_PATH_EVENTS) && vf_name_is_gone(reader->events, &change);
+	return gone && vf_name_is_gone(reader->events, &change);
 }
 
 /*
@@ -240,9 +242,10 @@ static void report_entry(struct reader *reader, const struct vf_fanotify_record 
 		    .seen_ns = reader->now_ns,
 		};
 
+		/* What inotify tells is judged in its turn. */
+		mask = note(reader, &change, record->mask & ~VF_FS_SELF_EVENTS);
 		change.unlinked =
 		    (record->mask & VF_FS_PATH_EVENTS) && vf_name_is_gone(reader->events, &change);
-		mask = note(reader, &change, record->mask & ~VF_FS_SELF_EVENTS);
 		if (reader->events->order && change.child)
 			mask = vf_order_note_child(reader->events->order, &change, record->mask,
 						   mask, reader->own);

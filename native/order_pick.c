@@ -47,6 +47,7 @@ struct candidates {
 	struct vf_fact *unused;	  /* the first that was not used for this event yet */
 	struct vf_fact *foreign;  /* the first such that is to be reported */
 	struct vf_fact *unlinked; /* the first unused of an object that lost the name before */
+	struct vf_fact *arrival;  /* the first of an object of which inotify has not said it yet */
 	struct vf_fact *any;
 };
 
@@ -95,7 +96,11 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 		else
 			compared++;
 		link = &fact->next;
-		if (!(fact->mask & event) || (fact->past && !(event & (ARRIVALS | DEPARTURES))))
+		if (!c->arrival && !fact->past && (fact->mask & ARRIVALS & ~fact->used))
+			c->arrival = fact;
+		if (!(fact->mask & event) ||
+		    ((event & (ARRIVALS | DEPARTURES)) ? (fact->mask ^ change->mask) & VF_FS_ISDIR
+						       : fact->past))
 			continue;
 		if (vf_order_counts_for_all(order, event))
 			vf_fact_set_said(order, fact, event);
@@ -109,6 +114,13 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 		if (!c->unlinked && fact->unlinked)
 			c->unlinked = fact;
 	}
+}
+
+static bool is_of_same_object(const struct vf_fact *fact, const struct vf_fact *other)
+{
+	if (fact->object && other->object && fact->object != other->object)
+		return false;
+	return fact->child == other->child;
 }
 
 /*
@@ -126,7 +138,7 @@ static void supersede(struct vf_order *order, struct vf_fact *arrival, uint32_t 
 					      arrival->namelen))
 				continue;
 			n++;
-			if (fact->number < arrival->number && fact->child != arrival->child)
+			if (fact->number < arrival->number && !is_of_same_object(fact, arrival))
 				fact->past = true;
 		}
 	}
@@ -139,6 +151,18 @@ void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, u
 	fact->picked = ++order->picks;
 	if (event & ARRIVALS)
 		supersede(order, fact, bucket);
+}
+
+/*
+ * Of an event of which this fact was told already: that of the next object, or of the next name,
+ * unless inotify has not said yet that it came.  NULL: there may be one.
+ */
+static struct vf_fact *next_by_name(struct vf_fact *told, const struct candidates *c,
+				    enum vf_fact_choice choice)
+{
+	if (c->arrival && (!c->unused || c->arrival->number <= c->unused->number))
+		return told;
+	return c->unused || choice != VF_FACT_ANY_LAST ? c->unused : told;
 }
 
 /*
@@ -165,8 +189,8 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 	if (fact && (fact->used & event)) {
 		if (c.unlinked)
 			fact = c.unlinked;
-		else if (may_be_by_another(order, fact) && (c.unused || choice != VF_FACT_ANY_LAST))
-			fact = c.unused;
+		else if (may_be_by_another(order, fact))
+			fact = next_by_name(fact, &c, choice);
 	}
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;

@@ -102,6 +102,16 @@ static bool has_name(const struct vf_change *change)
 	return change->namelen && (change->dir || change->place);
 }
 
+/* What was made with O_TMPFILE is called # and its inode number, and is by that name nowhere. */
+static bool is_of_no_name(const struct vf_change *change)
+{
+	uint32_t i = 1;
+
+	while (i < change->namelen && change->name[i] >= '0' && change->name[i] <= '9')
+		i++;
+	return change->name[0] == '#' && i > 1 && i == change->namelen;
+}
+
 static bool is_active(struct vf_events *events)
 {
 	return vf_watches_union(events->watches) & VF_FS_EXCL_UNLINK;
@@ -128,7 +138,7 @@ void vf_unlinked_note(struct vf_events *events, const struct vf_change *change)
 		return;
 	}
 	/* What is made where nothing was takes the name from nobody. */
-	if (!name && (change->mask & VF_FS_MOVED_TO))
+	if (!name && ((change->mask & VF_FS_MOVED_TO) || is_of_no_name(change)))
 		name = add(events->unlinked, key);
 	if (name)
 		*name = (struct name){
@@ -167,11 +177,12 @@ bool vf_name_is_gone(struct vf_events *events, const struct vf_change *change)
 {
 	const struct name *name;
 
-	if (!has_name(change) || !events->unlinked || !is_active(events))
+	if (!has_name(change) || !is_active(events))
 		return false;
-	name = find(events->unlinked, key_of(change));
-	return name && (name->gone || compare(name, change) == ANOTHER) &&
-	       !is_there(events, change);
+	name = events->unlinked ? find(events->unlinked, key_of(change)) : NULL;
+	if (!name)
+		return is_of_no_name(change) && !is_there(events, change);
+	return (name->gone || compare(name, change) == ANOTHER) && !is_there(events, change);
 }
 
 bool vf_name_has_changed(struct vf_events *events, const struct vf_change *change)

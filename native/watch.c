@@ -326,6 +326,10 @@ int vf_watch_set(struct vf_watches *w, struct vf_inode *inode, uint64_t mask)
 
 uint64_t vf_watch_known(uint64_t mask)
 {
+	/* Which names are gone is known by what became of them, in its turn. */
+	if ((mask & VF_FS_EXCL_UNLINK) && (mask & VF_FS_EVENT_ON_CHILD) &&
+	    (mask & VF_FS_PATH_EVENTS))
+		mask |= VF_FS_ENTRY_EVENTS;
 	return mask & KNOWN & ~ATTRIBUTES ? mask & KNOWN : 0;
 }
 

@@ -244,6 +244,9 @@ static void in_a_directory_it_is_waited_for_whose_name(struct guest *g)
 	CHECK_EQ(watch(g, dir, VF_FS_MODIFY | VF_FS_EXCL_UNLINK | ON_CHILD), 0);
 	open_two("dir/f", "dir/g", fds);
 	CHECK_EQ(renameat(host_fd, "dir/g", host_fd, "dir/f"), 0);
+	/* Names are followed by what became of them. */
+	expect(events, "FROM %llx g split", U(dir));
+	expect(events, "TO %llx f split", U(dir));
 	sprintf(object, "%llx f", U(dir));
 	write_by_two_names(events, object, object, fds);
 }

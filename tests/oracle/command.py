@@ -21,7 +21,15 @@ from tests.oracle.guest_level import GuestSession
 from tests.oracle.ring_level import RingLevel
 from tests.oracle.runner import SOURCES, Outcome, Source
 from tests.oracle.scenarios import SCENARIOS
-from tests.oracle.script import Script, ScriptError, beside_work, parse, step_by_step, written
+from tests.oracle.script import (
+    Script,
+    ScriptError,
+    beside_work,
+    excluding_unlinked,
+    parse,
+    step_by_step,
+    written,
+)
 from tests.oracle.shrink import shrunk
 from tests.oracle.table import Table, write_document
 from vhostfs.share.options import DeliveryMode
@@ -65,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.busy:
         scripts = {name: beside_work(script) for name, script in scripts.items()}
+    if options.excl_unlink:
+        scripts = {name: excluding_unlinked(script) for name, script in scripts.items()}
     differed = 0
     try:
         with _opened(options, [SOURCES[name] for name in names]) as level_of:
@@ -127,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--busy", action="store_true", help="the guest works meanwhile, on files that nobody watches"
     )
+    parser.add_argument("--excl-unlink", action="store_true", help="each watch excludes names that are gone")
     parser.add_argument("--show", action="store_true", help="prints the scripts and runs nothing")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="how often each script is run")
     parser.add_argument("--no-shrink", action="store_true", help="leaves failing scripts as they are")

@@ -24,6 +24,8 @@ Key = tuple[int, int]
 """nodeid and generation."""
 _ENTRY = Event.CREATE | Event.DELETE | Event.MOVED_FROM | Event.MOVED_TO
 _SELF = Event.DELETE_SELF | Event.MOVE_SELF
+_BY_PATH = In.ACCESS | In.MODIFY | In.OPEN | In.CLOSE_WRITE | In.CLOSE_NOWRITE
+"""What Linux tells with a path, and with IN_EXCL_UNLINK of no path that is gone."""
 _WANTED = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD | Granted.PARENT
 _FENCE = ".fence"
 _BUSY = ".busy"
@@ -97,7 +99,7 @@ class RingGuest:
             key, is_dir = self.look(path)
             if mask & In.ONLYDIR and not is_dir:
                 return errno.ENOTDIR
-            wanted = int(mask & In.ALL) | (int(Event.EVENT_ON_CHILD) if is_dir else 0)
+            wanted = int(mask & (In.ALL | In.EXCL_UNLINK)) | (int(Event.EVENT_ON_CHILD) if is_dir else 0)
             self._fs.watch(key[0], wanted, key[1])
         except OSError as error:
             assert error.errno is not None
@@ -201,6 +203,8 @@ class RingGuest:
             # inotify has never had ISDIR with these.
             return [self._delivered(key, In(kind))]
         words = In(element.mask)
+        if element.flags & ElementFlag.UNLINKED:
+            words |= In.EXCL_UNLINK
         if kind & _ENTRY:
             raised = [self._delivered(key, words, element.name, element.cookie)]
             self._follow(kind, key, element.name, child)
@@ -215,6 +219,9 @@ class RingGuest:
         watch = self._watches.get(key)
         if watch is None or not watch.mask & mask & In.ALL:
             return []
+        if watch.mask & mask & In.EXCL_UNLINK and mask & _BY_PATH:
+            return []
+        mask &= ~In.EXCL_UNLINK
         seen = [Seen(watch.name, mask, without_number(os.fsdecode(name)), cookie)]
         if mask & In.DELETE_SELF or watch.mask & In.ONESHOT:
             self._end(key)

@@ -609,6 +609,45 @@ _TEXTS = {
         put 1
         chmod d
     """,
+    "a name that others get, for who excludes those that are gone": """
+        mkdir d
+        file d/b
+        watch d d CREATE|MODIFY|CLOSE_WRITE|MOVED_FROM|MOVED_TO|DELETE|EXCL_UNLINK
+        file d/y
+        copy d/b d/y
+        rename d/y d/c
+        file d/y
+        write d/y
+        unlink d/y
+        file d/y
+        rename d/y d/c
+    """,
+    "a name that is gone soon, for who does not ask for that": """
+        mkdir d
+        mkdir u
+        file d/a
+        file u/a
+        watch d d ACCESS|MODIFY|MOVED_TO|EXCL_UNLINK
+        rename u/a d/a
+        read d/a
+        truncate d/a
+        write d/a
+        unlink d/a
+    """,
+    "a file that is changed and soon gone, for who excludes names that are": """
+        mkdir d
+        file d/a
+        link d/a d/b
+        watch a d/a MODIFY|ATTRIB|EXCL_UNLINK
+        truncate d/a
+        unlink d/a
+    """,
+    "files that never had a name, for who excludes those that are gone": """
+        mkdir d
+        watch d d ALL|EXCL_UNLINK
+        tmplink d/a
+        write d/a
+    """,
 }
 
 SCENARIOS: dict[str, Script] = {name: parse(text) for name, text in _TEXTS.items()}

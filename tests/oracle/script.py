@@ -148,6 +148,14 @@ def beside_work(script: Iterable[Op]) -> Script:
     return _behind_each(script, "busy")
 
 
+def excluding_unlinked(script: Iterable[Op]) -> Script:
+    """The same with IN_EXCL_UNLINK in each watch."""
+    return tuple(
+        Op("watch", (*op.arguments[:2], f"{op.arguments[2]}|EXCL_UNLINK")) if op.kind == "watch" else op
+        for op in script
+    )
+
+
 def step_by_step(script: Iterable[Op]) -> Script:
     """The same with a comparison after each operation."""
     return _behind_each(script, "sync")
