@@ -53,13 +53,22 @@ static u64 *vhostfs_touched(struct vhostfs_notify *n, u64 nodeid)
 	return &n->touched[hash_64(nodeid, VHOSTFS_TOUCHED_BITS)];
 }
 
+/* Two workers do it */
+static void vhostfs_raise_number(u64 *number, u64 to)
+{
+	u64 old = READ_ONCE(*number);
+
+	while (old < to && !try_cmpxchg64(number, &old, to))
+		;
+}
+
 /* All that was sent until now may be answered with what is no longer right */
 static void vhostfs_touch(struct vhostfs_notify *n, u64 *which)
 {
 	u64 sent = atomic64_read(&n->last_sent);
 
-	WRITE_ONCE(*which, sent);
-	WRITE_ONCE(n->touched_any, sent);
+	vhostfs_raise_number(which, sent);
+	vhostfs_raise_number(&n->touched_any, sent);
 	/* Before the caches are looked at; see vhostfs_notify_reply() */
 	smp_mb();
 }
@@ -319,7 +328,7 @@ static void vhostfs_expire_again(struct vhostfs_notify *n, struct inode *dir,
  * An element that is for the caches alone has come, and is acted on after those
  * before it. What waits for nobody is done now: acting waits for those who look
  * something up in the directory, and for pages that are being read, each as long
- * as the device takes. Under event_mutex and fc->killsb.
+ * as the device takes. Under look_mutex and fc->killsb.
  */
 void vhostfs_expire_caches(struct vhostfs_notify *n, struct fuse_conn *fc,
 			   const struct vhostfs_event *event)

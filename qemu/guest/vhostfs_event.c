@@ -319,7 +319,7 @@ void vhostfs_expire(struct vhostfs_notify *n, bool all)
 	mutex_unlock(&n->event_mutex);
 }
 
-/* The one worker does it, so that events stay in order */
+/* The one worker does it, after what has come, so that events stay in order */
 void vhostfs_half_timeout(struct work_struct *work)
 {
 	struct vhostfs_notify *n = container_of(to_delayed_work(work),
@@ -410,22 +410,22 @@ bool vhostfs_is_granted(struct vhostfs_notify *n)
 	return READ_ONCE(n->session) == VHOSTFS_GRANTED;
 }
 
-/* An element has come; vhostfs_element() has it after those before it */
+/* An element has come, and vhostfs_element() has it after those before it */
 void vhostfs_first_look(struct vhostfs_notify *n, const void *data,
 			unsigned int len)
 {
-	struct vhostfs_event *event = &n->event;
+	struct vhostfs_event *event = &n->look_event;
 
 	if (vhostfs_check(data, len, event) ||
 	    !(event->flags & FSNOTIFY_CACHES))
 		return;
-	mutex_lock(&n->event_mutex);
+	mutex_lock(&n->look_mutex);
 	if (n->fc && vhostfs_is_granted(n)) {
 		down_read(&n->fc->killsb);
 		vhostfs_expire_caches(n, n->fc, event);
 		up_read(&n->fc->killsb);
 	}
-	mutex_unlock(&n->event_mutex);
+	mutex_unlock(&n->look_mutex);
 }
 
 void vhostfs_element(struct vhostfs_notify *n, const void *data,

@@ -25,8 +25,8 @@
 #define VHOSTFS_PARKED_DESCS	2	/* of each: one to read, one to write */
 #define VHOSTFS_PARK_WAIT	(HZ / 4)	/* after the device sent some back */
 #define VHOSTFS_PARK_UNIQUE	BIT_ULL(62)	/* the FUSE core does not get there */
-#define VHOSTFS_BATCH		64	/* elements copied before acting */
-#define VHOSTFS_BATCHES		2	/* of them in one run of the worker */
+#define VHOSTFS_BATCH		64	/* elements copied and not acted on; 2^n */
+#define VHOSTFS_BATCHES		2	/* of them in one run of a worker */
 #define VHOSTFS_MAX_HALVES	64
 #define VHOSTFS_HALF_WAIT	HZ
 #define VHOSTFS_MAX_COOKIES	64
@@ -205,12 +205,25 @@ struct vhostfs_notify {
 	spinlock_t answered_lock;	/* the list */
 	struct list_head answered;	/* in order */
 
-	struct work_struct receive_work;
+	struct work_struct receive_work;	/* copies what came */
+	struct work_struct act_work;	/* acts on it, in order */
 	struct delayed_work half_work;
 
-	/* Of the receiving worker; the session's under event_mutex as well */
+	/*
+	 * Copied and not acted on yet, by the number that each has of all: the
+	 * one worker writes before it raises ntaken, the other raises nacted.
+	 */
+	struct vhostfs_copy copied[VHOSTFS_BATCH];
+	unsigned int ntaken;
+	unsigned int nacted;
+	bool more;			/* there was no room for all */
+	struct mutex look_mutex;	/* within event_mutex */
+	struct vhostfs_event look_event;
+
+	/* Of the acting worker; the session's under event_mutex as well */
 	struct mutex event_mutex;
-	struct fuse_conn *fc;		/* also under session_mutex */
+	/* Also under session_mutex, and changed under look_mutex */
+	struct fuse_conn *fc;
 	unsigned int nhalves;
 	struct list_head halves;	/* oldest first */
 	unsigned int nkept;
@@ -228,10 +241,6 @@ struct vhostfs_notify {
 	struct dentry unknown_parent;	/* see vhostfs_raise_rename() */
 	struct path unlinked;		/* see vhostfs_unlinked() */
 	u8 no_mount[VHOSTFS_NO_MOUNT_SIZE] ____cacheline_aligned;
-	/* Copied and not acted on yet, from first_copied on, around the end */
-	struct vhostfs_copy copied[VHOSTFS_BATCH];
-	unsigned int first_copied;
-	unsigned int ncopied;
 
 	/* Coherent caches; numbers of requests, those until then are old */
 	atomic64_t last_sent;
@@ -416,6 +425,7 @@ void vhostfs_alloc_buffers(struct vhostfs_notify *n,
 void vhostfs_park_work(struct work_struct *work);
 void vhostfs_alloc_parked(struct vhostfs_notify *n, struct virtqueue *vq);
 void vhostfs_receive_work(struct work_struct *work);
+void vhostfs_act_work(struct work_struct *work);
 
 /* vhostfs_probe.c */
 void vhostfs_register_probes(void);

@@ -121,6 +121,8 @@ int vhostfs_notify_probe(struct virtio_device *vdev,
 	INIT_DELAYED_WORK(&n->park_work, vhostfs_park_work);
 	spin_lock_init(&n->vq_lock);
 	INIT_WORK(&n->receive_work, vhostfs_receive_work);
+	INIT_WORK(&n->act_work, vhostfs_act_work);
+	mutex_init(&n->look_mutex);
 	INIT_DELAYED_WORK(&n->half_work, vhostfs_half_timeout);
 	INIT_DELAYED_WORK(&n->again_work, vhostfs_again_work);
 	mutex_init(&n->event_mutex);
@@ -206,6 +208,7 @@ void vhostfs_notify_stop(struct vhostfs_notify *n)
 	spin_unlock(&n->vq_lock);
 	cancel_delayed_work_sync(&n->park_work);
 	cancel_work_sync(&n->receive_work);
+	cancel_work_sync(&n->act_work);
 }
 
 /* The device was reset and gives no buffer back any more */
@@ -233,12 +236,14 @@ void vhostfs_notify_free(struct vhostfs_notify *n)
 	if (!n)
 		return;
 	cancel_work_sync(&n->receive_work);
+	cancel_work_sync(&n->act_work);
 	cancel_delayed_work_sync(&n->half_work);
 	cancel_delayed_work_sync(&n->again_work);
 	cancel_delayed_work_sync(&n->session_work);
 	cancel_delayed_work_sync(&n->park_work);
 	/* A late interrupt or timeout; it found nothing to do */
 	cancel_work_sync(&n->receive_work);
+	cancel_work_sync(&n->act_work);
 	/* A probe may be at its end, on an inode that went meanwhile */
 	synchronize_rcu();
 	vhostfs_put(n);

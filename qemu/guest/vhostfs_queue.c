@@ -29,21 +29,33 @@ void vhostfs_give_buffer(struct vhostfs_notify *n, void *buf)
 }
 
 static struct vhostfs_copy *vhostfs_copied(struct vhostfs_notify *n,
-					   unsigned int i)
+					   unsigned int number)
 {
-	return &n->copied[(n->first_copied + i) % VHOSTFS_BATCH];
+	return &n->copied[number % VHOSTFS_BATCH];
+}
+
+static bool vhostfs_has_room(struct vhostfs_notify *n)
+{
+	return n->ntaken - smp_load_acquire(&n->nacted) < VHOSTFS_BATCH;
+}
+
+/* What was copied is the acting worker's from now on */
+static void vhostfs_add_copied(struct vhostfs_notify *n)
+{
+	smp_store_release(&n->ntaken, n->ntaken + 1);
 }
 
 /*
- * Copies what came, at most a batch, and returns the buffers before anything is
+ * Copies what came, as there is room, and returns the buffers before anything is
  * done about it: acting takes time, and few buffers may be all there are.
- * Nothing is read from a buffer that the device may write to.
+ * Nothing is read from a buffer that the device may write to. False: there was
+ * no room for all, and no interrupt comes.
  */
-static void vhostfs_take_buffers(struct vhostfs_notify *n)
+static bool vhostfs_take_buffers(struct vhostfs_notify *n)
 {
-	unsigned int before = n->ncopied, len;
+	unsigned int before = n->ntaken, len;
+	bool kick = false, room = true;
 	struct vhostfs_copy *copy;
-	bool kick = false;
 	void *buf;
 
 	spin_lock(&n->vq_lock);
@@ -51,25 +63,29 @@ static void vhostfs_take_buffers(struct vhostfs_notify *n)
 		goto out;
 	virtqueue_disable_cb(n->vq);
 	do {
-		while (n->ncopied < VHOSTFS_BATCH) {
+		/* A batch at most, however fast room is made and filled */
+		while ((room = vhostfs_has_room(n) &&
+			       n->ntaken - before < VHOSTFS_BATCH)) {
 			buf = virtqueue_get_buf(n->vq, &len);
 			if (!buf)
 				break;
-			copy = vhostfs_copied(n, n->ncopied++);
+			copy = vhostfs_copied(n, n->ntaken);
 			copy->len = min_t(unsigned int, len,
 					  VHOSTFS_ELEMENT_SIZE);
 			memcpy(copy->data, buf, copy->len);
+			vhostfs_add_copied(n);
 			vhostfs_give_buffer(n, buf);
 		}
-	} while (n->ncopied < VHOSTFS_BATCH && !virtqueue_enable_cb(n->vq) &&
+	} while (room && !virtqueue_enable_cb(n->vq) &&
 		 !virtqueue_is_broken(n->vq));
-	if (n->ncopied > before)
+	if (n->ntaken != before)
 		kick = virtqueue_kick_prepare(n->vq);
 	/* Under the lock, so that the queue cannot go meanwhile */
 	if (kick)
 		virtqueue_notify(n->vq);
 out:
 	spin_unlock(&n->vq_lock);
+	return room;
 }
 
 /* Buffers for queue 1. Without memory it has fewer */
@@ -160,15 +176,15 @@ static bool vhostfs_to_element(struct vhostfs_notify *n, void *data,
 }
 
 /* Copies answers likewise, and parks their requests again */
-static void vhostfs_take_parked(struct vhostfs_notify *n)
+static bool vhostfs_take_parked(struct vhostfs_notify *n)
 {
+	bool granted, sent_back = false, room = true;
 	struct vhostfs_parked *parked;
 	struct vhostfs_copy *copy;
-	bool granted, sent_back = false;
 
 	spin_lock(&n->vq_lock);
 	granted = READ_ONCE(n->session) == VHOSTFS_GRANTED;
-	while (n->running && n->ncopied < VHOSTFS_BATCH) {
+	while (n->running && (room = vhostfs_has_room(n))) {
 		spin_lock(&n->answered_lock);
 		parked = list_first_entry_or_null(&n->answered,
 						  struct vhostfs_parked, list);
@@ -177,13 +193,13 @@ static void vhostfs_take_parked(struct vhostfs_notify *n)
 		spin_unlock(&n->answered_lock);
 		if (!parked)
 			break;
-		copy = vhostfs_copied(n, n->ncopied);
+		copy = vhostfs_copied(n, n->ntaken);
 		copy->len = min_t(unsigned int, parked->len,
 				  VHOSTFS_ELEMENT_SIZE);
 		memcpy(copy->data, parked->out, copy->len);
 		if (vhostfs_to_element(n, copy->data, copy->len,
 				       parked->unique))
-			n->ncopied++;
+			vhostfs_add_copied(n);
 		else
 			sent_back = true;
 		list_add_tail(&parked->list, &n->unposted);
@@ -195,6 +211,7 @@ static void vhostfs_take_parked(struct vhostfs_notify *n)
 	else if (n->running && granted)
 		vhostfs_post(n);
 	spin_unlock(&n->vq_lock);
+	return room;
 }
 
 /* Is this one of ours, among what comes out of a request queue? */
@@ -254,58 +271,62 @@ void vhostfs_alloc_parked(struct vhostfs_notify *n, struct virtqueue *vq)
 		list_add_tail(&n->parked[i].list, &n->unposted);
 }
 
-/* ---- the receiving worker --------------------------------------------------------- */
-
-/* True: there may be more than found a place */
-static bool vhostfs_take_batch(struct vhostfs_notify *n)
-{
-	unsigned int i = n->ncopied;
-	struct vhostfs_copy *copy;
-
-	vhostfs_take_buffers(n);
-	vhostfs_take_parked(n);
-	for (; vhostfs_is_coherent(n) && i < n->ncopied; i++) {
-		copy = vhostfs_copied(n, i);
-		vhostfs_first_look(n, copy->data, copy->len);
-	}
-	return n->ncopied == VHOSTFS_BATCH;
-}
-
-static void vhostfs_act(struct vhostfs_notify *n)
-{
-	struct vhostfs_copy *copy = vhostfs_copied(n, 0);
-
-	vhostfs_element(n, copy->data, copy->len);
-	n->first_copied = (n->first_copied + 1) % VHOSTFS_BATCH;
-	n->ncopied--;
-	cond_resched();
-}
+/* ---- the workers -------------------------------------------------------------------- */
 
 /*
- * Acting on an element may wait for others. With coherent caches what comes
- * meanwhile is looked at before the next.
+ * Acting on an element may wait for others, so it has a worker of its own, and
+ * coherent caches learn here what has come meanwhile.
  */
 void vhostfs_receive_work(struct work_struct *work)
 {
 	struct vhostfs_notify *n = container_of(work, struct vhostfs_notify,
 						receive_work);
-	unsigned int left = VHOSTFS_BATCH * VHOSTFS_BATCHES;
-	bool more = true;
+	unsigned int number = n->ntaken;
+	struct vhostfs_copy *copy;
+	bool room;
 
-	for (;;) {
-		if (left && ((more && !n->ncopied) || vhostfs_is_coherent(n)))
-			more = vhostfs_take_batch(n);
-		if (!n->ncopied)
-			break;
-		vhostfs_act(n);
-		if (left)
-			left--;
+	room = vhostfs_take_buffers(n);
+	room = vhostfs_take_parked(n) && room;
+	for (; vhostfs_is_coherent(n) && number != n->ntaken; number++) {
+		copy = vhostfs_copied(n, number);
+		vhostfs_first_look(n, copy->data, copy->len);
+		cond_resched();
 	}
+	/* A run that sees this begins after it */
+	if (!room)
+		WRITE_ONCE(n->more, true);
+	queue_work(vhostfs_wq, &n->act_work);
+}
 
+static unsigned int vhostfs_nwaiting(struct vhostfs_notify *n)
+{
+	return smp_load_acquire(&n->ntaken) - n->nacted;
+}
+
+void vhostfs_act_work(struct work_struct *work)
+{
+	struct vhostfs_notify *n = container_of(work, struct vhostfs_notify,
+						act_work);
+	unsigned int left = VHOSTFS_BATCH * VHOSTFS_BATCHES;
+	struct vhostfs_copy *copy;
+	bool more = false;
+
+	while (left-- && vhostfs_nwaiting(n)) {
+		copy = vhostfs_copied(n, n->nacted);
+		vhostfs_element(n, copy->data, copy->len);
+		smp_store_release(&n->nacted, n->nacted + 1);
+		cond_resched();
+	}
+	if (READ_ONCE(n->more)) {
+		WRITE_ONCE(n->more, false);
+		more = true;
+		queue_work(vhostfs_wq, &n->receive_work);
+	}
+	more = more || vhostfs_nwaiting(n);
 	vhostfs_expire(n, !more);
 	/* Others get their turn, however much the device sends */
-	if (more)
-		queue_work(vhostfs_wq, &n->receive_work);
+	if (vhostfs_nwaiting(n))
+		queue_work(vhostfs_wq, &n->act_work);
 }
 
 /* Called in interrupts */

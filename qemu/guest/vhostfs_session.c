@@ -178,6 +178,7 @@ static void vhostfs_begin(struct vhostfs_notify *n)
 	for (left = 0; left <= n->nbufs + n->nparked; left += VHOSTFS_BATCH) {
 		queue_work(vhostfs_wq, &n->receive_work);
 		flush_work(&n->receive_work);
+		flush_work(&n->act_work);
 	}
 	vhostfs_set_session(n, VHOSTFS_GRANTED);
 	vhostfs_begin_coherence(n);

@@ -128,6 +128,7 @@ void vhostfs_notify_mount(struct vhostfs_notify *n, struct super_block *sb)
 	vhostfs_wrap_super_ops(sb);
 	mutex_lock(&n->session_mutex);
 	mutex_lock(&n->event_mutex);
+	mutex_lock(&n->look_mutex);
 	n->fc = get_fuse_conn_super(sb);
 	n->share_mask = 0;
 	n->share_refused = false;
@@ -135,6 +136,7 @@ void vhostfs_notify_mount(struct vhostfs_notify *n, struct super_block *sb)
 	memset(n->cookies, 0, sizeof(n->cookies));
 	n->granted = 0;
 	vhostfs_reset_coherence(n);
+	mutex_unlock(&n->look_mutex);
 	mutex_unlock(&n->event_mutex);
 	n->tries = 0;
 	vhostfs_set_session(n, VHOSTFS_NEW);
@@ -169,7 +171,9 @@ void vhostfs_notify_killed_sb(struct vhostfs_notify *n, bool last)
 	mutex_lock(&n->session_mutex);
 	if (last) {
 		mutex_lock(&n->event_mutex);
+		mutex_lock(&n->look_mutex);
 		n->fc = NULL;
+		mutex_unlock(&n->look_mutex);
 		vhostfs_free_halves(n);
 		mutex_unlock(&n->event_mutex);
 

@@ -79,6 +79,8 @@ def test_what_came_is_right_while_somebody_is_long_in_the_directory(coherent: Wa
         holder.wait_for_output("held", 10.0)
         (directory / "new").mkdir()  # to drop its name takes the directory's lock
         assert awaited(lambda: coherent.place.sh("stat -c %Y dir") != "1\n", 3.0)
+        os.utime(directory, (1, 1))  # it waits for that already
+        assert awaited(lambda: coherent.place.sh("stat -c %Y dir") == "1\n", 3.0)
     finally:
         holder.close_stdin()
         holder.wait(10.0)
