@@ -13,10 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 BOTH_WRITE = "both-write"
 """A file in the directory's root to which it appends, and others may as well."""
+_HELD_OPEN = 16
 PACE_S = 1 / 300
 """Between two changes, to begin with: what an emulated guest can follow."""
 
@@ -35,12 +37,14 @@ class Load(threading.Thread):
         self._one_change = threading.Lock()
         self._folders = [root]
         self._files: list[Path] = []
+        self._held_open: list[FileIO] = []
         self._serial = 0
         self._changes: list[Callable[[], None]] = [
             *(self._create, self._create, self._create, self._append, self._rewrite, self._truncate),
             *(self._chmod, self._touch, self._unlink, self._unlink, self._mkdir, self._rmdir),
             *(self._rename, self._rename, self._rename_over, self._rename_folder, self._symlink, self._link),
             *(self._save_as_editors_do, self._replace_folder, self._append_with_others),
+            *(self._hold_open, self._use_what_is_open),
         ]
 
     def run(self) -> None:
@@ -58,6 +62,8 @@ class Load(threading.Thread):
         self._ended.set()
         if self.is_alive():
             self.join()
+        while self._held_open:
+            self._held_open.pop().close()
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -97,6 +103,19 @@ class Load(threading.Thread):
             if stream.tell() > 100_000:
                 stream.truncate(0)
             stream.write(b"the host\n")
+
+    def _hold_open(self) -> None:
+        # Most of them lose their names before they are closed.
+        self._held_open.append(FileIO(self._some(), "r+"))
+        if len(self._held_open) > _HELD_OPEN:
+            self._held_open.pop(0).close()
+
+    def _use_what_is_open(self) -> None:
+        if self._held_open:
+            stream = self._random.choice(self._held_open)
+            stream.seek(0)
+            stream.write(b"by whatever name")
+            stream.read(10)
 
     def _rewrite(self) -> None:
         with self._some().open("r+b") as stream:
