@@ -68,7 +68,7 @@ static void unlink_fact(struct vf_fact_generation *g, uint32_t bucket, struct vf
 		g->last[bucket] = link;
 }
 
-/* Facts that are used up go from the chain when there is another of the same name. */
+/* Of the facts of one name that are used up only the last one that was used stays in the chain. */
 static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t bucket,
 		 uint64_t nodeid, const struct vf_change *change, uint64_t event,
 		 struct candidates *c)
@@ -81,20 +81,21 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 			link = &fact->next;
 			continue;
 		}
-		if (used_up) {
-			bool was_next = link == &(*used_up)->next;
-
-			unlink_fact(g, bucket, used_up);
-			if (was_next)
+		if (is_used_up(fact)) {
+			if (used_up && (*used_up)->picked > fact->picked) {
+				unlink_fact(g, bucket, link);
+				continue;
+			}
+			if (used_up && link == &(*used_up)->next)
 				link = used_up;
-			used_up = NULL;
+			if (used_up)
+				unlink_fact(g, bucket, used_up);
+			used_up = link;
+		} else {
+			compared++;
 		}
 		if (fact->picked && (!c->current || fact->picked > c->current->picked))
 			c->current = fact;
-		if (is_used_up(fact))
-			used_up = link;
-		else
-			compared++;
 		link = &fact->next;
 		if (!c->arrival && !fact->past && (fact->mask & ARRIVALS & ~fact->used))
 			c->arrival = fact;
