@@ -38,6 +38,7 @@
 enum { INNER = 3, OWN = 4 };
 
 static int n_dirs, n_names;
+/* Pauses have numbers, so that nobody takes the last one for this. 0: go on */
 static struct {
 	volatile int wanted, there;
 } *pause_state;
@@ -245,12 +246,11 @@ static void start_changer(void)
 		return;
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	srand(99);
-	for (;;) {
-		while (pause_state->wanted) {
-			pause_state->there = 1;
+	for (int number;;) {
+		while ((number = pause_state->wanted)) {
+			pause_state->there = number;
 			usleep(200);
 		}
-		pause_state->there = 0;
 		change();
 		usleep(1000);
 	}
@@ -258,6 +258,7 @@ static void start_changer(void)
 
 int main(int argc, char **argv)
 {
+	int n_pauses = 0;
 	char line[64];
 
 	if (argc != 5 || chdir(argv[1]))
@@ -276,8 +277,8 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	while (fgets(line, sizeof(line), stdin)) {
 		if (!strcmp(line, "pause\n")) {
-			pause_state->wanted = 1;
-			while (!pause_state->there)
+			pause_state->wanted = ++n_pauses;
+			while (pause_state->there != n_pauses)
 				usleep(200);
 			printf("paused\n");
 		} else if (!strcmp(line, "go\n")) {
