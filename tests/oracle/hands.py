@@ -122,7 +122,8 @@ class Hands:
         directory = os.path.dirname(self._at(path))
         fd = os.open(directory, _O_TMPFILE | os.O_WRONLY, 0o644)
         try:
-            os.link(f"/proc/self/fd/{fd}", self._at(path), follow_symlinks=True)
+            # With a descriptor, which an absolute path has no need of, this is linkat(2), which can follow.
+            os.link(f"/proc/self/fd/{fd}", self._at(path), src_dir_fd=fd, follow_symlinks=True)
         finally:
             os.close(fd)
 
