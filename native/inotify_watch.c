@@ -62,10 +62,14 @@ static int watch_itself(struct vf_events *events, enum vf_wd which, struct vf_in
 {
 	uint64_t others =
 	    vf_inotify_bits(inode, vf_watches_wd_mask(events->watches, which, *wd, inode));
+	/* It is noted when all has gone well. */
+	uint64_t before = vf_inotify_bits(inode, vf_watch_mask(events->watches, inode));
 	char name[PROC_NAME_SIZE];
 	uint32_t how = 0;
 	int path_fd, got;
 
+	if (which == VF_WD_SOURCE)
+		before &= events->config.host_mask;
 	if (vf_watches_have_wd(events->watches, VF_WD_PARENT, *wd, inode))
 		others |= VF_FS_DELETE;
 	if (!bits) {
@@ -76,12 +80,13 @@ static int watch_itself(struct vf_events *events, enum vf_wd which, struct vf_in
 	}
 	/*
 	 * The host has one watch for an object, however many nodeids it has in the share: a new
-	 * one must not take away what another asked for.
+	 * one must not take away what another asked for.  Nor is anything taken away without need:
+	 * Linux makes the mask empty before it sets it, and what happens meanwhile is not told.
 	 */
-	if (*wd < 0)
-		how = IN_MASK_ADD;
-	else
+	if (*wd >= 0)
 		bits |= others;
+	if (*wd < 0 || !(before & ~bits))
+		how = IN_MASK_ADD;
 	path_fd = vf_inode_path_fd(events->share, inode);
 	if (path_fd < 0)
 		return path_fd;

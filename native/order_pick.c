@@ -230,15 +230,26 @@ static enum vf_fact_choice choice(const struct vf_order *order)
 	return order->waits < N_SHORT ? VF_FACT_UNUSED : VF_FACT_ANY;
 }
 
+/* The same, and what was told without inotify before it said so, if there is no fact otherwise. */
+static struct vf_fact *pick_or_late(struct vf_order *order, const struct vf_change *change,
+				    enum vf_fact_choice last)
+{
+	struct vf_fact *fact;
+
+	if (last != VF_FACT_ANY_LAST)
+		return vf_fact_pick(order, change, last);
+	fact = vf_fact_pick(order, change, VF_FACT_ANY);
+	if (fact)
+		return fact;
+	return vf_facts_take_late(order, change) ? order->told_late
+						 : vf_fact_pick(order, change, last);
+}
+
 struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change)
 {
 	enum vf_fact_choice last = choice(order);
-	struct vf_fact *fact = vf_fact_pick(order, change, VF_FACT_UNUSED);
+	struct vf_fact *fact = pick_or_late(order, change, last);
 
-	if (!fact && vf_facts_take_late(order, change))
-		return order->told_late;
-	if (!fact && last != VF_FACT_UNUSED)
-		fact = vf_fact_pick(order, change, last);
 	for (uint32_t reads = 0; !fact && last != VF_FACT_ANY_LAST; reads++) {
 		if (reads == MAX_READS || !order->read_facts(order->events)) {
 			long ns = (long)waits_ns[order->waits++];
@@ -248,7 +259,7 @@ struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_c
 			reads = 0;
 		}
 		last = choice(order);
-		fact = vf_fact_pick(order, change, last);
+		fact = pick_or_late(order, change, last);
 	}
 	return fact;
 }

@@ -644,6 +644,49 @@ static void the_hosts_work_on_unknown_files_is_told(struct guest *g)
 	}
 }
 
+struct renewer {
+	struct vf_events *events;
+	uint64_t dir;
+	atomic_bool stop;
+};
+
+static void *renewer_main(void *arg)
+{
+	struct renewer *r = arg;
+	struct vf_inode *dir = vf_inode_get(r->events->share, r->dir);
+	struct guest g;
+
+	guest_enter(&g, r->events->share);
+	while (!r->stop)
+		vf_watch_renew(r->events->watches, dir);
+	vf_inode_put(r->events->share, dir);
+	guest_leave(&g);
+	return NULL;
+}
+
+/* As when the watched directory has moved. */
+static void what_happens_while_a_watch_is_renewed_is_told(struct guest *g)
+{
+	struct renewer renewer = {.events = start_events(g, ALL_FLAGS)};
+	pthread_t thread;
+
+	host_mkdir("d");
+	renewer.dir = must_lookup(g, 1, "d");
+	CHECK_EQ(watch(g, renewer.dir, VF_FS_CREATE | VF_FS_DELETE), 0);
+	CHECK_EQ(pthread_create(&thread, NULL, renewer_main, &renewer), 0);
+	for (int round = 0; round < 20; round++) {
+		for (int i = 0; i < 400; i++) {
+			host_touch("d/f");
+			CHECK_EQ(unlinkat(host_fd, "d/f", 0), 0);
+		}
+		settle(renewer.events);
+		CHECK_EQ(taker.n, 800);
+		taker.n = 0;
+	}
+	renewer.stop = true;
+	CHECK_EQ(pthread_join(thread, NULL), 0);
+}
+
 #define RUN_ALL(test)                                                                              \
 	do {                                                                                       \
 		RUN(test, VF_HANDLES_NEVER, 5000);                                                 \
@@ -667,6 +710,7 @@ int main(void)
 	RUN_ALL(operations_without_a_record_do_not_add_up);
 	RUN_ALL(the_hosts_same_change_is_told);
 	RUN_ALL(many_at_once_are_told_apart);
+	RUN(what_happens_while_a_watch_is_renewed_is_told, VF_HANDLES_NEVER, 5000);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
 }
