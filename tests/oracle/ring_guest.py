@@ -14,7 +14,7 @@ import stat
 from dataclasses import dataclass
 
 from tests.oracle.native import without_number
-from tests.oracle.streams import In, Seen, event_words
+from tests.oracle.streams import BY_PATH, In, Seen, event_words
 from tests.ring.events import NOTIFYING
 from tests.ring.share import Share
 from vhostfs.frontend import NotificationQueue
@@ -24,8 +24,6 @@ Key = tuple[int, int]
 """nodeid and generation."""
 _ENTRY = Event.CREATE | Event.DELETE | Event.MOVED_FROM | Event.MOVED_TO
 _SELF = Event.DELETE_SELF | Event.MOVE_SELF
-_BY_PATH = In.ACCESS | In.MODIFY | In.OPEN | In.CLOSE_WRITE | In.CLOSE_NOWRITE
-"""What Linux tells with a path, and with IN_EXCL_UNLINK of no path that is gone."""
 _WANTED = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD | Granted.PARENT
 _FENCE = ".fence"
 _BUSY = ".busy"
@@ -219,7 +217,7 @@ class RingGuest:
         watch = self._watches.get(key)
         if watch is None or not watch.mask & mask & In.ALL:
             return []
-        if watch.mask & mask & In.EXCL_UNLINK and mask & _BY_PATH:
+        if watch.mask & mask & In.EXCL_UNLINK and mask & BY_PATH:
             return []
         mask &= ~In.EXCL_UNLINK
         seen = [Seen(watch.name, mask, without_number(os.fsdecode(name)), cookie)]

@@ -46,6 +46,10 @@ class In(enum.IntFlag):
     CHANGES = 0xFCE
 
 
+BY_PATH = In.ACCESS | In.MODIFY | In.OPEN | In.CLOSE_WRITE | In.CLOSE_NOWRITE
+"""What Linux tells with a path, and with IN_EXCL_UNLINK of no path that is gone."""
+
+
 def event_words(mask: int) -> str:
     """Names of the bits, joined by |."""
     return "|".join(str(bit.name) for bit in In if bit & mask and bit not in (In.ALL, In.CHANGES))
