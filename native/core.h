@@ -27,10 +27,25 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "api.h"
 #include "fuse_abi.h"
+
+/* What a clock shows, in nanoseconds. */
+static inline uint64_t vf_clock_ns(clockid_t clock)
+{
+	struct timespec now;
+
+	clock_gettime(clock, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static inline uint64_t vf_now_ns(void)
+{
+	return vf_clock_ns(CLOCK_MONOTONIC);
+}
 
 #define vf_container_of(ptr, type, member) ((type *)((char *)(ptr)-offsetof(type, member)))
 

@@ -85,11 +85,8 @@ static void pace(struct vf_events *events, struct pace *pace)
 	uint64_t elsewhere = atomic_load(&events->unknown) + atomic_load(&events->unwatched);
 	uint64_t dropped = elsewhere + atomic_load(&events->own);
 	bool all_dropped = received - pace->received <= dropped - pace->dropped;
-	struct timespec now;
-	uint64_t passed_ns;
+	uint64_t passed_ns = vf_now_ns() - pace->since_ns;
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	passed_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec - pace->since_ns;
 	pace->in_window += received - pace->received;
 	pace->elsewhere_in_window += elsewhere - pace->elsewhere;
 	pace->received = received;

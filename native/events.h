@@ -85,6 +85,15 @@ struct vf_change {
 	uint64_t seen_ns; /* CLOCK_MONOTONIC, when the record was read */
 };
 
+/* The change's name with NUL, in buffer. */
+static inline const char *vf_change_name(const struct vf_change *change,
+					 char buffer[VF_NAME_MAX + 1])
+{
+	memcpy(buffer, change->name, change->namelen);
+	buffer[change->namelen] = 0;
+	return buffer;
+}
+
 /*
  * Routes n changes that belong together (2: a rename whose both halves the guest holds), which
  * enter the outbox together or not at all.  The source's thread only.

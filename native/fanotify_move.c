@@ -65,14 +65,6 @@ struct vf_fanotify_move {
 	bool lost; /* something is, and the guest is told */
 };
 
-static uint64_t clock_ns(clockid_t clock)
-{
-	struct timespec now;
-
-	clock_gettime(clock, &now);
-	return (uint64_t)now.tv_sec * SECOND_NS + (uint64_t)now.tv_nsec;
-}
-
 /* ---- whether to ------------------------------------------------------------------ */
 
 static void begin_window(struct vf_events *events, uint64_t now_ns)
@@ -80,7 +72,7 @@ static void begin_window(struct vf_events *events, uint64_t now_ns)
 	struct vf_fanotify_move *move = events->move;
 
 	move->since_ns = now_ns;
-	move->since_cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	move->since_cpu_ns = vf_clock_ns(CLOCK_THREAD_CPUTIME_ID);
 	move->received = atomic_load(&events->received);
 	move->elsewhere = events->elsewhere;
 }
@@ -90,7 +82,7 @@ static void end_window(struct vf_events *events, uint64_t passed_ns)
 	struct vf_fanotify_move *move = events->move;
 	uint64_t received = atomic_load(&events->received) - move->received;
 	uint64_t elsewhere = events->elsewhere - move->elsewhere;
-	uint64_t spent_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - move->since_cpu_ns;
+	uint64_t spent_ns = vf_clock_ns(CLOCK_THREAD_CPUTIME_ID) - move->since_cpu_ns;
 
 	spent_ns = received ? spent_ns * elsewhere / received : 0;
 	move->permille = (uint32_t)(spent_ns * 1000 / passed_ns);
@@ -117,7 +109,7 @@ static bool is_busy(struct vf_events *events)
 static bool measure(struct vf_events *events)
 {
 	struct vf_fanotify_move *move = events->move;
-	uint64_t now_ns = clock_ns(CLOCK_MONOTONIC);
+	uint64_t now_ns = vf_now_ns();
 
 	if (now_ns - move->since_ns >= SECOND_NS) {
 		if (move->since_ns)
@@ -251,11 +243,11 @@ static void move_over(struct vf_events *events)
 		stay(events, "the order of events cannot be kept", error);
 		return;
 	}
-	move->first.seen_ns = clock_ns(CLOCK_MONOTONIC);
+	move->first.seen_ns = vf_now_ns();
 	error = vf_fanotify_empty_queue(events, events->config.source_fd, &move->first);
 	if (!error)
 		error = barrier(events);
-	move->next.seen_ns = clock_ns(CLOCK_MONOTONIC);
+	move->next.seen_ns = vf_now_ns();
 	if (!error)
 		error = vf_fanotify_empty_queue(events, move->next_fd, &move->next);
 	/* The first group has been read already. */

@@ -8,7 +8,6 @@
  * file system ends.
  */
 #include <sys/fanotify.h>
-#include <time.h>
 
 #include "fanotify_found.h"
 #include "fanotify_marks.h"
@@ -145,10 +144,8 @@ static bool came_last(struct reader *reader, const struct vf_change *change,
 	    !(vf_inode_is_watched(change->dir) || atomic_load(&reader->events->everywhere) ||
 	      (flags & VF_FSNOTIFY_WATCH_ALL)))
 		return false;
-	memcpy(name, change->name, change->namelen);
-	name[change->namelen] = 0;
-	return vf_name_has_handle(reader->events->share, change->dir, name, object->type,
-				  object->handle, object->handle_size);
+	return vf_name_has_handle(reader->events->share, change->dir, vf_change_name(change, name),
+				  object->type, object->handle, object->handle_size);
 }
 
 /* Reports each event of mask on its own; change has all but its mask. */
@@ -187,7 +184,6 @@ static bool is_unlinked(const struct reader *reader, const struct vf_fanotify_re
 	    .object = identity(&record->object),
 	    .place = identity(&record->dir),
 	};
-
 	bool gone = (record->mask & VF_FS_PATH_EVENTS) && vf_name_is_gone(reader->events, &change);
 
 	/* Which of several was last cannot be known, nor whether this came before it. */
@@ -478,7 +474,6 @@ static bool read_records(struct vf_events *events)
 {
 	struct reader reader = {.events = events};
 	struct vf_fanotify_record record;
-	struct timespec now;
 	uint32_t at = 0, size;
 	ssize_t n;
 
@@ -494,8 +489,7 @@ static bool read_records(struct vf_events *events)
 	}
 	size = (uint32_t)n;
 	events->drained = size + MAX_RECORD <= VF_SOURCE_BUFFER;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	reader.now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	reader.now_ns = vf_now_ns();
 	while (at < size) {
 		int32_t length = vf_fanotify_parse(events->buffer + at, size - at, &record);
 

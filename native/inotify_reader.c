@@ -25,7 +25,7 @@ uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 				const struct inotify_event *record, uint32_t mask, uint32_t enough,
 				uint64_t time_ns)
 {
-	uint64_t deadline_ns = vf_records_now_ns() + time_ns, now;
+	uint64_t deadline_ns = vf_now_ns() + time_ns, now;
 	const struct inotify_event *other;
 	uint32_t at = reader->end, n = 0;
 
@@ -38,7 +38,7 @@ uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 				return n;
 			n++;
 		}
-		now = vf_records_now_ns();
+		now = vf_now_ns();
 	} while (n < enough && now <= deadline_ns &&
 		 vf_records_read_more(reader, deadline_ns - now));
 	return n;
@@ -108,15 +108,14 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 
 static struct inotify_event *wait_for_half(struct vf_inotify_reader *reader, uint32_t cookie)
 {
-	uint64_t deadline_ns = vf_records_now_ns() + SECOND_HALF_NS,
-		 waited = reader->at + reader->size, now;
+	uint64_t deadline_ns = vf_now_ns() + SECOND_HALF_NS, waited = reader->at + reader->size,
+		 now;
 	struct inotify_event *to = NULL;
 
 	/* Not kept waiting: what was told already, and who ends the session. */
 	vf_outbox_flush(reader->events->outbox);
 	reader->waits++;
-	while (!to && (now = vf_records_now_ns()) < deadline_ns &&
-	       !atomic_load(&reader->events->waiting)) {
+	while (!to && (now = vf_now_ns()) < deadline_ns && !atomic_load(&reader->events->waiting)) {
 		vf_records_make_room(reader);
 		if (!vf_records_read_more(reader, deadline_ns - now))
 			break;

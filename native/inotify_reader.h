@@ -82,8 +82,6 @@ struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
 uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 				const struct inotify_event *record, uint32_t mask, uint32_t enough,
 				uint64_t time_ns);
-/* The change's name with NUL. */
-const char *vf_inotify_name(const struct vf_change *change, char buffer[VF_NAME_MAX + 1]);
 
 /* ---- inotify_watch.c ---- */
 

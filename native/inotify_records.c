@@ -38,14 +38,6 @@ struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mou
 
 /* ---- reading ------------------------------------------------------------------------- */
 
-uint64_t vf_records_now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
 {
 	struct timespec time = {.tv_nsec = (long)time_ns};
@@ -78,7 +70,7 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
 {
 	ssize_t n;
 
-	reader->now_ns = vf_records_now_ns();
+	reader->now_ns = vf_now_ns();
 	reader->size = reader->next = reader->end = 0;
 	reader->waits = 0;
 	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
@@ -117,13 +109,6 @@ struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
 		change.child = inode;
 	}
 	return change;
-}
-
-const char *vf_inotify_name(const struct vf_change *change, char buffer[VF_NAME_MAX + 1])
-{
-	memcpy(buffer, change->name, change->namelen);
-	buffer[change->namelen] = 0;
-	return buffer;
 }
 
 bool vf_record_is_of_its_name(struct vf_inotify_reader *reader, const struct inotify_event *record,

@@ -44,7 +44,7 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 	/* What is removed of its name then is the one that replaced it. */
 	bool by_name = dir && !was_replaced(reader, record, inode);
 	uint32_t mask = IN_ATTRIB | (dir ? IN_MOVE_SELF | VF_FS_ENTRY_EVENTS : 0);
-	uint64_t began = vf_records_now_ns(), until = began, now;
+	uint64_t began = vf_now_ns(), until = began, now;
 	const struct inotify_event *other;
 	uint32_t at = reader->end;
 
@@ -59,7 +59,7 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 			if (!dir && other != record && other->wd == record->wd)
 				until = began + LATE_LINK_NS;
 		}
-		now = vf_records_now_ns();
+		now = vf_now_ns();
 	} while (vf_records_read_more(reader, now < until ? until - now : 0));
 	return false;
 }
@@ -84,7 +84,7 @@ static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode 
 /* Whoever replaces it says so a moment after it has lost its last link. */
 static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
 {
-	uint64_t now = vf_records_now_ns(), until = now + LAST_LINK_NS;
+	uint64_t now = vf_now_ns(), until = now + LAST_LINK_NS;
 	const struct inotify_event *record;
 	uint32_t at = reader->end;
 
@@ -92,7 +92,7 @@ static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
 		for (; (record = vf_record_at(reader, at)); at = vf_record_end(at, record))
 			if (record->wd == wd && (record->mask & IN_ATTRIB))
 				return;
-	} while ((now = vf_records_now_ns()) < until && vf_records_read_more(reader, until - now));
+	} while ((now = vf_now_ns()) < until && vf_records_read_more(reader, until - now));
 }
 
 /* It is told behind the last record of what happened in it. */

@@ -21,7 +21,7 @@ static struct vf_inode *object_of(struct vf_events *events, const struct vf_chan
 
 	if (!change->dir || (change->mask & (VF_FS_DELETE | VF_FS_MOVED_FROM)))
 		return NULL;
-	return vf_inode_known(events->share, change->dir, vf_inotify_name(change, name));
+	return vf_inode_known(events->share, change->dir, vf_change_name(change, name));
 }
 
 /* Is it by one of our own operations?  Then it is not the guest's to be told. */

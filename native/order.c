@@ -8,7 +8,6 @@
  * finds the fact of what inotify says, and order_tell.c tells what is fanotify's
  * alone.  Here is what becomes of inotify's records, and the round of both.
  */
-#include <time.h>
 
 #include "order_facts.h"
 
@@ -206,7 +205,7 @@ static struct vf_inode *child_of(struct vf_inotify_reader *reader,
 	/* fanotify has directories by their own handle. The guest does nothing to one that it does
 	 * not hold. */
 	itself = (struct vf_change){.mask = change.mask};
-	itself.child = vf_inode_known(order->events->share, dir, vf_inotify_name(&change, name));
+	itself.child = vf_inode_known(order->events->share, dir, vf_change_name(&change, name));
 	if (itself.child)
 		order->fact = complete(order, &itself);
 	return itself.child;
@@ -398,14 +397,6 @@ void vf_order_read(struct vf_order *order, bool (*read_facts)(struct vf_events *
 
 /* ---- watches ------------------------------------------------------------------------ */
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask,
 		   int32_t wd[VF_N_WDS])
 {
@@ -415,7 +406,7 @@ void vf_order_mark(struct vf_order *order, struct vf_inode *inode, uint64_t mask
 	uint64_t nodeid = vf_inode_nodeid(inode);
 
 	if (bits)
-		*vf_begun_slot(order, nodeid) = (struct vf_begun){nodeid, now_ns()};
+		*vf_begun_slot(order, nodeid) = (struct vf_begun){nodeid, vf_now_ns()};
 	if (!error)
 		return;
 	if (error != events->order_error)

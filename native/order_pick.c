@@ -230,7 +230,7 @@ static enum vf_fact_choice choice(const struct vf_order *order)
 	return order->waits < N_SHORT ? VF_FACT_UNUSED : VF_FACT_ANY;
 }
 
-/* The same, and what was told without inotify before it said so, if there is no fact otherwise. */
+/* vf_fact_pick(), and for the last choice also what was told without inotify before it said so. */
 static struct vf_fact *pick_or_late(struct vf_order *order, const struct vf_change *change,
 				    enum vf_fact_choice last)
 {

@@ -9,7 +9,6 @@
  * ones take 9 MB and the longest possible 32 MB.
  */
 #include <sys/mman.h>
-#include <time.h>
 
 #include "events.h"
 
@@ -49,14 +48,6 @@ struct vf_outbox {
 	uint64_t merged, queued, delivered, lost, overflows, max_depth;
 	uint64_t latency[N_LATENCIES];
 };
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* ---- memory ---------------------------------------------------------------- */
 
@@ -154,7 +145,7 @@ static void remove_oldest(struct vf_outbox *outbox)
 
 static void count_delivery(struct vf_outbox *outbox, const struct record *record)
 {
-	uint64_t us = (now_ns() - record->seen_ns) / 1000;
+	uint64_t us = (vf_now_ns() - record->seen_ns) / 1000;
 	uint32_t i = us ? 64 - (uint32_t)__builtin_clzll(us) : 0;
 	bool overflow = record->element.mask & VF_FS_Q_OVERFLOW;
 
@@ -211,7 +202,7 @@ void vf_outbox_flush(struct vf_outbox *outbox)
  */
 static void add_overflow(struct vf_outbox *outbox)
 {
-	struct vf_outgoing out = {.element.mask = VF_FS_Q_OVERFLOW, .seen_ns = now_ns()};
+	struct vf_outgoing out = {.element.mask = VF_FS_Q_OVERFLOW, .seen_ns = vf_now_ns()};
 
 	if (outbox->overflow_waits)
 		return;

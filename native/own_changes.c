@@ -476,7 +476,7 @@ bool vf_own_changes_is(struct vf_own_changes *own, struct vf_share *share, uint6
 	if (found || !n_suspects)
 		return found;
 	return n_suspects > MAX_SUSPECTS ||
-	       vf_inode_may_have_had_name(share, change->dir, vf_inotify_name(change, name),
+	       vf_inode_may_have_had_name(share, change->dir, vf_change_name(change, name),
 					  suspects, n_suspects);
 }
 

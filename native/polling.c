@@ -2,8 +2,8 @@
 /* See polling.h. */
 #include <sched.h>
 #include <sys/resource.h>
-#include <time.h>
 
+#include "core.h"
 #include "polling.h"
 
 /* Longer than this after the last one a request does not come soon. */
@@ -31,14 +31,6 @@
 #define STARVED_NS 12000u
 #define MIN_PENALTY_NS 50000000u
 #define MAX_PENALTY_NS 200000000u
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* Whether another thread has taken this one's processor since the last look. */
 static bool was_switched(struct vf_polling *p)
@@ -68,7 +60,7 @@ uint64_t vf_polling_begin(struct vf_polling *p)
 	if (!p->possible)
 		return 0;
 	p->gave_up_ns = 0;
-	p->ended_ns = now_ns();
+	p->ended_ns = vf_now_ns();
 	if (p->fast < p->wanted || p->ended_ns < p->off_until_ns)
 		return 0;
 	return BUDGET_NS;
@@ -84,7 +76,7 @@ static void stay_off(struct vf_polling *p, uint64_t now)
 
 bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last_ns)
 {
-	uint64_t now = now_ns();
+	uint64_t now = vf_now_ns();
 	bool taken_away = *last_ns && now - *last_ns > TAKEN_AWAY_NS && was_switched(p);
 
 	*last_ns = now;
@@ -120,7 +112,7 @@ void vf_polling_slept(struct vf_polling *p)
 
 	if (!p->possible)
 		return;
-	now = now_ns();
+	now = vf_now_ns();
 	p->gave_up_ns = 0;
 	if (gave_up_ns && now - gave_up_ns < STARVED_NS)
 		stay_off(p, now);

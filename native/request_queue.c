@@ -5,7 +5,6 @@
  */
 #include <stdio.h>
 #include <sys/epoll.h>
-#include <time.h>
 
 #include "polling.h"
 #include "queue.h"
@@ -134,14 +133,6 @@ static bool has_untold(struct vf_queue *q)
 	return any;
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 /* vf_dispatch(), for a request that may have to wait. */
 static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct vf_req *r)
 {
@@ -151,9 +142,9 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 
 	if (!(trusted ? has_untold(q) : tell(q)))
 		return vf_dispatch(t, r);
-	begun_ns = now_ns();
+	begun_ns = vf_now_ns();
 	result = vf_dispatch(t, r);
-	if (now_ns() - begun_ns > PROMPT_NS)
+	if (vf_now_ns() - begun_ns > PROMPT_NS)
 		q->prompt = 0;
 	else if (q->prompt < PROMPT_ROW)
 		q->prompt++;

@@ -157,13 +157,13 @@ static bool is_there(struct vf_events *events, const struct vf_change *change)
 {
 	struct vf_share *share = events->share;
 	struct vf_inode *inode;
-	char name[VF_NAME_MAX + 1];
+	char buffer[VF_NAME_MAX + 1];
+	const char *name;
 	uint64_t object;
 
 	if (!change->dir)
 		return false;
-	memcpy(name, change->name, change->namelen);
-	name[change->namelen] = 0;
+	name = vf_change_name(change, buffer);
 	object = vf_identity_of_name(share, change->dir, name);
 	if (change->object || !change->child)
 		return object && (!change->object || object == change->object);

@@ -153,8 +153,7 @@ static struct {
 	atomic_int kept, source;
 } late = {-1, -1};
 
-/* In the place of libc's: the first time that anything is waited for is over when fanotify comes.
- */
+/* In the place of libc's: the first wait is over when fanotify's records come. */
 int nanosleep(const struct timespec *requested, struct timespec *remaining)
 {
 	int kept = atomic_exchange(&late.kept, -1);
