@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tests.limits import HANG_S
 from vhostfs.frontend.vhost_user import Connection, Message
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-START_TIMEOUT_S = 40.0
-STOP_TIMEOUT_S = 10.0
+START_TIMEOUT_S = HANG_S
+STOP_TIMEOUT_S = HANG_S
 BAD_LOG = re.compile(
     r"Traceback \(most recent call last\)|AddressSanitizer|runtime error:|LeakSanitizer|ThreadSanitizer"
     r"|panicked at|Fatal Python error|free\(\): |malloc\(\): |stack smashing|internal:"
@@ -35,7 +36,7 @@ class UnsupportedByServerError(Exception):
     """VHOSTFS_SERVER's command takes no options, and the test needs some."""
 
 
-def awaited(condition: Callable[[], bool], timeout_s: float = 5.0, step_s: float = 0.005) -> bool:
+def awaited(condition: Callable[[], bool], timeout_s: float = HANG_S, step_s: float = 0.005) -> bool:
     """Polls a condition that has nothing to sleep on; False when it does not come true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -234,7 +235,7 @@ class ServerProcess:
             raise AssertionError(f"a closed connection stays open; log:\n{self.log()}")
         self._idle_descriptors = self.descriptors()
 
-    def leaked_descriptors(self, timeout_s: float = 5.0) -> list[str]:
+    def leaked_descriptors(self, timeout_s: float = HANG_S) -> list[str]:
         """Waits for the descriptors of a session to be closed; what is open when they are not."""
         expected = self._idle_descriptors
         if expected is None or awaited(lambda: self.descriptors() <= expected, timeout_s):

@@ -34,7 +34,7 @@ from vhostfs.vm.server import TEMPLATE_VARIABLE, ServerSpec, ShareServer
 
 PACKAGES = ("acl", "attr", "fio", "python3-minimal", "tar")
 """One image for all tests that need more than busybox."""
-TEST_TIMEOUT_S = 90
+TEST_TIMEOUT_S = 400
 _BAD_LOG = re.compile(
     r"Traceback \(most recent call last\)|AddressSanitizer|runtime error:|panicked at|Fatal Python error"
     r"|free\(\): |malloc\(\): |stack smashing|internal:|[Ee]rror"

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.limits import HANG_S
 from vhostfs.vm.agent import CompletedCommand, RunningCommand
 from vhostfs.vm.guest import Guest
 
-COMMAND_TIMEOUT_S = 40.0
+COMMAND_TIMEOUT_S = 120.0
 
 ERRNOS = """
 import json, os, sys
@@ -35,7 +36,7 @@ print(json.dumps(numbers))
 """
 
 
-def awaited(condition: Callable[[], bool], timeout_s: float = 10.0, step_s: float = 0.02) -> bool:
+def awaited(condition: Callable[[], bool], timeout_s: float = HANG_S, step_s: float = 0.02) -> bool:
     """Polls a condition that has nothing to sleep on; False when it does not come true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -15,8 +15,8 @@ import pytest
 
 from tests.guest.conftest import MakePlace
 from tests.guest.place import Place, sha256
+from tests.limits import HANG_S, LONG_HANG_S
 
-WAIT_S = 20.0
 MIB = 1 << 20
 
 FIO_GLOBAL = """
@@ -81,7 +81,7 @@ iodepth=16
 def test_fio_reads_back_what_it_wrote(place_on: MakePlace, tag: str, jobs: str) -> None:
     place = place_on(tag)
     (place.host / "jobs").write_text(jobs.format(directory=place.inside))
-    done = place.run("fio --minimal jobs", timeout_s=80)
+    done = place.run("fio --minimal jobs", timeout_s=LONG_HANG_S)
     assert done.exit_status == 0, done.text + done.error_text
     assert "verify" not in done.error_text
 
@@ -102,7 +102,7 @@ with open("file", "r+b") as file, mmap.mmap(file.fileno(), 0) as area:
     sys.stdin.readline()
 """
     )
-    watcher.wait_for_output("mapped\n", WAIT_S)
+    watcher.wait_for_output("mapped\n", HANG_S)
     place.python(
         """
 import mmap
@@ -113,10 +113,10 @@ with open("file", "r+b") as file, mmap.mmap(file.fileno(), 0) as area:
     )
     assert (place.host / "file").read_bytes()[5000:5011] == b"from mmap 1"
     watcher.write_stdin(b"\n")
-    watcher.wait_for_output("from mmap 1\nflushed\n", WAIT_S)
+    watcher.wait_for_output("from mmap 1\nflushed\n", HANG_S)
     assert (place.host / "file").read_bytes()[:5] == b"reply"
     watcher.close_stdin()
-    watcher.wait(WAIT_S)
+    watcher.wait(HANG_S)
 
 
 def test_what_write_changes_is_seen_in_a_mapping_and_the_reverse(place: Place) -> None:
@@ -285,12 +285,12 @@ sys.stdin.readline()
 print(os.pread(descriptor, 99, 0).decode(), flush=True)
 """
     )
-    reader.wait_for_output("opened\n", WAIT_S)
+    reader.wait_for_output("opened\n", HANG_S)
     (place.host / "new").write_bytes(b"new")
     (place.host / "new").rename(place.host / "file")
     reader.write_stdin(b"\n")
-    reader.wait_for_output("opened\nold\n", WAIT_S)
-    reader.wait(WAIT_S)
+    reader.wait_for_output("opened\nold\n", HANG_S)
+    reader.wait(HANG_S)
 
 
 @pytest.mark.parametrize("tag", ["share", "never"])
@@ -311,11 +311,11 @@ for number, line in enumerate(sys.stdin):
     with file.open("ab", buffering=0) as log:
         for number in range(20):
             writer.write_stdin(b"\n")
-            writer.wait_for_lines(number + 1, WAIT_S)
+            writer.wait_for_lines(number + 1, HANG_S)
             log.write(b"host %d\n" % number)
             expected += b"guest %d\nhost %d\n" % (number, number)
     writer.close_stdin()
-    writer.wait(WAIT_S).check()
+    writer.wait(HANG_S).check()
     assert file.read_bytes() == expected
 
 
@@ -358,12 +358,12 @@ sys.stdin.readline()
 """
     )
     expected = b"".join(b"%07d\n" % number for number in range(5000))
-    writer.wait_for_output("40000\n", WAIT_S)
+    writer.wait_for_output("40000\n", HANG_S)
     writer.write_stdin(b"\n")
-    writer.wait_for_output("synced\n", WAIT_S)
+    writer.wait_for_output("synced\n", HANG_S)
     assert (place.host / "file").read_bytes() == expected
     writer.close_stdin()
-    writer.wait(WAIT_S)
+    writer.wait(HANG_S)
 
 
 def test_times_set_by_the_guest_survive_data_that_it_held_back(place_on: MakePlace) -> None:

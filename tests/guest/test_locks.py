@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.guest.place import Place, awaited
+from tests.limits import HANG_S
 from vhostfs.vm.agent import RunningCommand
-
-WAIT_S = 20.0
 
 # Says what it does as it does it; a line on stdin makes it let go.
 LOCKER = """
@@ -60,14 +59,14 @@ def locker(place: Place, kind: str, mode: str = "exclusive") -> RunningCommand:
 
 def holder(place: Place, kind: str, mode: str = "exclusive") -> RunningCommand:
     running = locker(place, kind, mode)
-    running.wait_for_output("held\n", WAIT_S)
+    running.wait_for_output("held\n", HANG_S)
     return running
 
 
 def waiter(place: Place, kind: str) -> RunningCommand:
     """A locker that was refused and now waits within fcntl or flock."""
     running = locker(place, kind)
-    running.wait_for_output("busy 11\n", WAIT_S)
+    running.wait_for_output("busy 11\n", HANG_S)
     place.sh(f"until grep -qE '^(72|73) ' /proc/{guest_pid(running)}/syscall; do usleep 20000; done")
     assert b"held" not in running.stdout
     return running
@@ -98,10 +97,10 @@ def test_a_guest_process_waits_until_another_lets_go(place: Place, kind: str) ->
     first = holder(place, kind)
     second = waiter(place, kind)
     first.write_stdin(b"\n")
-    second.wait_for_output("held\n", WAIT_S)
+    second.wait_for_output("held\n", HANG_S)
     first.write_stdin(b"\n")
     second.close_stdin()
-    assert first.wait(WAIT_S).exit_status == second.wait(WAIT_S).exit_status == 0
+    assert first.wait(HANG_S).exit_status == second.wait(HANG_S).exit_status == 0
 
 
 @pytest.mark.usefixtures("shared_file")
@@ -109,9 +108,9 @@ def test_the_lock_of_a_killed_guest_process_goes_to_who_waits(place: Place, kind
     first = holder(place, kind)
     second = waiter(place, kind)
     place.sh(f"kill -9 {guest_pid(first)}")
-    second.wait_for_output("held\n", WAIT_S)
+    second.wait_for_output("held\n", HANG_S)
     second.close_stdin()
-    second.wait(WAIT_S)
+    second.wait(HANG_S)
 
 
 def test_who_is_killed_while_waiting_leaves_no_lock(place: Place, kind: str, shared_file: Path) -> None:
@@ -121,21 +120,21 @@ def test_who_is_killed_while_waiting_leaves_no_lock(place: Place, kind: str, sha
     # process can only go once its request is answered.
     place.sh(f"kill -9 {guest_pid(second)}")
     first.write_stdin(b"\n")
-    assert second.wait(WAIT_S).exit_status == 128 + signal.SIGKILL
+    assert second.wait(HANG_S).exit_status == 128 + signal.SIGKILL
     assert b"held" not in second.stdout
     assert awaited(lambda: host_try(shared_file, kind))
     first.close_stdin()
-    first.wait(WAIT_S)
+    first.wait(HANG_S)
 
 
 @pytest.mark.usefixtures("shared_file")
 def test_readers_share_and_a_writer_is_refused(place: Place, kind: str) -> None:
     readers = [holder(place, kind, "shared") for _ in range(2)]
     refused = locker(place, kind, "try")
-    assert refused.wait(WAIT_S).exit_status == 3
+    assert refused.wait(HANG_S).exit_status == 3
     for reader in readers:
         reader.close_stdin()
-        reader.wait(WAIT_S)
+        reader.wait(HANG_S)
 
 
 def test_the_host_is_kept_out_by_a_lock_of_the_guest(place: Place, kind: str, shared_file: Path) -> None:
@@ -143,10 +142,10 @@ def test_the_host_is_kept_out_by_a_lock_of_the_guest(place: Place, kind: str, sh
     guest = holder(place, kind)
     assert not host_try(shared_file, kind)
     guest.write_stdin(b"\n")
-    guest.wait_for_output("released\n", WAIT_S)
+    guest.wait_for_output("released\n", HANG_S)
     assert host_try(shared_file, kind)
     guest.close_stdin()
-    guest.wait(WAIT_S)
+    guest.wait(HANG_S)
 
 
 def test_the_lock_of_a_killed_guest_process_is_free_on_the_host(
@@ -164,9 +163,9 @@ def test_the_guest_waits_for_a_lock_of_the_host(place: Place, kind: str, shared_
         lock(file, fcntl.LOCK_EX)
         guest = waiter(place, kind)
         lock(file, fcntl.LOCK_UN)
-        guest.wait_for_output("held\n", WAIT_S)
+        guest.wait_for_output("held\n", HANG_S)
     guest.close_stdin()
-    guest.wait(WAIT_S)
+    guest.wait(HANG_S)
 
 
 def test_the_host_waits_for_a_lock_of_the_guest(place: Place, kind: str, shared_file: Path) -> None:
@@ -182,7 +181,7 @@ def test_the_host_waits_for_a_lock_of_the_guest(place: Place, kind: str, shared_
     thread.start()
     assert not got.wait(0.2)
     guest.write_stdin(b"\n")
-    thread.join(WAIT_S)
+    thread.join(HANG_S)
     assert got.is_set()
     guest.close_stdin()
-    guest.wait(WAIT_S)
+    guest.wait(HANG_S)

@@ -14,7 +14,7 @@ from vhostfs.vm.errors import VmError
 from vhostfs.vm.qemu_source import SERIES, BrokenPatchError, check_series
 
 
-@pytest.mark.timeout(400, func_only=True)  # 64 MB to download, once
+@pytest.mark.timeout(1600, func_only=True)  # 64 MB to download, once
 def test_the_patches_apply_to_debians_qemus() -> None:
     applied, missing = [], []
     for series in SERIES:

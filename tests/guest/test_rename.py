@@ -13,6 +13,7 @@ import stat
 import pytest
 
 from tests.guest.place import Place
+from tests.limits import HANG_S
 
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 RENAME = """
@@ -90,7 +91,7 @@ def test_a_file_renamed_again_and_again_by_the_guest_is_never_missing(place: Pla
     while not writer.stdout:
         assert (place.host / "file").read_text()
     writer.close_stdin()
-    assert writer.wait(30).check().text == "done\n"
+    assert writer.wait(HANG_S).check().text == "done\n"
     assert (place.host / "file").read_text() == "100\n"
 
 

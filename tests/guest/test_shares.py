@@ -9,16 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import random
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.guest.conftest import SERVINGS, MakePlace, Session
 from tests.guest.place import Place, awaited, sha256
+from tests.limits import HANG_S, LONG_HANG_S
 
-# --cache=auto promises one second; the rest is for a slow machine.
-VISIBLE_TIMEOUT_S = 6.0
+# --cache=auto promises one second, --cache=always keeps what it knows for a day.
+VISIBLE_TIMEOUT_S = HANG_S
 
 
 def test_every_share_is_a_file_system_of_its_own(session: Session) -> None:
@@ -144,9 +144,7 @@ def test_without_a_cache_the_host_s_changes_are_seen_at_once(place_on: MakePlace
 def test_with_cache_auto_the_host_s_changes_are_seen_within_the_timeout(place: Place) -> None:
     look_before(place)
     changes_on_the_host(place)
-    started = time.monotonic()
     assert awaited(lambda: place.run(LOOK).text == CHANGED, VISIBLE_TIMEOUT_S), place.run(LOOK).text
-    assert time.monotonic() - started < VISIBLE_TIMEOUT_S
 
 
 def test_with_cache_always_the_guest_trusts_its_memory_until_it_is_dropped(place_on: MakePlace) -> None:
@@ -176,10 +174,10 @@ for line in sys.stdin:
     for number in range(10):
         expected += f"line {number}\n"
         writer.write_stdin(f"line {number}\n".encode())
-        writer.wait_for_lines(number + 1, 20)
+        writer.wait_for_lines(number + 1, HANG_S)
         assert (place.host / "file").read_text() == expected
     writer.close_stdin()
-    writer.wait(20).check()
+    writer.wait(HANG_S).check()
 
 
 def test_a_tree_that_both_sides_work_on_ends_the_same_on_both(place_on: MakePlace) -> None:
@@ -197,7 +195,7 @@ def test_a_tree_that_both_sides_work_on_ends_the_same_on_both(place_on: MakePlac
         (folder / f"h{number}").write_text(f"host {number}")
         (folder / f"h{max(1, number - 20)}").unlink(missing_ok=True)
     guest.close_stdin()
-    guest.wait(40).check()
+    guest.wait(LONG_HANG_S).check()
     host = sorted(str(path.relative_to(place.host)) for path in place.host.rglob("*"))
     assert sorted(place.sh("find . -mindepth 1").replace("./", "").splitlines()) == host
     assert len([name for name in host if "/g" in name]) == 80

@@ -19,6 +19,7 @@ import pytest
 from tests.conftest import lacking
 from tests.guest.conftest import Launchpad, MakePlace
 from tests.guest.place import Place, described_tree, sha256, tree_hashes
+from tests.limits import LONG_HANG_S
 from vhostfs.vm.debian import Release, open_root, package_files
 
 HASH_ALL = "find . -type f -print0 | xargs -0 sha256sum"
@@ -147,7 +148,7 @@ for entry in os.scandir("many"):
         os.unlink(entry.path)
 print(json.dumps(sorted(os.listdir("many"))))
 """,
-        timeout_s=80,
+        timeout_s=LONG_HANG_S,
     )
     assert left == [f"file-{number:05}" for number in range(0, 50_000, 2)]
     assert sorted(os.listdir(folder)) == left

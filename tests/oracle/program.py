@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from tests.limits import HANG_S
 from tests.oracle.native import without_number
 from tests.oracle.streams import In, Seen
 from vhostfs.vm.agent import GuestError
 
-_TIMEOUT_S = 20.0
 _FENCE = ".fence"
 _BUSY = ".busy"
 
@@ -89,8 +89,8 @@ class HostCommand:
         """Ends it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(_TIMEOUT_S)
-        self._thread.join(_TIMEOUT_S)
+        self._process.wait(HANG_S)
+        self._thread.join(HANG_S)
 
 
 class Program:
@@ -106,7 +106,7 @@ class Program:
         self._used_bytes = 0
         self._asked_bytes = 0
         self._lines: list[str] = []
-        command.wait_for_output(lambda seen: b"ready\n" in seen, _TIMEOUT_S)
+        command.wait_for_output(lambda seen: b"ready\n" in seen, HANG_S)
 
     def close(self) -> None:
         """Ends it."""
@@ -117,7 +117,7 @@ class Program:
         begin = self._asked_bytes
         self._command.write_stdin(f"{line}\n".encode())
         wanted = re.compile(rb"^" + re.escape(answer.encode()) + rb".*\n", re.MULTILINE)
-        output = self._command.wait_for_output(lambda seen: bool(wanted.search(seen, begin)), _TIMEOUT_S)
+        output = self._command.wait_for_output(lambda seen: bool(wanted.search(seen, begin)), HANG_S)
         found = wanted.search(output, begin)
         assert found is not None
         self._asked_bytes = found.end()
@@ -152,7 +152,7 @@ class Program:
     def _read_until(self, end: bytes) -> list[Seen]:
         begin = self._used_bytes
         try:
-            output = self._command.wait_for_output(lambda seen: seen.find(end, begin) >= 0, _TIMEOUT_S)
+            output = self._command.wait_for_output(lambda seen: seen.find(end, begin) >= 0, HANG_S)
         except GuestError as error:
             raise TimeoutError(f"the watcher was not told of the end: {str(error)[-500:]}") from error
         at = output.find(end, begin)

@@ -13,6 +13,7 @@ import os
 import stat
 from dataclasses import dataclass
 
+from tests.limits import HANG_S
 from tests.oracle.native import without_number
 from tests.oracle.streams import BY_PATH, In, Seen, event_words
 from tests.ring.events import NOTIFYING
@@ -27,8 +28,6 @@ _SELF = Event.DELETE_SELF | Event.MOVE_SELF
 _WANTED = Granted.VIRTQUEUE | Granted.RENAME | Granted.CHILD | Granted.PARENT
 _FENCE = ".fence"
 _BUSY = ".busy"
-TIMEOUT_S = 10.0
-"""For all that happened to arrive."""
 
 
 @dataclass(slots=True)
@@ -184,7 +183,7 @@ class RingGuest:
                     bool(element.mask & Event.Q_OVERFLOW)
                     or ((element.nodeid, element.generation) == self._fence and element.name == wanted)
                 ),
-                TIMEOUT_S,
+                HANG_S,
             )
             taken += [e for e in before if (e.nodeid, e.generation) != self._fence]
             if not last.mask & Event.Q_OVERFLOW:

@@ -10,15 +10,14 @@ import json
 import socket
 from typing import Any
 
+from tests.limits import HANG_S
 from tests.ring.share import Share
-
-TIMEOUT_S = 10.0
 
 
 def asked(share: Share, command: str) -> dict[str, Any]:
     """One message: the server greets, is asked, and answers, each in a line of JSON."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(HANG_S)
         connection.connect(f"{share.server.socket_path}.ctl")
         with connection.makefile("rw") as lines:
             assert json.loads(lines.readline())["type"] == "hello"

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.limits import HANG_S
 from tests.ring.share import Share
 from vhostfs.frontend import FuseClient, Machine, NotificationQueue, ParkedRequests
 from vhostfs.frontend import fuse_abi as abi
@@ -150,7 +151,7 @@ class EventGuest:
 
     # ---- what it is told -------------------------------------------------------------------------------
 
-    def elements(self, timeout_s: float = 10.0) -> list[Element]:
+    def elements(self, timeout_s: float = HANG_S) -> list[Element]:
         """Everything that happened on the host before now: all that comes before an event made for this.
 
         There is one queue, in order, so nothing needs to be waited out.
@@ -167,11 +168,11 @@ class EventGuest:
         )
         return before
 
-    def told(self, timeout_s: float = 10.0) -> list[str]:
+    def told(self, timeout_s: float = HANG_S) -> list[str]:
         """The same in words."""
         return [self.describe(element) for element in self.elements(timeout_s)]
 
-    def told_until(self, last: str, timeout_s: float = 10.0) -> list[str]:
+    def told_until(self, last: str, timeout_s: float = HANG_S) -> list[str]:
         """The same until this has come, where the fence may overtake it: order holds within a directory."""
         deadline = time.monotonic() + timeout_s
         told = self.told()

@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 
 from tests.conftest import lacking
+from tests.limits import HANG_S
 from vhostfs.frontend import Opcode
 from vhostfs.frontend import fuse_abi as abi
 
@@ -55,7 +56,7 @@ class SlowStorage:
         self._thread.join()
         os.close(self._fd)
 
-    def await_held(self, count: int, timeout_s: float = 10.0) -> None:
+    def await_held(self, count: int, timeout_s: float = HANG_S) -> None:
         """Until so many more requests have come and wait."""
         for _ in range(count):
             assert self._arrived.acquire(timeout=timeout_s), "nothing came to the slow file system"

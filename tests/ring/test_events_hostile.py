@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.limits import HANG_S
 from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import FILESYSTEM_MARK, start_share
 from tests.ring.events import NOTIFYING, WATCHED, EventGuest
@@ -269,7 +270,7 @@ def check_fault(bench: Bench, fault: Fault) -> None:
     for i in range(20):
         os.mknod(share.path / f"d/{i}")
         expected.append(f"CREATE d[{i}]")
-    assert bench.queue.error_signalled(5), "the driver was not told that its queue is broken"
+    assert bench.queue.error_signalled(HANG_S), "the driver was not told that its queue is broken"
     assert fs.getattr(fs.root).nlink >= 2
     assert awaited(lambda: "queue 1 stopped" in share.log())
     assert len(share.log()) < MAX_LOG_BYTES
@@ -323,7 +324,7 @@ def test_buffers_in_memory_that_was_taken_away_stop_the_queue(share: Share) -> N
     vmm.remove_region(region)
     queue.kick()
     os.mknod(share.path / "d/second")
-    assert queue.error_signalled(5)
+    assert queue.error_signalled(HANG_S)
     share.unmount()
     assert share.serves()
 
@@ -373,7 +374,7 @@ def test_requests_on_the_notification_queue_are_not_served(share: Share) -> None
     fs.watch(entry.nodeid, WATCHED, entry.generation)
     os.mknod(share.path / "d/new")
     assert answer.flags
-    assert session.vmm.notification_queue.error_signalled(5)
+    assert session.vmm.notification_queue.error_signalled(HANG_S)
     assert not lost.done
     assert fs.getattr(fs.root).nlink >= 2
 

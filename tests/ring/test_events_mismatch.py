@@ -250,7 +250,7 @@ class Visit:
                 and all(any(part in line for line in lesser) for part in less)
             )
 
-        if awaited(complete, 2.0):
+        if awaited(complete):
             return None
         return f"the log does not have {way_says} and {less}:\n{self.share.server.log_since(mark)}"
 

@@ -121,11 +121,11 @@ def test_a_directory_is_seen_to_change_as_by_a_watcher_on_the_host(
     told: list[Element] = []
     while child.is_alive():
         host.collect()
-        told += guest.elements(60)
+        told += guest.elements()
     child.join()
     assert child.exitcode == 0
     host.collect()
-    told += guest.elements(60)
+    told += guest.elements()
     by_directory: dict[str, list[Seen]] = defaultdict(list)
     for element in told:
         assert not element.mask & Event.Q_OVERFLOW

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.limits import AT_ONCE_S, HANG_S
 from tests.ring.conftest import MakeShare
 from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, start_share
@@ -40,7 +41,6 @@ from vhostfs.frontend.session import Pending
 pytestmark = pytest.mark.usefixtures("ours")
 
 MAX_PARKED = 64
-AT_ONCE_S = 5.0
 SMALLEST_ROOM = HEAD_BYTES + NAME_MAX - OUT_HEADER.size
 
 
@@ -134,7 +134,7 @@ def test_a_loss_is_told(make_share: MakeShare) -> None:
     requests.give_back = False
     make(share, 0, 50)
     requests.take()
-    awaited(lambda: event_counters(share)["lost"] > 0)
+    assert awaited(lambda: event_counters(share)["lost"] > 0)
     requests.give_back = True
     requests.give_back_all()
     _, overflow = requests.until(lambda element: element == OVERFLOW)
@@ -318,7 +318,7 @@ def test_the_server_does_not_wait_for_them_when_it_is_to_end(own_share: Share) -
     own_share.may_end = True
     server = own_share.server.process
     server.send_signal(signal.SIGTERM)
-    assert server.wait(timeout=10) == 0
+    assert server.wait(HANG_S) == 0
     assert all_come_back(parked(guest))
 
 

@@ -221,7 +221,7 @@ def test_random_requests_are_answered_or_end_the_ring(walled: Share, rng: random
             try:
                 if pending.call.opcode == Opcode.SETLKW:
                     _end_of_lock(fs, pending)
-                pending.payload(10)
+                pending.payload()
             except (FuseError, ProtocolError) as error:
                 _acceptable(error)
             except (RingBrokenError, BackendGoneError):
@@ -243,7 +243,7 @@ def _end_of_lock(fs: FuseClient, pending: Pending[bytes]) -> None:
         fs.interrupt(pending)
         return pending.done
 
-    assert awaited(over, 10)
+    assert awaited(over)
 
 
 def _acceptable(error: Exception) -> None:

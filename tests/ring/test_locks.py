@@ -12,7 +12,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -323,9 +322,7 @@ def test_more_waiters_than_the_server_takes_are_refused_not_hung(
 ) -> None:
     fs.setlk(*opened, ALICE, WRITE)
     waiting = [fs.submit(op.setlkw(*opened, 1000 + i, WRITE)) for i in range(100)]
-    start = time.monotonic()
-    fs.getattr(opened[0])
-    assert time.monotonic() - start < 5
+    fs.getattr(opened[0])  # answered while all of them wait
     fs.flush(*opened, ALICE)
     ends: set[int] = set()
     left = dict(enumerate(waiting))

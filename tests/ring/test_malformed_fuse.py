@@ -49,7 +49,7 @@ def send(
 def outcome(pending: Pending[bytes]) -> str:
     """What came of a request; anything but an answer that makes sense raises."""
     try:
-        pending.payload(5)
+        pending.payload()
     except FuseError as error:
         return errno.errorcode[error.errno or 0]
     except BackendGoneError:
@@ -165,7 +165,7 @@ def test_a_read_of_more_than_fits_fills_only_what_there_is(share: Share, fs: Fus
         body = struct.pack("<QQIIQII", fh, 0, size, 0, 0, 0, 0)
         pending = send(fs, Opcode.READ, entry.nodeid, body, room=8192)
         try:
-            data = pending.payload(5)
+            data = pending.payload()
         except FuseError as error:
             assert error.errno in (errno.EINVAL, errno.EIO, errno.E2BIG)
         else:
@@ -181,7 +181,7 @@ def test_listings_of_more_than_fits_fill_only_what_there_is(share: Share, fs: Fu
             body = struct.pack("<QQIIQII", fh, 0, size, 0, 0, 0, 0)
             pending = send(fs, opcode, fs.root, body, room=1000)
             try:
-                assert len(pending.payload(5)) <= 1000
+                assert len(pending.payload()) <= 1000
             except FuseError as error:
                 assert error.errno in (errno.EINVAL, errno.EIO, errno.E2BIG)
 
@@ -195,7 +195,7 @@ def test_xattrs_of_more_than_fits_are_an_error(make_share: MakeShare) -> None:
         body = struct.pack("<II", size, 0) + b"user.x\0"
         pending = send(fs, Opcode.GETXATTR, entry.nodeid, body, room=100)
         with pytest.raises(FuseError):
-            pending.payload(5)
+            pending.payload()
 
 
 def test_a_write_whose_size_and_data_disagree_is_an_error(share: Share, fs: FuseClient) -> None:
@@ -261,7 +261,7 @@ def test_a_forget_with_room_for_a_reply_gets_none_or_only_a_header(share: Share,
 def test_ordinary_requests_on_the_hiprio_queue_are_answered_or_refused(share: Share, fs: FuseClient) -> None:
     pending = fs.session.submit(op.getattr_(fs.root), queue=fs.vmm.hiprio)
     try:
-        assert pending.wait(5).attr.nlink >= 2
+        assert pending.wait().attr.nlink >= 2
     except FuseError as error:
         assert error.errno in (errno.EINVAL, errno.EIO, errno.ENOSYS, errno.EPERM)
     fs.forget(0xDEAD)

@@ -86,7 +86,7 @@ class Bench:
                 or self.fs.vmm.connection.closed_by_backend(0)
             )
 
-        return awaited(over, 5)
+        return awaited(over)
 
 
 @pytest.fixture
@@ -404,7 +404,7 @@ def test_a_fault_is_reported_on_the_error_descriptor_or_by_hanging_up(
     share: Share, bench: Bench, ours: None
 ) -> None:
     _next_far_outside(bench)
-    assert awaited(lambda: bench.queue.error_signalled(0) or bench.fs.vmm.connection.closed_by_backend(0), 5)
+    assert awaited(lambda: bench.queue.error_signalled(0) or bench.fs.vmm.connection.closed_by_backend(0))
     assert awaited(lambda: "queue" in share.log())
 
 
@@ -467,7 +467,7 @@ def test_a_reply_without_room_for_its_header_is_survived(share: Share, fs: FuseC
         header = abi.IN_HEADER.pack(56, call.opcode, unique, call.nodeid, 0, 0, 1, 0, 0)
         pending = session.submit_raw(call, unique, [header, call.args], [room], fs.vmm.request_queue())
         try:
-            pending.payload(5)
+            pending.payload()
         except (ProtocolError, BackendGoneError, RingBrokenError, FuseError):
             pass
         else:

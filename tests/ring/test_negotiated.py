@@ -161,7 +161,7 @@ def test_a_driver_that_knows_no_events_is_said_to(make_share: MakeShare) -> None
     """The kernel's own: nothing comes from it that could be answered, so the line comes after a while."""
     share = start_share(make_share, FILESYSTEM_MARK)
     share.mount(Machine())
-    assert awaited(lambda: bool(delivery_lines(share)), 10)
+    assert awaited(lambda: bool(delivery_lines(share)))
     (line,) = delivery_lines(share)
     assert line.startswith("none: ")
     assert "its driver has not asked for them" in line

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.conftest import lacking
+from tests.limits import HANG_S
 from vhostfs.caps import limits as limits_module
 from vhostfs.caps.directory import DirectoryError, probe_directory
 from vhostfs.caps.fanotify import EVENTS, probe_fanotify
@@ -46,7 +47,7 @@ def as_nobody(body: Callable[[], Any]) -> Any:
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
-    assert receiver.poll(30), "the child says nothing"
+    assert receiver.poll(HANG_S), "the child says nothing"
     told = receiver.recv()
     child.join()
     return told
@@ -140,7 +141,7 @@ def test_marks_that_are_tried_do_not_disturb_who_watches(directory: Path, direct
         probe_fanotify(kernel, directory_fd)
         assert select.select([watcher], [], [], 0)[0] == []
         (directory / "new").touch()
-        assert select.select([watcher], [], [], 5)[0] == [watcher]
+        assert select.select([watcher], [], [], HANG_S)[0] == [watcher]
     finally:
         kernel.close(watcher)
 

@@ -402,7 +402,7 @@ def test_the_command_is_quick_and_prints_json(
     monkeypatch.setenv("VHOSTFS_CACHE", str(tmp_path / "none"))
     began_s = time.process_time()
     assert main(["caps", "--json", str(tmp_path)]) == 0
-    assert time.process_time() - began_s < 1.5
+    assert time.process_time() - began_s < 2
     told = json.loads(capsys.readouterr().out)
     assert told["directory"]["path"] == str(tmp_path)
     assert told["kernel"]["release"]

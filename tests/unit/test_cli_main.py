@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import vhostfs
+from tests.limits import HANG_S
 from vhostfs import cli
 from vhostfs.cli.logs import start_logging
 from vhostfs.errors import UserError
@@ -170,7 +171,7 @@ def test_syslog_gets_each_line_with_its_severity(tmp_path: Path, monkeypatch: py
     before = root.level, root.handlers[:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
         daemon.bind(str(tmp_path / "log"))
-        daemon.settimeout(10)
+        daemon.settimeout(HANG_S)
         monkeypatch.setattr(
             "vhostfs.cli.logs._SYSLOG_PATHS", (str(tmp_path / "absent"), str(tmp_path / "log"))
         )

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.limits import HANG_S
 from vhostfs.caps import names
 from vhostfs.control.client import ControlClient, ControlError, find_control_socket
 from vhostfs.control.negotiated import NegotiatedState, negotiated_message
@@ -412,7 +413,7 @@ class Console:
             with ControlClient(self.path) as client:
                 return body(client)
 
-        return await asyncio.wait_for(asyncio.to_thread(run), 20)
+        return await asyncio.wait_for(asyncio.to_thread(run), HANG_S)
 
     def close(self) -> None:
         self.server.close()
@@ -432,7 +433,7 @@ async def console(place: str) -> AsyncIterator[Console]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while not condition():
             await asyncio.sleep(0.001)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_S
 from vhostfs.events.feed import TURN, EventFeed, SeenEvent
 from vhostfs.events.masks import FsEvent
 from vhostfs.events.paths import KEPT_S, MAX_KEPT, NodePaths
@@ -224,7 +225,7 @@ async def test_the_loop_goes_on_while_storage_keeps_a_path_waiting(pipeline: Pip
 
     def wait() -> None:
         asked.set()
-        assert gate.wait(10)
+        assert gate.wait(HANG_S)
 
     pipeline.nodes.gate = wait
     watching = Watching()

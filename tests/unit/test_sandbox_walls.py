@@ -20,17 +20,17 @@ import pytest
 
 import vhostfs
 from tests.conftest import lacking
+from tests.limits import AT_ONCE_S, HANG_S
 from vhostfs.share.capabilities import SERVER_CAPABILITIES, Capability, capability_mask
 
 SCRIPT = Path(__file__).with_name("sandboxed_process.py")
 NOBODY = 65534
-TIMEOUT_S = 30.0
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + HANG_S
     while not condition():
-        assert time.monotonic() < deadline, f"not within {TIMEOUT_S:.0f} s: {what}"
+        assert time.monotonic() < deadline, f"not within {HANG_S:.0f} s: {what}"
         time.sleep(0.01)
 
 
@@ -69,8 +69,8 @@ class Sandboxed:
 
     def finish(self) -> tuple[int, str]:
         """Exit status and stderr of a process that ends by itself."""
-        self.process.wait(TIMEOUT_S)  # stdin stays open: its end would be another reason to stop
-        _, stderr = self.process.communicate(timeout=TIMEOUT_S)
+        self.process.wait(HANG_S)  # stdin stays open: its end would be another reason to stop
+        _, stderr = self.process.communicate(timeout=HANG_S)
         return self.process.returncode, stderr
 
     def status(self) -> dict[str, str]:
@@ -279,7 +279,7 @@ def test_a_stop_signal_ends_both_processes_at_once(enter: Enter, number: signal.
     started_s = time.monotonic()
     entered.process.send_signal(number)
     assert entered.finish() == (0, "")
-    assert time.monotonic() - started_s < 3
+    assert time.monotonic() - started_s < AT_ONCE_S
     assert entered.ended.exists()
     assert not Path(f"/proc/{entered.pid}").exists()
 
@@ -288,7 +288,7 @@ def test_a_stop_signal_ends_both_processes_at_once(enter: Enter, number: signal.
 def test_the_server_dies_with_the_process_outside(enter: Enter) -> None:
     entered = enter("namespace")
     entered.process.kill()
-    entered.process.wait(TIMEOUT_S)
+    entered.process.wait(HANG_S)
     until(lambda: not Path(f"/proc/{entered.pid}").exists(), "the server's end")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from tests.limits import HANG_S
 from vhostfs.vhost_user.actions import QueueConfig
 from vhostfs.vhost_user.device import DeviceOptions
 from vhostfs.vhost_user.messages import (
@@ -85,7 +86,7 @@ class RecordingBackEnd:
 
     def stop_queue(self, index: int) -> int:
         self.stopping.set()
-        self.gate.wait(10)
+        self.gate.wait(HANG_S)
         self.calls.append(f"stop {index}")
         return 33
 
@@ -143,7 +144,7 @@ class FrontEnd:
         data = b""
         while len(data) < size_bytes:
             part = await asyncio.wait_for(
-                asyncio.get_running_loop().sock_recv(self.socket, size_bytes - len(data)), 10
+                asyncio.get_running_loop().sock_recv(self.socket, size_bytes - len(data)), HANG_S
             )
             assert part, "the server closed the connection"
             data += part
@@ -157,7 +158,7 @@ class FrontEnd:
         """Waits until the server closes."""
         loop = asyncio.get_running_loop()
         with contextlib.suppress(ConnectionResetError):
-            while await asyncio.wait_for(loop.sock_recv(self.socket, 4096), 10):
+            while await asyncio.wait_for(loop.sock_recv(self.socket, 4096), HANG_S):
                 pass
         return True
 
@@ -228,7 +229,7 @@ class Server:
 
     async def end(self) -> None:
         self.listener.stop()
-        await asyncio.wait_for(self.task, 10)
+        await asyncio.wait_for(self.task, HANG_S)
         self.listen_socket.close()
 
 
@@ -359,7 +360,7 @@ async def test_a_front_end_that_does_not_read_its_replies_only_stops_itself(serv
     loop = asyncio.get_running_loop()
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(loop.sock_sendall(front_end.socket, data * 200_000), 1)
-    await asyncio.wait_for(server.end(), 10)
+    await asyncio.wait_for(server.end(), HANG_S)
     front_end.close()
     assert server.back_ends[0].calls == ["close"]
 
@@ -405,7 +406,7 @@ async def test_once_ends_with_the_first_front_end(tmp_path: Path) -> None:
     front_end = await server.connect()
     await front_end.get(R.GET_FEATURES)
     front_end.close()
-    await asyncio.wait_for(server.task, 10)
+    await asyncio.wait_for(server.task, HANG_S)
     server.listen_socket.close()
 
 

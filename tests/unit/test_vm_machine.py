@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_S
 from vhostfs.cli.run import add_arguments, command_text, parse_share, parse_size
 from vhostfs.vm.cache import locked, published_directory
 from vhostfs.vm.errors import VmError
@@ -306,7 +307,7 @@ def test_nothing_outlives_a_killed_owner(tmp_path: Path) -> None:
     pid, directory = done.stdout.split()
     pidfd = _pidfd_or_none(int(pid))
     if pidfd is not None:
-        assert select.select([pidfd], [], [], 10)[0], "the process still runs"
+        assert select.select([pidfd], [], [], HANG_S)[0], "the process still runs"
         os.close(pidfd)
     _await_gone(Path(directory))
 
@@ -319,7 +320,7 @@ def _pidfd_or_none(pid: int) -> int | None:
 
 
 def _await_gone(path: Path) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_S
     while path.exists():
         assert time.monotonic() < deadline, f"{path} is still there"
         time.sleep(0.01)

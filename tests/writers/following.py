@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.guest.place import awaited
+from tests.limits import HANG_S, SETTLED_S
 from tests.oracle.native import without_number
 from tests.oracle.streams import In, Seen, differences
 
 PROGRAM = "/usr/local/bin/follow-events"
 """Of the guest."""
-STEP_TIMEOUT_S = 20.0
 
 
 class Follower(Protocol):
@@ -137,7 +137,7 @@ class Pacer:
                 return follower.watched()[name] >= due
 
             # Once is enough to know that it is stuck.
-            if not self.complaints and not awaited(watches, STEP_TIMEOUT_S, 0.003):
+            if not self.complaints and not awaited(watches, HANG_S, 0.003):
                 self.complaints.append(f"{who} does not watch {name} for the time number {due}")
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ def compared(native: Follower, followers: Mapping[str, Follower], directory: Pat
     """What differs between the native stream and each of the others, after an end that all have seen."""
     (directory / "the-end").mkdir()
     for who, follower in {"the host": native, **followers}.items():
-        if not awaited(lambda: follower.watched()["the-end"] > 0, STEP_TIMEOUT_S, 0.01):  # noqa: B023
+        if not awaited(lambda: follower.watched()["the-end"] > 0, HANG_S, 0.01):  # noqa: B023
             return [f"{who}: the end did not come"]
     lines: list[str] = []
     for who, follower in followers.items():
@@ -191,7 +191,7 @@ def compared(native: Follower, followers: Mapping[str, Follower], directory: Pat
             return differing(native, follower)
 
         # The halves of renames may wait a second for each other.
-        awaited(lambda: not found(), 3.0, 0.1)
+        awaited(lambda: not found(), SETTLED_S, 0.1)
         lines += [f"{who}: {line}" for line in found()]
     return lines
 

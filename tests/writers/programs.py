@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import lacking
+from tests.limits import LONG_HANG_S
 from tests.writers.acts import ACTS
 from vhostfs.vm.cache import cache_root
 from vhostfs.vm.debian import Release, open_root
@@ -54,7 +55,12 @@ class Workshop:
         """A command in the tree that must succeed."""
         environment = {**self._environment, **(self._pacing if paced else {})}
         done = subprocess.run(
-            command, cwd=self.tree, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=80
+            command,
+            cwd=self.tree,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=LONG_HANG_S,
         )
         said = (done.stdout + done.stderr).decode(errors="replace")[-2000:]
         assert done.returncode == 0, f"{command[0]} ended with {done.returncode}: {said}"

@@ -19,7 +19,7 @@ from ..vm.accel import kvm_record
 from ..vm.qemu import FS_DEVICE, PROGRAM, QUEUE_PROPERTY, TEST_DEVICE, installed_qemus, kept_commands
 from .outcome import Outcome
 
-QEMU_TIMEOUT_S = 5.0
+QEMU_TIMEOUT_S = 20.0
 DEVICES = (FS_DEVICE, TEST_DEVICE)
 _ARGUMENTS = ("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio")
 _KVM_GET_API_VERSION = 0xAE00

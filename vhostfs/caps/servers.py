@@ -14,7 +14,7 @@ from typing import Any
 from ..control.client import ControlClient, ControlError, find_control_socket, running_servers
 from ..share.options import CONTROL_SUFFIX
 
-ANSWER_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 8.0
 """For servers that nobody named. All are asked at once, so that one that hangs does not add to another."""
 MAX_ASKED_AT_ONCE = 16
 

@@ -15,7 +15,7 @@ from vhostfs.errors import UserError
 from vhostfs.share.options import CONTROL_SUFFIX
 from vhostfs.vm.equipment import Equipment
 
-_DRIVER_TIMEOUT_S = 5.0
+_DRIVER_TIMEOUT_S = 15.0
 
 
 def events_line(wanted: str, equipment: Equipment, socket_path: Path) -> str:

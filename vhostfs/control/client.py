@@ -20,8 +20,8 @@ from ..errors import UserError
 from ..share.options import CONTROL_SUFFIX
 from .protocol import PROTOCOL_VERSION
 
-HELLO_TIMEOUT_S = 10.0
-ANSWER_TIMEOUT_S = 15.0
+HELLO_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 45.0
 _MAX_ANSWER_BYTES = 1 << 22
 
 

@@ -32,7 +32,7 @@ FLAG_NEED_REPLY = 0x8
 NO_FD = 0x100
 """Bit of the u64 of SET_VRING_KICK/CALL/ERR: no descriptor comes with the message."""
 
-DEFAULT_TIMEOUT_S = 10.0
+DEFAULT_TIMEOUT_S = 60.0
 
 
 class Message(enum.IntEnum):

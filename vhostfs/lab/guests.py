@@ -42,11 +42,11 @@ from .workloads import (
 Progress = Callable[[str], None]
 
 _FREE_MEMORY_BYTES = 512 << 20
-_COMMAND_TIMEOUT_S = 60.0
-_WATCHER_TIMEOUT_S = 30.0
+_COMMAND_TIMEOUT_S = 180.0
+_WATCHER_TIMEOUT_S = 120.0
 _STEP_TIMEOUT_S = 5.0
-_QUIET_S = 1.0
-_CELL_TIMEOUT_S = 120.0
+_QUIET_S = 3.0
+_CELL_TIMEOUT_S = 400.0
 _CHANGE_TIMEOUT_S = 0.05
 _MOUNT_POINT = "/lab"
 _numbers = itertools.count()
@@ -176,7 +176,7 @@ def _run_cell(experiment: Experiment, guest: Guest, server: LabServer, result: C
 
 
 def _agreed(server: LabServer, result: CellResult) -> None:
-    """What was agreed on, once the driver has asked; one that never asks is waited for a second."""
+    """What was agreed on, once the driver has asked; one that never asks is waited for a little."""
     deadline = time.monotonic() + _QUIET_S
     while True:
         told = server.stats()["guest"]

@@ -17,7 +17,7 @@ from vhostfs.vm.errors import VmError
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.machine import Accelerator, Machine, smallest_memory_bytes
 
-SIGN_OF_LIFE_TIMEOUT_S = 8.0
+SIGN_OF_LIFE_TIMEOUT_S = 20.0
 _KVM = Path("/dev/kvm")
 
 

@@ -39,7 +39,7 @@ done
 for number in $groups; do kill -s KILL -- "-$number" 2>/dev/null; done
 rm -rf -- "$1"
 """
-_TERMINATE_GRACE_S = 3.0
+_TERMINATE_GRACE_S = 10.0
 
 
 class Lifeline:

@@ -21,7 +21,7 @@ from vhostfs.vm.lifeline import Lifeline
 TEMPLATE_VARIABLE = "VHOSTFS_SERVER"
 """Environment variable that replaces our server by another for comparison: a command with {socket} and
 {dir}."""
-READY_TIMEOUT_S = 20.0
+READY_TIMEOUT_S = 60.0
 _POLL_S = 0.01
 _LOG_TAIL_LINES = 15
 _ACCEPTS_CONNECTIONS = 0x10000  # __SO_ACCEPTCON in the Flags column of /proc/net/unix

@@ -11,10 +11,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from tests.limits import HANG_S
 from vhostfs.vm.machine import ShareDevice
 from vhostfs.vm.qemu import FS_DEVICE, QUEUE_PROPERTY, TEST_DEVICE
 
-TIMEOUT_S = 30.0
 PORT = "port0"
 QUEUE_SIZE = 64
 """Of each queue of the share: small, so that it can be filled."""
@@ -31,7 +31,7 @@ class Monitor:
 
     def __init__(self, socket_path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(TIMEOUT_S)
+        self._socket.settimeout(HANG_S)
         self._socket.connect(str(socket_path))
         self._stream = self._socket.makefile("rwb")
         assert "QMP" in self._message()

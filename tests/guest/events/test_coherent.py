@@ -15,9 +15,10 @@ from tests.conftest import lacking
 from tests.guest.events.conftest import HOLDER_PROGRAM, EventSession, MakeWatchedPlace, WatchedPlace
 from tests.guest.events.torture import Conversation, Tree, torture
 from tests.guest.place import awaited
+from tests.limits import HANG_S
 
 TORTURE_S = 8.0
-PATIENCE_S = 5.0
+PATIENCE_S = 20.0
 """Of a machine on which the tests of others run, too; `scripts/coherent-torture` says how late it was."""
 
 
@@ -65,7 +66,7 @@ def test_what_the_host_changes_is_seen_although_it_was_kept(coherent: WatchedPla
         "mode": "before600\nfile\n",
     }
     assert before != expected[change]
-    assert awaited(lambda: coherent.place.sh(look) == expected[change], 2.0)
+    assert awaited(lambda: coherent.place.sh(look) == expected[change])
 
 
 def test_what_came_is_right_while_somebody_is_long_in_the_directory(coherent: WatchedPlace) -> None:
@@ -76,15 +77,15 @@ def test_what_came_is_right_while_somebody_is_long_in_the_directory(coherent: Wa
     assert coherent.place.sh("stat -c %Y dir") == "1\n"
     holder = coherent.place.start(f"exec {HOLDER_PROGRAM} dir")
     try:
-        holder.wait_for_output("held", 10.0)
+        holder.wait_for_output("held", HANG_S)
         (directory / "new").mkdir()  # to drop its name takes the directory's lock
-        assert awaited(lambda: coherent.place.sh("stat -c %Y dir") != "1\n", 3.0)
+        assert awaited(lambda: coherent.place.sh("stat -c %Y dir") != "1\n")
         os.utime(directory, (1, 1))  # it waits for that already
-        assert awaited(lambda: coherent.place.sh("stat -c %Y dir") == "1\n", 3.0)
+        assert awaited(lambda: coherent.place.sh("stat -c %Y dir") == "1\n")
     finally:
         holder.close_stdin()
-        holder.wait(10.0)
-    assert awaited(lambda: coherent.place.sh("ls dir") == "new\n", 3.0)
+        holder.wait(HANG_S)
+    assert awaited(lambda: coherent.place.sh("ls dir") == "new\n")
 
 
 def test_a_tree_that_is_changed_at_random_is_right(coherent: WatchedPlace) -> None:
@@ -94,4 +95,4 @@ def test_a_tree_that_is_changed_at_random_is_right(coherent: WatchedPlace) -> No
         outcome = torture(tree, guest, TORTURE_S, patience_s=PATIENCE_S)
     finally:
         guest.close()
-    assert outcome.rounds >= 2
+    assert outcome.answers > 100

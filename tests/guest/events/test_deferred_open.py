@@ -6,6 +6,7 @@ Must not test handles at the server (tests/ring/test_deferred_open.py). Specific
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -14,9 +15,9 @@ from tests.conftest import lacking
 from tests.guest.events.conftest import EventSession, MakeWatchedPlace, WatchedPlace
 from tests.guest.place import awaited
 from tests.guest.test_locks import host_try
+from tests.limits import HANG_S
 from tests.server import held_up
 
-WAIT_S = 10.0
 READ_LATER = """
 import sys
 file = open(sys.argv[1], "rb", buffering=0)
@@ -135,7 +136,7 @@ def test_an_open_file_that_the_host_takes_away_has_its_data(coherent: WatchedPla
     file.write_text("before")
     assert cost(coherent, "cat file") == 0
     reader = coherent.place.start_python(READ_LATER, "file")
-    reader.wait_for_output("open\n", WAIT_S)
+    reader.wait_for_output("open\n", HANG_S)
     assert n_open(coherent) == 0
     if how == "unlinked":
         file.unlink()
@@ -146,9 +147,9 @@ def test_an_open_file_that_the_host_takes_away_has_its_data(coherent: WatchedPla
         assert awaited(lambda: coherent.place.sh("cat file") == "behind")
     drop_pages(coherent)
     reader.write_stdin(b"\n")
-    reader.wait_for_output("open\nbefore\n", WAIT_S)
+    reader.wait_for_output("open\nbefore\n", HANG_S)
     reader.close_stdin()
-    assert reader.wait(WAIT_S).exit_status == 0
+    assert reader.wait(HANG_S).exit_status == 0
     assert awaited(lambda: n_open(coherent) == 0)
 
 
@@ -157,25 +158,17 @@ def test_what_the_host_writes_is_seen_by_who_has_it_open(coherent: WatchedPlace)
     file.write_text("before")
     assert cost(coherent, "cat file") == 0
     reader = coherent.place.start_python(READ_LATER, "file")
-    reader.wait_for_output("open\n", WAIT_S)
+    reader.wait_for_output("open\n", HANG_S)
     file.write_text("behind")
-    expected = "open\n"
+    count = itertools.count(2)
 
     def reads_it() -> bool:
-        nonlocal expected
         reader.write_stdin(b"\n")
-        for word in ("behind", "before"):
-            try:
-                reader.wait_for_output(f"{expected}{word}\n", 2.0)
-            except TimeoutError:
-                continue
-            expected += f"{word}\n"
-            break
-        return expected.endswith("behind\n")
+        return reader.wait_for_lines(next(count), HANG_S)[-1] == "behind"
 
     assert awaited(reads_it)
     reader.close_stdin()
-    assert reader.wait(WAIT_S).exit_status == 0
+    assert reader.wait(HANG_S).exit_status == 0
 
 
 @pytest.mark.parametrize("how", ["itself", "another"])
@@ -186,16 +179,16 @@ def test_locks_hold_until_they_are_given_up(coherent: WatchedPlace, kind: str, h
     file.write_text("text")
     assert cost(coherent, "cat file") == 0
     holder = coherent.place.start_python(LOCK, kind, how)
-    holder.wait_for_output("held\n", WAIT_S)
+    holder.wait_for_output("held\n", HANG_S)
     assert not host_try(file, kind)
     holder.write_stdin(b"\n")
-    holder.wait_for_output("held\nclosed\n", WAIT_S)
+    holder.wait_for_output("held\nclosed\n", HANG_S)
     if kind == "flock" and how == "another":
         assert not host_try(file, kind)
     else:
         assert awaited(lambda: host_try(file, kind)), "the lock is still held"
     holder.close_stdin()
-    assert holder.wait(WAIT_S).exit_status == 0
+    assert holder.wait(HANG_S).exit_status == 0
     assert awaited(lambda: host_try(file, kind))
     assert awaited(lambda: n_open(coherent) == 0)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.guest.events.conftest import SOURCES, MakeWatchedPlace, WatchedPlace
-from tests.guest.events.watching import STEP_TIMEOUT_S, In, Watch
+from tests.guest.events.watching import In, Watch
 from tests.guest.place import awaited
+from tests.limits import HANG_S
 
 ALL_SOURCES = ["auto", *SOURCES]
 GONE = ("ATTRIB", "DELETE_SELF", "IGNORED")
@@ -105,7 +106,7 @@ def test_a_file_that_is_open_here_ends_when_it_is_closed(watched_by: WatchedPlac
     (host / "file").write_text("text")
     watch = watched_by.watch("file", mask=In.ATTRIB | In.DELETE_SELF | In.MODIFY)
     reader = watched_by.place.start("exec 3<file; echo open; read go; cat <&3; exec 3<&-; echo closed; cat")
-    reader.wait_for_lines(1, STEP_TIMEOUT_S)
+    reader.wait_for_lines(1, HANG_S)
     beside = os.open(host / "file", os.O_RDWR)
     watch.step((host / "file").unlink, "ATTRIB")
     watch.step(lambda: os.write(beside, b"more"), "MODIFY")
@@ -113,11 +114,11 @@ def test_a_file_that_is_open_here_ends_when_it_is_closed(watched_by: WatchedPlac
     def close() -> None:
         os.close(beside)
         reader.write_stdin(b"\n")
-        reader.wait_for_lines(2, STEP_TIMEOUT_S)
+        reader.wait_for_lines(2, HANG_S)
 
     watch.step(close, "DELETE_SELF", "IGNORED")
     reader.close_stdin()
-    assert reader.wait(STEP_TIMEOUT_S).check().text == "open\nmoreclosed\n"
+    assert reader.wait(HANG_S).check().text == "open\nmoreclosed\n"
 
 
 # -- several links
@@ -204,7 +205,7 @@ def test_no_watch_stays_when_guest_and_host_remove_the_links_of_a_file_at_once(
     for name in names:
         (host / f"{name}-too").unlink()
     removal.close_stdin()
-    removal.wait(STEP_TIMEOUT_S).check()
+    removal.wait(HANG_S).check()
     all_end(watch)
 
 
@@ -219,14 +220,14 @@ def test_no_watch_stays_when_guest_and_host_remove_the_same_files_at_once(watche
     for name in reversed(names):
         (host / name).unlink(missing_ok=True)
     removal.close_stdin()
-    removal.wait(STEP_TIMEOUT_S)
+    removal.wait(HANG_S)
     all_end(watch)
 
 
 def all_end(watch: Watch) -> None:
     """Each of the watches says that its object is gone, once, and ends."""
     ends = [(n, bit) for n in range(len(watch.names)) for bit in (In.DELETE_SELF, In.IGNORED)]
-    awaited(lambda: len(watch.events()) >= len(ends), STEP_TIMEOUT_S)
+    awaited(lambda: len(watch.events()) >= len(ends), HANG_S)
     assert sorted((event.watch, event.mask) for event in watch.events()) == ends
 
 
@@ -318,7 +319,7 @@ def test_a_directory_s_events_are_told_by_the_name_that_it_has_now(watched_by: W
         (host / name).mkdir(parents=True)
     place.sh("ls -lR; mount -t tmpfs none d/below; touch d/below/mine")
     user = place.start("cd d; echo in; read go; pwd -P; ls below; cat")
-    user.wait_for_lines(1, STEP_TIMEOUT_S)
+    user.wait_for_lines(1, HANG_S)
     watch = watched_by.watch(".", "sub")
     watch.step(
         lambda: os.rename(host / "d", host / "sub/e"), "MOVED_FROM|ISDIR d #1", "1 MOVED_TO|ISDIR e #1"
@@ -333,9 +334,9 @@ def test_a_directory_s_events_are_told_by_the_name_that_it_has_now(watched_by: W
     watch.ends()
     # Who is in it goes with it, and what is mounted there stays.
     user.write_stdin(b"\n")
-    assert user.wait_for_lines(3, STEP_TIMEOUT_S)[1:] == [f"{place.inside}/g", "mine"]
+    assert user.wait_for_lines(3, HANG_S)[1:] == [f"{place.inside}/g", "mine"]
     user.close_stdin()
-    user.wait(STEP_TIMEOUT_S).check()
+    user.wait(HANG_S).check()
     place.sh("umount g/below")
 
 

@@ -23,8 +23,6 @@ from tests.guest.events.watching import (
     CHANGES,
     FANOTIFY_PROGRAM,
     PROGRAM,
-    READY_TIMEOUT_S,
-    STEP_TIMEOUT_S,
     HostWatcher,
     In,
     Seen,
@@ -32,6 +30,7 @@ from tests.guest.events.watching import (
     texts,
 )
 from tests.guest.place import awaited
+from tests.limits import HANG_S, SETTLED_S
 
 ONLYDIR, DONT_FOLLOW, EXCL_UNLINK = 0x0100_0000, 0x0200_0000, 0x0400_0000
 MASK_CREATE, MASK_ADD, ONESHOT = 0x1000_0000, 0x2000_0000, 0x8000_0000
@@ -49,7 +48,7 @@ class Twins:
         self._fence = fence
         self._before = watched.control.watches
         self._guest = watched.place.guest.start(f"exec {PROGRAM} 0", stdin=True)
-        self._guest.wait_for_output(b"ready\n", READY_TIMEOUT_S)
+        self._guest.wait_for_output(b"ready\n", HANG_S)
         self._native = HostWatcher(program, In(0), [])
         self._said = 0
         self._fences = 0
@@ -77,7 +76,7 @@ class Twins:
             both = [read_lines(output.stdout)[1] for output in (self._native, self._guest)]
             return [[line for line in lines if line != "ready"] for lines in both]
 
-        assert awaited(lambda: all(len(said) >= self._said for said in answers()), STEP_TIMEOUT_S, 0.005)
+        assert awaited(lambda: all(len(said) >= self._said for said in answers()), HANG_S, 0.005)
         native, guest = (said[self._said - 1] for said in answers())
         assert native == guest
         return native
@@ -105,9 +104,9 @@ class Twins:
             return texts([Seen(event.watch - 1, event.mask, event.cookie, event.name) for event in new])
 
         for which, who in enumerate(("natively", "in the guest")):
-            arrived = awaited(lambda: any(e.name == fence for e in seen(which)), STEP_TIMEOUT_S, 0.005)  # noqa: B023
+            arrived = awaited(lambda: any(e.name == fence for e in seen(which)), HANG_S, 0.005)  # noqa: B023
             # Half a rename may wait a second for the other.
-            awaited(lambda: lines(which) == list(expected), 3, 0.01)  # noqa: B023
+            awaited(lambda: lines(which) == list(expected), SETTLED_S, 0.01)  # noqa: B023
             assert lines(which) == list(expected), f"{who}: {lines(which)}, expected {list(expected)}"
             assert arrived
             self._used[which] = len(seen(which))
@@ -115,7 +114,7 @@ class Twins:
     def close(self) -> None:
         self._native.close()
         self._guest.close_stdin()
-        self._guest.wait(READY_TIMEOUT_S).check()
+        self._guest.wait(HANG_S).check()
         assert self.watched.control.awaited_watches(self._before) == self._before
 
 
@@ -416,15 +415,15 @@ def test_what_is_excluded_is_told_by_file_id_and_opened_by_nobody(twins: Twins) 
         for report in ("dfid_name", "fd")
     }
     for command in told.values():
-        command.wait_for_output(b"ready\n", READY_TIMEOUT_S)
+        command.wait_for_output(b"ready\n", HANG_S)
     twins.step(lambda d: (d / "d/f").unlink(), "DELETE f")
     twins.step(write(held))
-    told["dfid_name"].wait_for_output(b"2 dir . f\n", STEP_TIMEOUT_S)
+    told["dfid_name"].wait_for_output(b"2 dir . f\n", HANG_S)
     # The guest's own doing has a path.
     place.sh("echo more >>d/g")
-    told["fd"].wait_for_output(b"2 fd\n", STEP_TIMEOUT_S)
+    told["fd"].wait_for_output(b"2 fd\n", HANG_S)
     for command in told.values():
         command.close_stdin()
-        command.wait(READY_TIMEOUT_S).check()
+        command.wait(HANG_S).check()
     assert told["fd"].stdout == b"ready\n2 fd\n"
     twins.both(close(held))

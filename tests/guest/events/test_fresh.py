@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.guest.events.conftest import CACHE_MODES, MakeWatchedPlace, WatchedPlace
-from tests.guest.events.watching import STEP_TIMEOUT_S, In, Seen, Watch
+from tests.guest.events.watching import In, Seen, Watch
 from tests.guest.place import awaited
+from tests.limits import HANG_S
 
 CHANGES_MADE = 200
 
@@ -28,7 +29,7 @@ def watched_any(watched_on: MakeWatchedPlace, request: pytest.FixtureRequest) ->
 
 def awaited_handled(watch: Watch, count: int, step_s: float = 0.02) -> list[tuple[Seen, str]]:
     """The same, once there are so many; fails when there are not in time."""
-    awaited(lambda: len(list(handled(watch))) >= count, STEP_TIMEOUT_S, step_s)
+    awaited(lambda: len(list(handled(watch))) >= count, HANG_S, step_s)
     found = list(handled(watch))
     assert len(found) >= count, f"{len(found)} of {count} events came, the last was {found[-1:]}"
     return found
@@ -105,7 +106,7 @@ def test_what_was_looked_up_in_vain_is_found_when_its_event_comes(watched_any: W
         def last(name: str = name) -> list[str]:
             return [line for event, line in handled(watch) if event.name == name]
 
-        assert awaited(lambda: bool(last()), STEP_TIMEOUT_S, 0.002)
+        assert awaited(lambda: bool(last()), HANG_S, 0.002)
         assert last() == [f"saw {8 + len(str(number))} version {number}"]
 
 
@@ -124,9 +125,9 @@ def test_attributes_are_new_when_their_event_comes(watched_any: WatchedPlace) ->
     for number in range(10):
         mode = 0o600 + number
         file.chmod(mode)
-        watcher.wait_for_output(f"ATTRIB {mode:o}:1\n", STEP_TIMEOUT_S)
+        watcher.wait_for_output(f"ATTRIB {mode:o}:1\n", HANG_S)
     for size in range(2, 12):
         os.truncate(file, size)
-        watcher.wait_for_output(f"MODIFY {mode:o}:{size}\n", STEP_TIMEOUT_S)
+        watcher.wait_for_output(f"MODIFY {mode:o}:{size}\n", HANG_S)
     watcher.send_signal(signal.SIGTERM)
-    watcher.wait(STEP_TIMEOUT_S)
+    watcher.wait(HANG_S)

@@ -22,7 +22,7 @@ server = ["notify_buf_size=68"]
 """
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_less_able_sides_in_a_real_guest(parts: Parts) -> None:
     experiment = parse(TWO_CELLS, "two")
     with Lifeline() as lifeline:

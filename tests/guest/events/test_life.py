@@ -29,11 +29,10 @@ from tests.guest.events.conftest import (
 from tests.guest.events.scenario import a_day
 from tests.guest.events.watching import ALL, CHANGES, Watch
 from tests.guest.place import Place
+from tests.limits import HANG_S
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 from vhostfs.vm.lifeline import Lifeline
-
-TIMEOUT_S = 15.0
 
 # -- watchers
 
@@ -77,9 +76,9 @@ def test_a_watch_is_kept_while_another_watcher_wants_it(watched: WatchedPlace) -
     before = watched.control.watches
     staying = watched.watch(with_twin=False)
     leaving = watched.place.start("exec inotifywait -m .")
-    leaving.wait_for_output(b"Watches established", TIMEOUT_S, "stderr")
+    leaving.wait_for_output(b"Watches established", HANG_S, "stderr")
     leaving.send_signal(signal.SIGTERM)
-    leaving.wait(TIMEOUT_S)
+    leaving.wait(HANG_S)
     staying.step((watched.host / "dir").mkdir, "CREATE|ISDIR dir")
     assert watched.control.watches == before + 1
 
@@ -179,9 +178,9 @@ def test_two_guests_on_one_directory_see_each_other_s_changes(second: Second, wa
 
 def test_a_watcher_after_a_new_mount_is_told(second: Second) -> None:
     second.is_told()
-    second.guest.run("cd /; umount /second", 20).check()
+    second.guest.run("cd /; umount /second", HANG_S).check()
     assert second.share.control.awaited_watches(0) == 0
-    second.guest.run("mount -t virtiofs second /second", 20).check()
+    second.guest.run("mount -t virtiofs second /second", HANG_S).check()
     second.is_told()
 
 
@@ -189,11 +188,11 @@ def test_an_unmount_under_a_watcher_ends_its_watches(second: Second) -> None:
     place = second.place()
     watch = Watch(place, second.share.control, None)
     watch.step((place.host / "dir").mkdir, "CREATE|ISDIR dir")
-    watch.step(lambda: second.guest.run("umount /second", 20).check(), "UNMOUNT|ISDIR", "IGNORED")
+    watch.step(lambda: second.guest.run("umount /second", HANG_S).check(), "UNMOUNT|ISDIR", "IGNORED")
     assert second.share.control.awaited_watches(0) == 0
     watch.command.close_stdin()
-    watch.command.wait(TIMEOUT_S)
-    second.guest.run("mount -t virtiofs second /second", 20).check()
+    watch.command.wait(HANG_S)
+    second.guest.run("mount -t virtiofs second /second", HANG_S).check()
     second.is_told()
 
 
@@ -212,10 +211,10 @@ def test_the_guest_survives_the_end_of_its_server(second: Second) -> None:
     watch = Watch(place, second.share.control, None)
     assert second.share.server.stop() == 0
     (place.host / "unseen").mkdir()
-    second.guest.run("echo alive; sleep 0.2", 10).check()
+    second.guest.run("echo alive; sleep 0.2", HANG_S).check()
     assert watch.command.status is None
     watch.command.send_signal(signal.SIGKILL)
-    watch.command.wait(TIMEOUT_S)
+    watch.command.wait(HANG_S)
     second.guest.close(graceful=False)
 
 
@@ -235,18 +234,18 @@ def test_a_day_s_work_is_seen_by_guests_of_the_other_kernels(
         machine = parts.launchpad.machine(image, (as_share(share, parts.qemu),), qemu=parts.qemu)
         guest = Guest(machine, lifeline=lifeline)
         with guest:
-            release = guest.run("uname -r", 10).check().text
+            release = guest.run("uname -r", HANG_S).check().text
             assert release.startswith(kernel)
             place = Place(guest, directory, "/share")
             watch = Watch(place, share.control, parts.program, CHANGES, (".", "sub"))
             a_day(watch)
             watch.close()
             recursive = place.start("exec inotifywait -m -r -e create --format %w%f .")
-            recursive.wait_for_output(b"Watches established", 20, "stderr")
+            recursive.wait_for_output(b"Watches established", HANG_S, "stderr")
             assert share.control.awaited_watches(5) == 5
             os.mkdir(directory / "outside/new")
-            assert recursive.wait_for_lines(1, TIMEOUT_S)[0] == "./outside/new"
+            assert recursive.wait_for_lines(1, HANG_S)[0] == "./outside/new"
             recursive.send_signal(signal.SIGTERM)
-            recursive.wait(TIMEOUT_S)
+            recursive.wait(HANG_S)
         complaints = complaints_of(guest, [share])
     assert not complaints

@@ -32,13 +32,13 @@ from tests.guest.events.conftest import (
 )
 from tests.guest.events.watching import FANOTIFY_PROGRAM, Control, In
 from tests.guest.place import Place, awaited
+from tests.limits import HANG_S
 from tests.server import held_up
 from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES, SERIES
 from vhostfs.vm.lifeline import Lifeline
 
-TIMEOUT_S = 15.0
 told_on_mounts = pytest.mark.skipif(
     os.environ.get("VHOSTFS_TEST_KERNEL") == "6.1",
     reason="before Linux 6.10 marks on mounts are not told of the host's changes",
@@ -105,7 +105,7 @@ class Marked:
             f"exec {FANOTIFY_PROGRAM} {options.replace('@', place.inside)} {int(mask):x} {place.inside}",
             stdin=True,
         )
-        self.command.wait_for_output(b"ready\n", 60)
+        self.command.wait_for_output(b"ready\n", HANG_S)
         self._native: subprocess.Popen[bytes] | None = None
         if program is not None and os.geteuid() == 0:
             words = [*options.replace("@", str(place.host)).split(), f"{int(mask):x}", str(place.host)]
@@ -132,9 +132,9 @@ class Marked:
     def step(self, action: Callable[[], object], expected: Seen) -> None:
         """Does something on the host: both watchers then have seen exactly `expected` since the last step."""
         action()
-        awaited(lambda: self._new() == expected, TIMEOUT_S)
+        awaited(lambda: self._new() == expected, HANG_S)
         if self._native is not None:
-            awaited(lambda: self._native_new(expected) == expected, 5)
+            awaited(lambda: self._native_new(expected) == expected, HANG_S)
             assert self._native_new(expected) == expected, "natively on the host"
             self._native_used = len(self._native_output)
         assert self._new() == expected, "in the guest"
@@ -151,21 +151,21 @@ class Marked:
     def remove(self) -> None:
         """Takes the mark away."""
         self.command.write_stdin(b"remove\n")
-        self.command.wait_for_output(b"removed\n", TIMEOUT_S)
+        self.command.wait_for_output(b"removed\n", HANG_S)
 
     def leave(self) -> None:
         """Lets the file system be unmounted."""
         self.command.write_stdin(b"leave\n")
-        self.command.wait_for_output(b"left\n", TIMEOUT_S)
+        self.command.wait_for_output(b"left\n", HANG_S)
 
     def close(self) -> None:
         if self._native is not None:
             assert self._native.stdin is not None
             self._native.stdin.close()
-            assert self._native.wait(10) == 0
+            assert self._native.wait(HANG_S) == 0
         if self.command.status is None:
             self.command.close_stdin()
-            self.command.wait(TIMEOUT_S).check()
+            self.command.wait(HANG_S).check()
 
 
 MakeMarked = Callable[..., Marked]
@@ -191,13 +191,13 @@ def marked(session: EventSession) -> Iterator[MakeMarked]:
 
 def share_watches(control: Control, wanted: int) -> int:
     """The server's counter once it is `wanted`, or when it does not come to be."""
-    awaited(lambda: control.counters()["share_watches"] == wanted, TIMEOUT_S)
+    awaited(lambda: control.counters()["share_watches"] == wanted, HANG_S)
     return control.counters()["share_watches"]
 
 
 def held_directories(guest: Guest) -> int:
     """By the driver, of all shares."""
-    text = guest.run("cat /sys/bus/virtio/devices/virtio*/notifications/directories", 10).check().text
+    text = guest.run("cat /sys/bus/virtio/devices/virtio*/notifications/directories", HANG_S).check().text
     return sum(map(int, text.split()))
 
 
@@ -430,7 +430,7 @@ def test_the_server_watches_the_share_until_the_last_mark_goes(
     one.step(lambda: None, {})
     assert share_watches(watched.control, 1) == 1
     other.command.send_signal(signal.SIGKILL)
-    other.command.wait(TIMEOUT_S)
+    other.command.wait(HANG_S)
     assert share_watches(watched.control, 0) == 0
     assert awaited(lambda: held_directories(watched.place.guest) == 0)
     delivered = watched.control.counters()["delivered"]
@@ -466,10 +466,10 @@ def test_fsnotifywait_prints_what_happens_anywhere(watched: WatchedPlace) -> Non
     def waits(event: str, action: Callable[[], object], expected: str) -> None:
         """It ends with the first event: into a pipe, in monitor mode, Debian's prints nothing until then."""
         command = watched.place.start(f"exec fsnotifywait -S -e {event} --format '%w|%e|%f' {share}")
-        command.wait_for_output(b"Watches established", 60, "stderr")
+        command.wait_for_output(b"Watches established", HANG_S, "stderr")
         assert share_watches(watched.control, 1) == 1
         action()
-        assert command.wait(TIMEOUT_S).text.splitlines()[-1] == f"{inside}/{expected}"
+        assert command.wait(HANG_S).text.splitlines()[-1] == f"{inside}/{expected}"
 
     waits("create", (deep / "file").touch, "one/two/three/|CREATE|file")
     waits("modify", lambda: (deep / "file").write_text("text"), "one/two/three/|MODIFY|file")
@@ -516,7 +516,7 @@ def test_a_group_s_marks_on_mount_and_inodes_are_one(watched: WatchedPlace, mark
 
 
 @told_on_mounts
-@pytest.mark.timeout(180, func_only=True)
+@pytest.mark.timeout(700, func_only=True)
 def test_a_loss_is_told_to_every_group_whatever_it_marked(
     session: EventSession, watched_on: MakeWatchedPlace, marked: MakeMarked
 ) -> None:
@@ -540,8 +540,8 @@ def test_a_loss_is_told_to_every_group_whatever_it_marked(
     def told() -> list[bool]:
         return [Fan.Q_OVERFLOW in each.so_far().get("", Fan(0)) for each in groups]
 
-    assert awaited(lambda: all(told()), 60), (told(), watched.control.counters())
-    assert awaited(lambda: any(event.mask == In.Q_OVERFLOW for event in by_inotify.events()), 60)
+    assert awaited(lambda: all(told())), (told(), watched.control.counters())
+    assert awaited(lambda: any(event.mask == In.Q_OVERFLOW for event in by_inotify.events()))
     # What the guest knew is forgotten, and what comes then is right.
     assert "file" not in watched.place.sh("ls four").split()
     for each in groups:
@@ -555,7 +555,7 @@ def test_a_loss_is_told_to_every_group_whatever_it_marked(
     )
 
 
-@pytest.mark.timeout(240, func_only=True)
+@pytest.mark.timeout(900, func_only=True)
 @pytest.mark.parametrize("kernel", [name for name in SERIES if name != DEFAULT_SERIES])
 def test_guests_of_the_other_kernels_see_it_too(parts: Parts, real_directory: Path, kernel: str) -> None:
     image = image_or_lacking(parts.launchpad, parts.image_spec(kernel))
@@ -589,10 +589,10 @@ def test_guests_of_the_other_kernels_see_it_too(parts: Parts, real_directory: Pa
             )
             # The share goes with the mark on it.
             target.leave()
-            guest.run("cd /; umount /share", 20).check()
+            guest.run("cd /; umount /share", HANG_S).check()
             assert share_watches(share.control, 0) == 0
             target.close()
-            guest.run("mount -t virtiofs share /share", 20).check()
+            guest.run("mount -t virtiofs share /share", HANG_S).check()
             again = Marked(place, share.control, None, CHANGES, NAMES)
             again.step((directory / "one/again").mkdir, {"dir one again": Fan.CREATE | Fan.ONDIR})
             again.close()

@@ -27,14 +27,13 @@ from tests.guest.events.qmp import Monitor
 from tests.guest.events.scenario import a_day
 from tests.guest.events.watching import Watch
 from tests.guest.place import Place, awaited
+from tests.limits import AT_ONCE_S, HANG_S
 from vhostfs.cli.run_events import delivered
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import SERIES
 from vhostfs.vm.lifeline import Lifeline
 from vhostfs.vm.machine import Share, ShareDevice
 
-TIMEOUT_S = 30.0
-AT_ONCE_S = 5.0
 HUNG_S = 10
 STATE = "cat /sys/bus/virtio/devices/*/notifications/state"
 
@@ -49,7 +48,7 @@ class Stock:
     parts: Parts
 
     def sh(self, command: str) -> str:
-        return self.guest.run(command, TIMEOUT_S).check().text.strip()
+        return self.guest.run(command, HANG_S).check().text.strip()
 
     def place(self, name: str) -> Place:
         return Place(self.guest, self.share.directory, "/share").child(name)
@@ -76,7 +75,7 @@ def stock(request: pytest.FixtureRequest, parts: Parts, real_directory: Path) ->
         guest = Guest(machine, lifeline=lifeline)
         with guest:
             # A request that waited for events would be found waiting: complaints_of() looks for it.
-            guest.run(f"echo {HUNG_S} >/proc/sys/kernel/hung_task_timeout_secs", TIMEOUT_S).check()
+            guest.run(f"echo {HUNG_S} >/proc/sys/kernel/hung_task_timeout_secs", HANG_S).check()
             monitor = Monitor(monitor_path)
             yield Stock(guest, share, monitor, parts)
             monitor.close()
@@ -97,7 +96,7 @@ def test_a_day_s_work_is_seen_without_a_notification_queue(stock: Stock) -> None
 
 def driver_lines(guest: Guest) -> list[str]:
     """What the driver says of its devices, oldest first."""
-    text = guest.run("dmesg | grep 'notifications from the host'", TIMEOUT_S).check().text
+    text = guest.run("dmesg | grep 'notifications from the host'", HANG_S).check().text
     return [line.partition("notifications from the host ")[2] for line in text.splitlines()]
 
 
@@ -199,7 +198,7 @@ def test_suspending_does_not_wait_for_parked_requests(stock: Stock) -> None:
     watch.step((place.host / "thawed").mkdir, "CREATE|ISDIR thawed")
     refused = "echo none >/sys/power/pm_test; echo freeze >/sys/power/state"
     started_s = time.monotonic()
-    assert stock.guest.run(refused, TIMEOUT_S).exit_status != 0
+    assert stock.guest.run(refused, HANG_S).exit_status != 0
     assert time.monotonic() - started_s < AT_ONCE_S
     assert "virtio-fs: suspend/resume not yet supported" in stock.sh("dmesg")
     watch.step((place.host / "awake").mkdir, "CREATE|ISDIR awake")
@@ -240,7 +239,7 @@ def test_the_smallest_ring_has_room_for_requests_of_every_size(session: EventSes
     busy = place.start(f"{write}; echo 3 >/proc/sys/vm/drop_caches; {compare}")
     for number in range(20):
         watch.step((watched.host / str(number)).mkdir, f"CREATE|ISDIR {number}")
-    busy.wait(TIMEOUT_S).check()
+    busy.wait(HANG_S).check()
     watch.close()
 
 

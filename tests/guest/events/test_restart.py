@@ -20,15 +20,14 @@ from tests.guest.events.conftest import PARKED, EventShare, Parts, complaints_of
 from tests.guest.events.qmp import QUEUE_SIZE, Monitor, arguments
 from tests.guest.events.watching import Watch
 from tests.guest.place import Place, awaited
+from tests.limits import AT_ONCE_S, HANG_S
 from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
 from vhostfs.vm.kernel import DEFAULT_SERIES
 from vhostfs.vm.lifeline import Lifeline
 from vhostfs.vm.machine import ShareDevice
 
-pytestmark = pytest.mark.timeout(180, func_only=True)
-TIMEOUT_S = 30.0
-AT_ONCE_S = 10.0
+pytestmark = pytest.mark.timeout(700, func_only=True)
 CALLS = QUEUE_SIZE + 20
 
 
@@ -61,14 +60,14 @@ class Plugged:
     def mount(self) -> None:
         """Waits for the guest's kernel to find the device."""
         mount = "mkdir -p /share; until mount -t virtiofs share /share 2>/dev/null; do sleep 0.1; done"
-        self.guest.run(mount, TIMEOUT_S).check()
+        self.guest.run(mount, HANG_S).check()
 
     def end_server(self, number: signal.Signals) -> None:
         """All that is left of it is what it had no time to remove."""
         self.share.control.close()
         server = self.share.server
         server.process.send_signal(number)
-        server.process.wait(TIMEOUT_S)
+        server.process.wait(HANG_S)
         assert server.spec.socket_path.exists() == (number == signal.SIGKILL)
 
     def start_server_again(self, *options: str, refused: ShareDevice | None = None) -> None:
@@ -93,7 +92,7 @@ class Plugged:
     def awaits_an_answer(self, command: RunningCommand) -> bool:
         """Waits until somebody in the guest's kernel waits for an answer of the server."""
         look = "grep -lqs request_wait_answer /proc/[0-9]*/stack"
-        found = awaited(lambda: self.guest.run(look, TIMEOUT_S).exit_status == 0, step_s=0.1)
+        found = awaited(lambda: self.guest.run(look, HANG_S).exit_status == 0, step_s=0.1)
         return found and command.status is None
 
     def close(self) -> list[str]:
@@ -130,11 +129,11 @@ def test_a_guest_is_told_again_after_its_server_was_started_again(
     waits = plugged.guest.start(all_wait)
     assert plugged.awaits_an_answer(waits)
     plugged.start_server_again()
-    waits.wait(TIMEOUT_S).check()
+    waits.wait(HANG_S).check()
     assert waits.stderr.count(b"Transport endpoint is not connected") == CALLS
-    before.step(plugged.guest.run("umount /share", TIMEOUT_S).check, "UNMOUNT|ISDIR", "IGNORED")
+    before.step(plugged.guest.run("umount /share", HANG_S).check, "UNMOUNT|ISDIR", "IGNORED")
     before.command.close_stdin()
-    before.command.wait(TIMEOUT_S).check()
+    before.command.wait(HANG_S).check()
     plugged.mount()
     assert place.sh("cat unseen") == "of the time without a server\n"
     after = Watch(place, plugged.share.control, None)
@@ -151,7 +150,7 @@ def test_an_unmount_that_waits_for_a_server_that_ended_is_done_when_the_share_is
     waits = plugged.guest.start("exec umount /share")
     assert plugged.awaits_an_answer(waits)
     plugged.start_server_again()
-    waits.wait(TIMEOUT_S).check()
+    waits.wait(HANG_S).check()
     plugged.mount()
     place = Place(plugged.guest, plugged.share.directory, "/share").child("after")
     watch = Watch(place, plugged.share.control, None)
@@ -167,7 +166,7 @@ def test_a_server_that_goes_on_serves_the_next_device_on_its_connection(plugged:
         watch.step((place.host / "new").mkdir, "CREATE|ISDIR new")
         watch.ends()
         watch.close()
-        plugged.guest.run("umount /share", TIMEOUT_S).check()
+        plugged.guest.run("umount /share", HANG_S).check()
         plugged.plug_again()
         plugged.mount()
     assert "begins anew on its connection" in plugged.share.server.log_path.read_text()
@@ -176,11 +175,11 @@ def test_a_server_that_goes_on_serves_the_next_device_on_its_connection(plugged:
 def test_a_device_that_could_not_be_made_leaves_its_connection_fit_for_another(plugged: Plugged) -> None:
     if not plugged.qemu.has_queue_property:
         pytest.skip("only a QEMU with our patch refuses a server")
-    plugged.guest.run("umount /share", TIMEOUT_S).check()
+    plugged.guest.run("umount /share", HANG_S).check()
     plugged.end_server(signal.SIGTERM)
     plugged.start_server_again(PARKED, refused=ShareDevice.QUEUE)
     plugged.mount()
-    plugged.guest.run("umount /share", TIMEOUT_S).check()
+    plugged.guest.run("umount /share", HANG_S).check()
     plugged.end_server(signal.SIGTERM)
     plugged.start_server_again()
     plugged.mount()
@@ -189,7 +188,7 @@ def test_a_device_that_could_not_be_made_leaves_its_connection_fit_for_another(p
 def test_parked_requests_keep_neither_a_server_nor_a_device_from_ending(plugged: Plugged) -> None:
     plugged.end_server(signal.SIGTERM)
     plugged.start_server_again(PARKED)
-    plugged.guest.run("umount /share", TIMEOUT_S).check()
+    plugged.guest.run("umount /share", HANG_S).check()
     plugged.mount()
     place = Place(plugged.guest, plugged.share.directory, "/share").child("parked")
     watch = Watch(place, plugged.share.control, None)
@@ -199,7 +198,7 @@ def test_parked_requests_keep_neither_a_server_nor_a_device_from_ending(plugged:
     plugged.end_server(signal.SIGTERM)
     plugged.start_server_again()
     assert time.monotonic() - started_s < AT_ONCE_S
-    watch.step(plugged.guest.run("umount /share", TIMEOUT_S).check, "UNMOUNT|ISDIR", "IGNORED")
+    watch.step(plugged.guest.run("umount /share", HANG_S).check, "UNMOUNT|ISDIR", "IGNORED")
     watch.command.close_stdin()
-    watch.command.wait(TIMEOUT_S).check()
+    watch.command.wait(HANG_S).check()
     plugged.mount()

@@ -10,8 +10,9 @@ import signal
 
 from tests.guest.events.conftest import MAX_WATCHES_OF_FEW, EventSession, MakeWatchedPlace
 from tests.guest.events.scenario import a_day
-from tests.guest.events.watching import ALL, CHANGES, READY_TIMEOUT_S, STEP_TIMEOUT_S
+from tests.guest.events.watching import ALL, CHANGES
 from tests.guest.place import awaited
+from tests.limits import HANG_S
 
 
 def test_a_server_of_an_ordinary_user_tells_of_a_day_s_work(
@@ -48,23 +49,23 @@ def test_what_the_host_has_no_room_to_watch_is_said_on_both_sides(
     said = session.guest.console_path
     paths = " ".join(f"'{watched.place.inside}/{name}'" for name in names)
     watcher = watched.place.guest.start(f"exec inotifywait -m -e create {paths}")
-    watcher.wait_for_output(b"Watches established", READY_TIMEOUT_S, "stderr")
+    watcher.wait_for_output(b"Watches established", HANG_S, "stderr")
     # The server's log names the limit, the guest's kernel says what it means there.
     log = session.shares["few"].server.log_path
-    assert awaited(lambda: "/proc/sys/fs/inotify/max_user_watches" in log.read_text(), STEP_TIMEOUT_S)
+    assert awaited(lambda: "/proc/sys/fs/inotify/max_user_watches" in log.read_text(), HANG_S)
     line = "the host does not watch all that is watched here"
-    assert awaited(lambda: line in said.read_text(errors="replace"), STEP_TIMEOUT_S)
+    assert awaited(lambda: line in said.read_text(errors="replace"), HANG_S)
     # Those that fit are watched, and of the others the guest's own changes are told.
     count = watched.control.watches
     assert 0 < count <= MAX_WATCHES_OF_FEW
     for name in names:
         (watched.host / name / "by-the-host").mkdir()
-    assert awaited(lambda: watcher.stdout.count(b"by-the-host") == count, STEP_TIMEOUT_S)
+    assert awaited(lambda: watcher.stdout.count(b"by-the-host") == count, HANG_S)
     watched.place.sh(f"for name in {' '.join(names)}; do mkdir $name/by-the-guest; done")
-    assert awaited(lambda: watcher.stdout.count(b"by-the-guest") == len(names), STEP_TIMEOUT_S)
+    assert awaited(lambda: watcher.stdout.count(b"by-the-guest") == len(names), HANG_S)
     assert watcher.stdout.count(b"by-the-host") == count
     watcher.send_signal(signal.SIGKILL)
-    watcher.wait(READY_TIMEOUT_S)
+    watcher.wait(HANG_S)
     # There is room again.
     assert watched.control.awaited_watches(0) == 0
     watch = watched.watch("d11", mask=CHANGES)

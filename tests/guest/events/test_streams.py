@@ -197,7 +197,7 @@ def test_fanotify_watchers_see_it_too(watched: WatchedPlace) -> None:
             masks[event.name] = masks.get(event.name, In(0)) | event.mask
         return masks
 
-    awaited(lambda: seen() == wanted, 15)
+    awaited(lambda: seen() == wanted)
     assert seen() == wanted
 
 

@@ -21,9 +21,9 @@ import pytest
 
 from tests.guest.events.conftest import WatchedPlace
 from tests.guest.place import awaited, python_command
+from tests.limits import HANG_S
 from vhostfs.vm.agent import RunningCommand
 
-TIMEOUT_S = 15.0
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -34,17 +34,17 @@ class Inotifywait:
         self.watched = watched
         before = watched.control.watches
         self.command = watched.place.start(f"exec inotifywait -m {options} --format '%w|%e|%f' .")
-        self.command.wait_for_output(b"Watches established", TIMEOUT_S, "stderr")
+        self.command.wait_for_output(b"Watches established", HANG_S, "stderr")
         assert watched.control.awaited_watches(before + watches) == before + watches
 
     def awaited(self, *expected: str) -> None:
         """The next lines are these."""
-        lines = self.command.wait_for_lines(len(expected), TIMEOUT_S)
+        lines = self.command.wait_for_lines(len(expected), HANG_S)
         assert lines[: len(expected)] == list(expected)
 
     def close(self) -> None:
         self.command.send_signal(signal.SIGTERM)
-        self.command.wait(TIMEOUT_S)
+        self.command.wait(HANG_S)
 
 
 def test_inotifywait_prints_what_happens_in_a_directory(watched: WatchedPlace) -> None:
@@ -82,7 +82,7 @@ def test_a_recursive_inotifywait_follows_directories_made_on_the_host(watched: W
     assert watched.control.awaited_watches(before + 4) == before + 4
     (watched.host / "src/new/file").touch()
     (watched.host / "src/new/file").unlink()
-    lines = inotifywait.command.wait_for_lines(6, TIMEOUT_S)
+    lines = inotifywait.command.wait_for_lines(6, HANG_S)
     assert lines[3:] == [
         "./src/new/|CREATE|file",
         "./src/new/|CLOSE_WRITE,CLOSE|file",
@@ -117,12 +117,12 @@ def test_watchdog_s_observer_tells_a_program_of_the_host_s_changes(watched: Watc
     (host / "src").mkdir()
     before = watched.control.watches
     observer = watched.place.start(f"exec {python_command(OBSERVE)}")
-    observer.wait_for_output(b"ready\n", 60)
+    observer.wait_for_output(b"ready\n", HANG_S)
     assert watched.control.awaited_watches(before + 2) == before + 2
 
     def awaited_event(kind: str, is_directory: bool, source: str, target: str = "") -> None:
         wanted = [kind, is_directory, source, target]
-        assert awaited(lambda: wanted in seen(observer), TIMEOUT_S), (wanted, seen(observer))
+        assert awaited(lambda: wanted in seen(observer), HANG_S), (wanted, seen(observer))
 
     (host / "src/app.py").write_text("print()")
     awaited_event("created", False, "./src/app.py")
@@ -140,7 +140,7 @@ def test_watchdog_s_observer_tells_a_program_of_the_host_s_changes(watched: Watc
     shutil.rmtree(host / "lib")
     awaited_event("deleted", True, "./lib")
     observer.close_stdin()
-    observer.wait(TIMEOUT_S).check()
+    observer.wait(HANG_S).check()
 
 
 def seen(observer: RunningCommand) -> list[Any]:
@@ -148,7 +148,7 @@ def seen(observer: RunningCommand) -> list[Any]:
     return [json.loads(line) for line in lines if line.startswith("[") and line.endswith("]")]
 
 
-@pytest.mark.timeout(180, func_only=True)
+@pytest.mark.timeout(700, func_only=True)
 def test_run_prints_the_host_s_changes_as_they_happen(tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "vhostfs", "run", str(tmp_path), "--", "inotifywait", "-m", "-r", "/share"],
@@ -170,7 +170,7 @@ def test_run_prints_the_host_s_changes_as_they_happen(tmp_path: Path) -> None:
         assert any(line.startswith("vhostfs: events: fanotify") for line in told), told
         number = 0
         # Its watches may be on their way to the server still: the first change may be made before it knows.
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + HANG_S
         os.set_blocking(stdout.fileno(), False)
         printed = b""
         while not printed and time.monotonic() < deadline:
@@ -180,7 +180,7 @@ def test_run_prints_the_host_s_changes_as_they_happen(tmp_path: Path) -> None:
             printed = stdout.read() or b""
         assert f"/share/ CREATE,ISDIR file{number}\n" in printed.decode()
         run.send_signal(signal.SIGINT)
-        assert run.wait(30) == 128 + signal.SIGINT
+        assert run.wait(HANG_S) == 128 + signal.SIGINT
     finally:
         if run.poll() is None:
             run.kill()

@@ -15,8 +15,9 @@ import pytest
 
 from tests.guest.conftest import image_or_lacking
 from tests.guest.events.conftest import Parts, WatchedPlace, as_share, complaints_of, start_share
-from tests.guest.events.watching import CHANGES, PROGRAM, READY_TIMEOUT_S, STEP_TIMEOUT_S, Control, In, Watch
+from tests.guest.events.watching import CHANGES, PROGRAM, Control, In, Watch
 from tests.guest.place import Place, awaited
+from tests.limits import HANG_S
 from tests.server import held_up
 from vhostfs.vm.agent import RunningCommand
 from vhostfs.vm.guest import Guest
@@ -58,7 +59,7 @@ QUEUE_LIMIT = "/proc/sys/fs/inotify/max_queued_events"
 
 
 def is_seen(watch: Watch, last: str) -> bool:
-    return awaited(lambda: [event.text for event in watch.events()[-1:]] == [last], READY_TIMEOUT_S, 0.002)
+    return awaited(lambda: [event.text for event in watch.events()[-1:]] == [last], HANG_S, 0.002)
 
 
 @pytest.fixture
@@ -80,20 +81,20 @@ def test_a_directory_that_is_mounted_on_before_its_event_came_stays_mounted(watc
             f"echo; until [ -d {name} ]; do :; done; mount -t tmpfs none {name}; touch {name}/mine; echo; cat"
         )
         user = place.start(line)
-        user.wait_for_lines(1, READY_TIMEOUT_S)
+        user.wait_for_lines(1, HANG_S)
         with held_up(place.guest.pid):  # what happens on the host waits for the guest
             # The driver is behind by these, for a moment.
             for number in range(2000 << attempt):
                 (watched.host / f"{attempt}-{number}").write_text("text")
             (watched.host / name).mkdir()
-        user.wait_for_lines(2, STEP_TIMEOUT_S)
+        user.wait_for_lines(2, HANG_S)
         was_behind = not any(event.name == name for event in watch.events())
         assert is_seen(watch, f"CREATE|ISDIR {name}")
         assert place.sh(f"ls {name}") == "mine\n"
         place.sh(f"umount {name}")
         assert place.sh(f"ls {name}") == ""
         user.close_stdin()
-        user.wait(STEP_TIMEOUT_S).check()
+        user.wait(HANG_S).check()
         if was_behind:
             return
     pytest.fail("the event was always faster than the mount")
@@ -137,7 +138,7 @@ def test_watches_that_the_host_has_no_room_for_are_set_when_there_is(two_mounts:
 
     first = Watch(place, two_mounts.control, None, In.CREATE, names[:4])
     late = place.start(f"exec {PROGRAM} {int(In.CREATE):x} d4 d5")
-    late.wait_for_output(b"ready\n", READY_TIMEOUT_S)
+    late.wait_for_output(b"ready\n", HANG_S)
     assert counter("watches_refused") == 2
     walks = counter("resyncs")
     (directory / "d4/unseen").mkdir()
@@ -145,12 +146,12 @@ def test_watches_that_the_host_has_no_room_for_are_set_when_there_is(two_mounts:
         first.command_line(f"remove {number}", f"removed {number}")
     for number in (0, 1):
         told = partial(is_told, late, directory / f"d{4 + number}", number)
-        assert awaited(told, STEP_TIMEOUT_S, 0.2)
+        assert awaited(told, HANG_S, 0.2)
     assert b"unseen" not in late.stdout
     assert counter("resyncs") == walks
     for watcher in (late, first.command):
         watcher.close_stdin()
-        watcher.wait(STEP_TIMEOUT_S).check()
+        watcher.wait(HANG_S).check()
     assert two_mounts.control.awaited_watches(0) == 0
 
 

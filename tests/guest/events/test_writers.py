@@ -19,6 +19,7 @@ import pytest
 from tests.guest.events.conftest import WRITTEN, EventSession
 from tests.guest.events.watching import CHANGES, HostWatcher
 from tests.guest.place import python_command
+from tests.limits import LONG_HANG_S
 from tests.writers import trees
 from tests.writers.following import (
     PROGRAM,
@@ -30,8 +31,7 @@ from tests.writers.following import (
 from tests.writers.programs import WRITERS, Workshop, Writer
 from vhostfs.vm.agent import RunningCommand
 
-pytestmark = pytest.mark.timeout(240, func_only=True)
-TIMEOUT_S = 60.0
+pytestmark = pytest.mark.timeout(900, func_only=True)
 _numbers = itertools.count(1)
 
 
@@ -46,12 +46,12 @@ class Reader:
     def described(self, path: str) -> dict[str, str]:
         self._command.write_stdin(f"{path}\n".encode())
         self._answers += 1
-        answer: dict[str, str] = json.loads(self._command.wait_for_lines(self._answers, TIMEOUT_S)[-1])
+        answer: dict[str, str] = json.loads(self._command.wait_for_lines(self._answers, LONG_HANG_S)[-1])
         return answer
 
     def close(self) -> None:
         self._command.close_stdin()
-        self._command.wait(TIMEOUT_S).check()
+        self._command.wait(LONG_HANG_S).check()
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def test_a_recursive_watcher_in_the_guest_sees_what_one_on_the_host_sees(
         for tag, path in inside.items():
             watches = session.shares[tag].control.watches
             command = session.guest.start(f"exec {PROGRAM} {int(CHANGES):x} '{path}'", stdin=True)
-            cleanup.callback(command.wait, TIMEOUT_S)
+            cleanup.callback(command.wait, LONG_HANG_S)
             cleanup.callback(command.close_stdin)
-            command.wait_for_output(b"ready\n", TIMEOUT_S)
+            command.wait_for_output(b"ready\n", LONG_HANG_S)
             guests[tag] = ProgramFollower(command)
             count = watches + guests[tag].watched().total()
             assert session.shares[tag].control.awaited_watches(count) == count

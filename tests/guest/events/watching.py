@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.guest.place import Place, awaited
+from tests.limits import HANG_S
 from vhostfs.control.client import ControlClient
 from vhostfs.vm.agent import RunningCommand
 
 PROGRAM = "/usr/local/bin/watch-events"
 """Of the guest; the host's is compiled from the same source."""
 FANOTIFY_PROGRAM = "/usr/local/bin/watch-fanotify"
-STEP_TIMEOUT_S = 15.0
-READY_TIMEOUT_S = 30.0
 
 
 class In(enum.IntFlag):
@@ -164,8 +163,8 @@ class HostWatcher:
         """Ends the program."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.wait(10) == 0
-        self._thread.join(10)
+        assert self._process.wait(HANG_S) == 0
+        self._thread.join(HANG_S)
 
 
 class Control:
@@ -198,7 +197,7 @@ class Control:
 
     def awaited_watches(self, wanted: int) -> int:
         """The number once it is `wanted`, or when it does not come to be."""
-        awaited(lambda: self.watches == wanted, STEP_TIMEOUT_S, 0.01)
+        awaited(lambda: self.watches == wanted, HANG_S, 0.01)
         return self.watches
 
 
@@ -229,7 +228,7 @@ class Watch:
         self.command: RunningCommand = place.guest.start(
             f"exec {PROGRAM} {look} {int(mask):x} {paths}", stdin=True
         )
-        self.command.wait_for_output(b"ready\n", READY_TIMEOUT_S)
+        self.command.wait_for_output(b"ready\n", HANG_S)
         new = len(names) - known
         assert control.awaited_watches(before + new) == before + new, "the server does not watch all"
         self._native = None
@@ -261,10 +260,10 @@ class Watch:
         def guest_lines() -> list[str]:
             return texts(self.events()[self._guest_used :])
 
-        awaited(lambda: fits(guest_lines()), STEP_TIMEOUT_S, 0.01)
+        awaited(lambda: fits(guest_lines()), HANG_S, 0.01)
         if self._native is not None:
             native = self._native
-            awaited(lambda: fits(texts(read_lines(native.stdout)[0][self._native_used :])), 5, 0.01)
+            awaited(lambda: fits(texts(read_lines(native.stdout)[0][self._native_used :])), HANG_S, 0.01)
             native_events = read_lines(native.stdout)[0]
             native_lines = texts(native_events[self._native_used :])
             assert fits(native_lines), f"natively on the host: {native_lines}, expected: {wanted}"
@@ -285,7 +284,7 @@ class Watch:
     def command_line(self, line: str, answer: str) -> None:
         """Tells the watcher in the guest to add or remove a path."""
         self.command.write_stdin(f"{line}\n".encode())
-        self.command.wait_for_output(f"{answer}\n", READY_TIMEOUT_S)
+        self.command.wait_for_output(f"{answer}\n", HANG_S)
 
     def close(self) -> None:
         """Ends both watchers; the server no longer watches."""
@@ -293,7 +292,7 @@ class Watch:
             self._native.close()
         if self.command.status is None:
             self.command.close_stdin()
-            self.command.wait(READY_TIMEOUT_S).check()
+            self.command.wait(HANG_S).check()
         assert self.control.awaited_watches(self._before) == self._before, "the server still watches"
 
 
