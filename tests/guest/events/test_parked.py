@@ -34,7 +34,7 @@ from vhostfs.vm.kernel import SERIES
 from vhostfs.vm.lifeline import Lifeline
 from vhostfs.vm.machine import Share, ShareDevice
 
-HUNG_S = 10
+STUCK_S = 30
 STATE = "cat /sys/bus/virtio/devices/*/notifications/state"
 
 
@@ -75,7 +75,8 @@ def stock(request: pytest.FixtureRequest, parts: Parts, real_directory: Path) ->
         guest = Guest(machine, lifeline=lifeline)
         with guest:
             # A request that waited for events would be found waiting: complaints_of() looks for it.
-            guest.run(f"echo {HUNG_S} >/proc/sys/kernel/hung_task_timeout_secs", HANG_S).check()
+            settings = f"echo {STUCK_S} >hung_task_timeout_secs; echo 5 >hung_task_check_interval_secs"
+            guest.run(f"cd /proc/sys/kernel; {settings}", HANG_S).check()
             monitor = Monitor(monitor_path)
             yield Stock(guest, share, monitor, parts)
             monitor.close()
