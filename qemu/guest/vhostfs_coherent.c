@@ -16,7 +16,8 @@
  *    they look something up, and that of the inode whose attributes they set.
  *    Entries are dropped under the one; where the other is taken, or the object
  *    is not here (yet), the element is acted on again a little later;
- *  - attributes have versions, and pages that are being read are locked.
+ *  - attributes have versions, and pages that are being read are locked. An inode
+ *    that is being made has none yet: see vhostfs_doubt_news().
  */
 
 #include <linux/dcache.h>
@@ -40,6 +41,9 @@ void vhostfs_reset_coherence(struct vhostfs_notify *n)
 	atomic64_set(&n->last_sent, 0);
 	n->touched_any = 0;
 	n->touched_all = 0;
+#if VHOSTFS_KERNEL < 612
+	n->doubted = 0;
+#endif
 	memset(n->touched, 0, sizeof(n->touched));
 	memset(n->again, 0, sizeof(n->again));
 	n->lose_again = false;
@@ -77,6 +81,38 @@ bool vhostfs_is_old(struct vhostfs_notify *n, u64 unique, u64 nodeid)
 {
 	return unique <= READ_ONCE(n->touched_all) ||
 	       unique <= READ_ONCE(*vhostfs_touched(n, nodeid));
+}
+
+/*
+ * An element is about an object that is not here. A task may be making its inode
+ * of an answer from before, as long as that takes it: its attributes count for
+ * nothing then. The FUSE core has that for inodes that were evicted meanwhile;
+ * before it had, vhostfs_probe.c sees what is made. An inode that was made before
+ * this is found afterwards.
+ */
+static void vhostfs_doubt_news(struct vhostfs_notify *n, struct fuse_conn *fc)
+{
+#if VHOSTFS_KERNEL < 612
+	vhostfs_raise_number(&n->doubted, atomic64_inc_return(&fc->attr_version));
+#else
+	atomic64_inc(&fc->evict_ctr);
+#endif
+	smp_mb();
+}
+
+/* An object that an element is about, with a reference, or NULL */
+static struct inode *vhostfs_find_touched(struct vhostfs_notify *n,
+					  struct fuse_conn *fc, u64 nodeid,
+					  u32 generation)
+{
+	struct inode *inode;
+
+	vhostfs_touch(n, vhostfs_touched(n, nodeid));
+	inode = vhostfs_find(fc, nodeid, generation);
+	if (inode)
+		return inode;
+	vhostfs_doubt_news(n, fc);
+	return vhostfs_find(fc, nodeid, generation);
 }
 
 /* A request is about to be given to the device. True: it has its answer already */
@@ -335,13 +371,10 @@ void vhostfs_expire_caches(struct vhostfs_notify *n, struct fuse_conn *fc,
 {
 	struct inode *object, *child = NULL;
 
-	vhostfs_touch(n, vhostfs_touched(n, event->nodeid));
-	object = vhostfs_find(fc, event->nodeid, event->generation);
-	if (event->child_nodeid) {
-		vhostfs_touch(n, vhostfs_touched(n, event->child_nodeid));
-		child = vhostfs_find(fc, event->child_nodeid,
-				     event->child_generation);
-	}
+	object = vhostfs_find_touched(n, fc, event->nodeid, event->generation);
+	if (event->child_nodeid)
+		child = vhostfs_find_touched(n, fc, event->child_nodeid,
+					     event->child_generation);
 	if (object && S_ISDIR(object->i_mode) &&
 	    (event->mask & VHOSTFS_ENTRY_EVENTS))
 		vhostfs_expire_entry(object, event);
@@ -425,6 +458,8 @@ void vhostfs_lose_caches(struct vhostfs_notify *n, struct fuse_conn *fc)
 	struct fuse_mount *fm;
 
 	vhostfs_touch(n, &n->touched_all);
+	if (vhostfs_is_coherent(n))
+		vhostfs_doubt_news(n, fc);
 	vhostfs_forget_opens(n);
 #if VHOSTFS_KERNEL >= 616
 	/* Every dentry and listing is checked again, those in use, too */

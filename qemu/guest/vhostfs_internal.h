@@ -38,7 +38,7 @@
 #define VHOSTFS_MAX_TRIES	6U	/* of FUSE_FSNOTIFY_INIT, for the wait */
 #define VHOSTFS_MAX_GROUPS	64
 #define VHOSTFS_WALK_WAIT	(10 * HZ)
-#define VHOSTFS_READDIR_SIZE	8192
+#define VHOSTFS_READDIR_SIZE	8192U
 #define VHOSTFS_MAX_RECENT	1024
 #define VHOSTFS_MAX_MOUNT_MARKS	64
 #define VHOSTFS_TOUCHED_BITS	11
@@ -187,7 +187,7 @@ struct vhostfs_notify {
 	/* Queue 1 */
 	spinlock_t vq_lock;		/* calls for vq, and running */
 	struct virtqueue *vq;
-	bool running;			/* vq may be used */
+	bool running;			/* vq may be used, and vdev by anybody */
 	unsigned int buf_size;
 	unsigned int nbufs;
 	void **bufs;
@@ -247,6 +247,9 @@ struct vhostfs_notify {
 	u64 touched_any;
 	u64 touched_all;
 	u64 touched[1 << VHOSTFS_TOUCHED_BITS];		/* by nodeid */
+#if VHOSTFS_KERNEL < 612
+	u64 doubted;			/* a version of attributes, likewise */
+#endif
 	struct vhostfs_again again[VHOSTFS_MAX_AGAIN];	/* under event_mutex */
 	unsigned int next_again;
 	bool lose_again;

@@ -309,6 +309,80 @@ static int vhostfs_detach_return(struct kretprobe_instance *ri,
 	return 0;
 }
 
+#if VHOSTFS_KERNEL < 612
+/* ---- inodes that are made of answers, see vhostfs_doubt_news() -------------------- */
+
+struct vhostfs_made {
+	struct vhostfs_notify *notify;
+	u64 version;			/* of attributes, when it was asked for */
+};
+
+static int vhostfs_iget_entry(struct kretprobe_instance *ri,
+			      struct pt_regs *regs)
+{
+	struct vhostfs_made *made = (struct vhostfs_made *)ri->data;
+	struct super_block *sb;
+	struct vhostfs_notify *n;
+
+	sb = (struct super_block *)regs_get_kernel_argument(regs, 0);
+	if (sb->s_type != vhostfs_type)
+		return 1;
+	n = vhostfs_notify_of(get_fuse_conn_super(sb));
+	if (!n || !vhostfs_is_coherent(n))
+		return 1;
+	made->notify = n;
+	made->version = regs_get_kernel_argument(regs, 5);
+	/* 0: the guest has made the object itself */
+	return !made->version;
+}
+
+/* Its caller has the superblock in use, and with it all that belongs to that */
+static int vhostfs_iget_return(struct kretprobe_instance *ri,
+			       struct pt_regs *regs)
+{
+	struct vhostfs_made *made = (struct vhostfs_made *)ri->data;
+	struct inode *inode = (struct inode *)regs_return_value(regs);
+
+	/* Who doubts it from now on finds it */
+	smp_mb();
+	if (inode && READ_ONCE(made->notify->doubted) > made->version)
+		vhostfs_stale_attr(inode, STATX_BASIC_STATS);
+	return 0;
+}
+
+/* It may sleep; what is missed is dropped a little later */
+static struct kretprobe vhostfs_iget_probe = {
+	.kp.symbol_name	= "fuse_iget",
+	.entry_handler	= vhostfs_iget_entry,
+	.handler	= vhostfs_iget_return,
+	.data_size	= sizeof(struct vhostfs_made),
+	.maxactive	= 64,
+};
+
+static bool vhostfs_has_iget_probe;
+
+static void vhostfs_add_iget_probe(void)
+{
+	vhostfs_has_iget_probe = !register_kretprobe(&vhostfs_iget_probe);
+}
+
+static void vhostfs_remove_iget_probe(void)
+{
+	if (vhostfs_has_iget_probe)
+		unregister_kretprobe(&vhostfs_iget_probe);
+}
+#else
+static void vhostfs_add_iget_probe(void)
+{
+}
+
+static void vhostfs_remove_iget_probe(void)
+{
+}
+#endif
+
+/* ---- life ------------------------------------------------------------------------- */
+
 static bool vhostfs_no_probes;
 
 /* Neither can sleep, so no more of them than CPUs run at a time */
@@ -395,6 +469,7 @@ static void vhostfs_add_probes(void)
 void vhostfs_register_probes(void)
 {
 	vhostfs_add_probes();
+	vhostfs_add_iget_probe();
 	queue_delayed_work(vhostfs_wq, &vhostfs_probe_work, 2 * HZ);
 }
 
@@ -402,5 +477,6 @@ void vhostfs_unregister_probes(void)
 {
 	if (!vhostfs_no_probes)
 		vhostfs_remove_probes(ARRAY_SIZE(vhostfs_probes));
+	vhostfs_remove_iget_probe();
 	cancel_delayed_work_sync(&vhostfs_probe_work);
 }

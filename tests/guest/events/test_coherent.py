@@ -8,6 +8,7 @@ Specification: docs/protocol.md, "Coherent caches".
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -18,6 +19,8 @@ from tests.guest.place import awaited
 from tests.limits import HANG_S
 
 TORTURE_S = 8.0
+LOOKS_AGAIN_FOR_S = 0.6
+"""Longer than the driver does that for an object that it does not know."""
 PATIENCE_S = 20.0
 """Of a machine on which the tests of others run, too; `scripts/coherent-torture` says how late it was."""
 
@@ -86,6 +89,31 @@ def test_what_came_is_right_while_somebody_is_long_in_the_directory(coherent: Wa
         holder.close_stdin()
         holder.wait(HANG_S)
     assert awaited(lambda: coherent.place.sh("ls dir") == "new\n")
+
+
+def test_an_answer_is_in_somebodys_hands_for_long_while_the_host_changes_what_it_says(
+    coherent: WatchedPlace,
+) -> None:
+    directory, other = coherent.host / "dir", coherent.host / "other"
+    directory.mkdir()
+    other.mkdir()
+    (directory / "file").write_text("")
+    (other / "link").hardlink_to(directory / "file")
+    (other / "known").write_text("")
+    look = "stat -c %a other/known"
+    assert coherent.place.sh(f"{look}; {look}") == "644\n644\n"
+    # It has been told of "file", and makes its inode of that only when it goes on.
+    holder = coherent.place.start(f"exec {HOLDER_PROGRAM} dir")
+    try:
+        holder.wait_for_output("held", HANG_S)
+        (other / "link").chmod(0o600)  # by a name in a directory whose lock is free
+        (other / "known").chmod(0o600)
+        assert awaited(lambda: coherent.place.sh(look) == "600\n")
+        time.sleep(LOOKS_AGAIN_FOR_S)
+    finally:
+        holder.close_stdin()
+        holder.wait(HANG_S).check()
+    assert coherent.place.sh("stat -c %a dir/file") == "600\n"
 
 
 def test_a_tree_that_is_changed_at_random_is_right(coherent: WatchedPlace) -> None:
