@@ -439,9 +439,13 @@ void vhostfs_element(struct vhostfs_notify *n, const void *data,
 	fault = vhostfs_check(data, len, event);
 	if (fault) {
 		vhostfs_count(n, VHOSTFS_MALFORMED);
-		dev_warn_ratelimited(&n->vdev->dev,
-				     "notification dropped, malformed: %s\n",
-				     fault);
+		/* It may be acted on when the device has gone */
+		spin_lock(&n->vq_lock);
+		if (n->running)
+			dev_warn_ratelimited(&n->vdev->dev,
+					     "notification dropped, malformed: %s\n",
+					     fault);
+		spin_unlock(&n->vq_lock);
 		if (!vhostfs_is_coherent(n))
 			return;
 		/* It may have said what is no longer right */

@@ -72,12 +72,16 @@ static bool vhostfs_may_hold(struct vhostfs_share *share)
 
 	if (atomic_read(&n->nheld) < READ_ONCE(max_directories))
 		return true;
-	if (!READ_ONCE(n->held_full_logged)) {
-		WRITE_ONCE(n->held_full_logged, true);
+	if (READ_ONCE(n->held_full_logged))
+		return false;
+	WRITE_ONCE(n->held_full_logged, true);
+	/* Any task may come here */
+	spin_lock(&n->vq_lock);
+	if (n->running)
 		dev_warn(&n->vdev->dev,
 			 "more than max_directories=%u in a share that is watched as a whole: what the host does in some is not seen\n",
 			 max_directories);
-	}
+	spin_unlock(&n->vq_lock);
 	return false;
 }
 
@@ -198,9 +202,11 @@ static void vhostfs_read_dir(struct vhostfs_share *share, struct inode *dir,
 		req->args.out_argvar = true;
 		last = offset;
 		offset = 0;
+		/* The size is what the device says that it sent */
 		if (!vhostfs_ask(n, fm, req))
 			offset = vhostfs_read_entries(share, dir, buf,
-						      req->args.out_args[0].size);
+						      min(req->args.out_args[0].size,
+							  VHOSTFS_READDIR_SIZE));
 		kfree(req);
 	} while (offset && offset != last && READ_ONCE(share->open));
 

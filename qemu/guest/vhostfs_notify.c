@@ -21,6 +21,7 @@
  *
  *   session_mutex   FUSE_FSNOTIFY_INIT and WATCH requests are being sent
  *   event_mutex     one element is acted on
+ *   look_mutex      what has come is looked at before that
  *   fc->killsb      (read) no superblock of the connection goes away
  *   i_rwsem, s_inode_list_lock, connector lock
  *   share->lock     directories that are held
