@@ -73,7 +73,7 @@ CHANGES = (
     | Fan.DELETE
     | Fan.ONDIR
 )
-_OTHERS = re.compile(r"fid #\d+$")
+_OTHERS = re.compile(r"(dir elsewhere .*)?fid #\d+$")
 Seen = dict[str, Fan]
 """What happened, by what the record says of where."""
 
