@@ -19,7 +19,10 @@ static bool conflict(const struct lock_range *a, const struct lock_range *b)
 	return overlap(a, b) && (a->type == F_WRLCK || b->type == F_WRLCK);
 }
 
-/* Room for the two entries by which one change can lengthen the list. */
+/*
+ * Room for the two entries by which one change can lengthen the list; it stays reserved as long as
+ * the caller holds owner->changing.
+ */
 static int reserve_ranges(struct vf_lock_waiters *locks, struct lock_owner *owner, uint32_t type)
 {
 	if (type != F_UNLCK && locks->n_ranges >= MAX_RANGES)
@@ -327,6 +330,8 @@ int lock_owner_granted(struct vf_lock_waiters *locks, struct lock_owner *owner,
 {
 	int error;
 
+	/* Another request of the owner's may have reserved the room that there is. */
+	pthread_mutex_lock(&owner->changing);
 	pthread_mutex_lock(&locks->lock);
 	error = owner->forgotten ? -ENOLCK : reserve_ranges(locks, owner, range->type);
 	if (!error)
@@ -338,6 +343,7 @@ int lock_owner_granted(struct vf_lock_waiters *locks, struct lock_owner *owner,
 		fl.l_type = F_UNLCK;
 		fcntl(owner->fd, F_OFD_SETLK, &fl);
 	}
+	pthread_mutex_unlock(&owner->changing);
 	return error;
 }
 

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * What two lock owners hold, by lock_owner.c and by one byte of memory for each offset: the same
- * after any row of locks and unlocks, and what the host grants is what the model grants.
+ * after any row of locks and unlocks, and what the host grants is what the model grants.  Then two
+ * requests of one owner at once, of which one has waited.
  * Arguments: a file to lock, a seed.  Exit status 0: it held.
  */
 #include "file.h"
 #include "inode.h"
 #include "lock_owner.h"
 
+#include <stdarg.h>
 #include <stdio.h>
+#include <sys/syscall.h>
 
 #define OFFSETS 64
 #define STEPS 20000
@@ -87,6 +90,78 @@ static void compare(const struct lock_owner *owner, const uint8_t *expected, int
 		fail("held ranges differ from the model", step);
 }
 
+/* ---- two requests at once ------------------------------------------------ */
+
+static struct granted {
+	pthread_t thread;
+	bool wanted;
+	struct vf_lock_waiters *locks;
+	struct lock_owner *owner;
+} granted;
+
+static void *grant(void *unused)
+{
+	const struct lock_range range = {.start = 30, .end = 32, .type = F_WRLCK};
+
+	(void)unused;
+	if (lock_owner_granted(granted.locks, granted.owner, &range))
+		fail("a lock that was waited for is not written down", STEPS);
+	return NULL;
+}
+
+/* While one request asks the host, another one of the same owner is granted what it waited for. */
+int fcntl(int fd, int command, ...)
+{
+	struct timespec soon;
+	struct flock *fl;
+	va_list args;
+
+	va_start(args, command);
+	fl = va_arg(args, struct flock *);
+	va_end(args);
+	if (granted.wanted) {
+		granted.wanted = false;
+		pthread_create(&granted.thread, NULL, grant, NULL);
+		/* As far as it comes before this one is written down. */
+		clock_gettime(CLOCK_REALTIME, &soon);
+		soon.tv_sec += soon.tv_nsec / 900000000;
+		soon.tv_nsec += 100000000;
+		if (soon.tv_nsec >= 1000000000) {
+			soon.tv_nsec -= 1000000000;
+			soon.tv_sec++;
+		}
+		if (pthread_timedjoin_np(granted.thread, NULL, &soon) == 0)
+			granted.thread = 0;
+	}
+	return (int)syscall(SYS_fcntl, fd, command, fl);
+}
+
+static void two_requests_at_once_find_room(struct vf_lock_waiters *locks)
+{
+	static const struct lock_range rows[] = {
+	    {.start = 0, .end = 9, .type = F_RDLCK},
+	    {.start = 20, .end = 63, .type = F_RDLCK},
+	    {.start = 22, .end = 24, .type = F_WRLCK},
+	};
+	int error;
+
+	granted.locks = locks;
+	granted.owner = lock_owner_use(locks, NODE, 2, true, &error);
+	if (!granted.owner)
+		fail("no owner", STEPS);
+	for (int i = 0; i < 3; i++) {
+		granted.wanted = i == 2;
+		if (lock_owner_set(locks, granted.owner, &rows[i]))
+			fail("a lock that nobody else has was refused", STEPS);
+	}
+	if (granted.thread)
+		pthread_join(granted.thread, NULL);
+	if (granted.owner->n_ranges != 6 || granted.owner->room < 6)
+		fail("two requests at once have shared the room that one had reserved", STEPS);
+	vf_locks_release_owner(locks->share, NODE, 2);
+	lock_owner_end_use(locks, granted.owner, true);
+}
+
 int main(int argc, char **argv)
 {
 	static struct vf_lock_waiters locks;
@@ -134,6 +209,7 @@ int main(int argc, char **argv)
 			fail("a released owner still holds ranges", STEPS);
 		lock_owner_end_use(&locks, owners[i], true);
 	}
+	two_requests_at_once_find_room(&locks);
 	if (locks.n_ranges || atomic_load(&locks.n_owners))
 		fail("something was left", STEPS);
 	return 0;
