@@ -203,6 +203,7 @@ struct vf_inode *inode_alloc(struct vf_inode_table *table)
 	atomic_store_explicit(&inode->flags, 0, memory_order_relaxed);
 	atomic_store_explicit(&inode->hot, 0, memory_order_relaxed);
 	atomic_store_explicit(&inode->handle_size, 0, memory_order_relaxed);
+	atomic_store_explicit(&inode->indexed, 0, memory_order_relaxed);
 	return inode;
 }
 
