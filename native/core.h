@@ -259,6 +259,7 @@ struct vf_share {
 	struct vf_events *events; /* NULL: off */
 	pthread_mutex_t threads_lock;
 	struct vf_thread *threads;
+	atomic_uint visitors;	/* others at work on what a session owns */
 	uint64_t requests_done; /* by threads that have ended */
 };
 

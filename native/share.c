@@ -182,7 +182,7 @@ void vf_share_free(vf_share *share)
 static void wait_idle(struct vf_share *share)
 {
 	for (;;) {
-		bool busy = false;
+		bool busy = atomic_load(&share->visitors);
 
 		pthread_mutex_lock(&share->threads_lock);
 		for (struct vf_thread *t = share->threads; t; t = t->next)
@@ -224,7 +224,7 @@ int vf_share_inode_fd(vf_share *share, uint64_t nodeid)
 	return fd;
 }
 
-int vf_share_file_fd(vf_share *share, uint64_t nodeid, uint64_t fh)
+static int file_fd(vf_share *share, uint64_t nodeid, uint64_t fh)
 {
 	struct vf_file *file;
 	int fd = vf_file_use(share, nodeid, fh, VF_EITHER, &file);
@@ -235,6 +235,18 @@ int vf_share_file_fd(vf_share *share, uint64_t nodeid, uint64_t fh)
 	if (fd < 0)
 		fd = -errno;
 	vf_file_put(share, file);
+	return fd;
+}
+
+int vf_share_file_fd(vf_share *share, uint64_t nodeid, uint64_t fh)
+{
+	int fd = -EIO;
+
+	/* As vf_dispatch() does: the guest may begin another session meanwhile. */
+	atomic_fetch_add(&share->visitors, 1);
+	if (atomic_load(&share->init_flags))
+		fd = file_fd(share, nodeid, fh);
+	atomic_fetch_sub(&share->visitors, 1);
 	return fd;
 }
 

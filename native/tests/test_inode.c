@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <sys/resource.h>
 
+#include "../events.h"
 #include "share.h"
 
 static int count_fds(void)
@@ -87,6 +88,67 @@ static void bad_names_are_refused(struct guest *g)
 	CHECK_EQ(lookup(g, 1, "absent"), -ENOENT);
 	host_write("a", "x");
 	CHECK_EQ(lookup(g, must_lookup(g, 1, "a"), "b"), -ENOTDIR);
+}
+
+static void a_reused_slot_is_told_of_only_when_it_can_be_found(struct guest *g)
+{
+	struct vf_inode *inode;
+	uint64_t a, b;
+
+	host_write("a", "x");
+	host_write("b", "x");
+	CHECK_EQ(vf_handle_index_start(g->share), 0);
+	a = must_lookup(g, 1, "a");
+	inode = vf_inode_get(g->share, a);
+	CHECK(vf_inode_is_told(g->share, inode));
+	vf_inode_put(g->share, inode);
+	forget(g, a, 1);
+	vf_handle_index_stop(g->share);
+	b = must_lookup(g, 1, "b");
+	CHECK_EQ((uint32_t)b, (uint32_t)a);
+	inode = vf_inode_get(g->share, b);
+	CHECK(!vf_inode_is_told(g->share, inode));
+	vf_inode_put(g->share, inode);
+	forget(g, b, 1);
+}
+
+/* ---- sessions ----------------------------------------------------------- */
+
+static atomic_bool asking;
+
+/* As for FUSE_IOCTL, which is not an operation of the core's. */
+static void *ask_for_files(void *share)
+{
+	for (uint64_t i = 0; atomic_load(&asking); i++) {
+		int fd = vf_share_file_fd(share, FUSE_ROOT_ID, VF_FH_DEFERRED | (1 + i % 8));
+
+		if (fd >= 0)
+			close(fd);
+	}
+	return NULL;
+}
+
+static void sessions_begin_while_files_are_asked_for(struct guest *g)
+{
+	pthread_t threads[2];
+
+	atomic_store(&asking, true);
+	for (int i = 0; i < 2; i++)
+		pthread_create(&threads[i], NULL, ask_for_files, g->share);
+	for (int i = 0; i < 200; i++) {
+		vf_share_start_session(g->share, SESSION, 1 << 20);
+		CHECK_EQ(vf_deferred_start(g->share), 0);
+		for (int n = 0; n < 100 && !stats(g).open_files; n++)
+			sched_yield();
+	}
+	atomic_store(&asking, false);
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	vf_share_start_session(g->share, SESSION, 1 << 20);
+	CHECK_EQ(stats(g).open_files, 0);
+	CHECK_EQ(vf_share_file_fd(g->share, FUSE_ROOT_ID, VF_FH_DEFERRED | 1), -EBADF);
+	vf_share_start_session(g->share, 0, 0);
+	CHECK_EQ(vf_share_file_fd(g->share, FUSE_ROOT_ID, VF_FH_DEFERRED | 1), -EIO);
 }
 
 /* ---- the way up --------------------------------------------------------- */
@@ -428,6 +490,8 @@ int main(void)
 	RUN(long_handles_work_too, VF_HANDLES_PREFER, 10);
 	RUN(long_handles_work_too, VF_HANDLES_MANDATORY, 10);
 	RUN_ALL_MODES(threads_and_a_busy_host_end_with_balanced_counts);
+	RUN(a_reused_slot_is_told_of_only_when_it_can_be_found, VF_HANDLES_NEVER, 5000);
+	RUN(sessions_begin_while_files_are_asked_for, VF_HANDLES_NEVER, 5000);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
 }
