@@ -106,14 +106,6 @@ bool vf_trace_is_on(const struct vf_trace *trace)
 	return atomic_load_explicit(&((struct vf_trace *)trace)->on, memory_order_relaxed);
 }
 
-static uint64_t real_time_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_REALTIME, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 void vf_trace_add(struct vf_trace *trace, const struct vf_fsnotify_out *element, const char *name,
 		  enum vf_event_fate fate, int32_t pid)
 {
@@ -131,7 +123,7 @@ void vf_trace_add(struct vf_trace *trace, const struct vf_fsnotify_out *element,
 				trace->skipped++;
 		}
 		record = &trace->records[(trace->first + trace->n++) % TRACE_RECORDS];
-		record->time_ns = real_time_ns();
+		record->time_ns = vf_clock_ns(CLOCK_REALTIME);
 		record->nodeid = element->nodeid;
 		record->child_nodeid = element->child_nodeid;
 		record->mask = element->mask;

@@ -4,8 +4,8 @@
  * gave), the union over all, and the marks on the host for it.  Knows nothing
  * of events; see events.h.  watch_share.c has the watch on the whole share.
  *
- * A watch ends with its inode at the latest.  48 bytes for each, beside 12 to
- * 24 of hash.
+ * A watch ends with its inode at the latest.  72 bytes for each, beside 20 to
+ * 40 of hash.
  */
 #include "events.h"
 
@@ -355,7 +355,7 @@ void vf_watch_inode_gone(struct vf_watches *w, struct vf_inode *inode)
 	mask = load(w, inode, &own, wd);
 	if (mask) {
 		w->events->ops->mark(w->events, inode, mask, 0, wd);
-		store(w, inode, 0, 0, (const int32_t[VF_N_WDS]){-1, -1});
+		store(w, inode, 0, 0, (const int32_t[VF_N_WDS])NO_WDS);
 	}
 	if (w->events->ops->gone)
 		w->events->ops->gone(w->events, inode);
