@@ -13,6 +13,8 @@
 /* More of what was read is not kept: then the guest is told of a loss. */
 #define MAX_KEPT (64u << 20)
 #define N_BUCKETS 4096u
+/* Records that are looked at in all; they can be made so that each is like all others. */
+#define MAX_COMPARED (1u << 20)
 #define NONE UINT32_MAX
 
 /* ---- queues ------------------------------------------------------------------------ */
@@ -103,6 +105,7 @@ struct index {
 		uint32_t at, next;
 	} * entries;
 	uint32_t n, room;
+	uint32_t compared;
 	uint32_t buckets[N_BUCKETS];
 };
 
@@ -186,14 +189,17 @@ static uint64_t in_common(const struct vf_fanotify_record *record,
 	return is_same(&record->dir, &other->dir) ? record->mask & other->mask : 0;
 }
 
-/* Takes from the record of the first group what the next one tells. */
-static void strip(const struct index *index, struct vf_fanotify_record *record)
+/* Takes from the record of the first group what the next one tells, up to MAX_COMPARED. */
+static void strip(struct index *index, struct vf_fanotify_record *record)
 {
 	struct vf_fanotify_record other;
 
 	for (uint32_t i = index->buckets[hash(record)]; i != NONE; i = index->entries[i].next) {
 		uint32_t at = index->entries[i].at;
 
+		if (index->compared == MAX_COMPARED)
+			return;
+		index->compared++;
 		if (vf_fanotify_parse(index->records->bytes + at,
 				      (uint32_t)index->records->size - at, &other) > 0)
 			record->mask &= ~(in_common(record, &other) & ~VF_FS_ISDIR);
@@ -201,7 +207,7 @@ static void strip(const struct index *index, struct vf_fanotify_record *record)
 }
 
 static void report(struct vf_events *events, struct vf_fanotify_records *records,
-		   const struct index *index)
+		   struct index *index)
 {
 	struct vf_fanotify_record record;
 	int32_t length;
@@ -224,9 +230,10 @@ bool vf_fanotify_report_both(struct vf_events *events, struct vf_fanotify_record
 			     struct vf_fanotify_records *next)
 {
 	struct index *index = index_new(next);
-	bool told_once = index;
+	bool told_once;
 
 	report(events, first, index);
+	told_once = index && index->compared < MAX_COMPARED;
 	report(events, next, NULL);
 	index_free(index);
 	return told_once;
