@@ -22,14 +22,15 @@ struct vf_inotify_reader {
 	enum vf_wd which;
 	/* Only its cookie joins the halves of a rename: the second one is waited for. */
 	bool joins_renames;
-	uint8_t *buffer; /* VF_SOURCE_BUFFER bytes, 8-byte aligned */
-	uint32_t size;	 /* of what was read */
-	uint32_t next;	 /* the record at hand, in what was read */
-	uint32_t end;	 /* behind it */
-	uint32_t waits;	 /* for second halves, since the first read */
-	uint64_t waited; /* what came before this place of the stream was waited for long enough */
-	uint64_t at;	 /* where in the instance's stream it began, if read() counts that */
-	uint64_t now_ns; /* CLOCK_MONOTONIC, when it was read */
+	uint8_t *buffer;  /* VF_SOURCE_BUFFER bytes, 8-byte aligned */
+	uint32_t size;	  /* of what was read */
+	uint32_t next;	  /* the record at hand, in what was read */
+	uint32_t end;	  /* behind it */
+	uint32_t waits;	  /* for second halves, since the first read */
+	uint64_t idle_ns; /* time waited for anything, likewise */
+	uint64_t waited;  /* what came before this place of the stream was waited for long enough */
+	uint64_t at;	  /* where in the instance's stream it began, if read() counts that */
+	uint64_t now_ns;  /* CLOCK_MONOTONIC, when it was read */
 	/* Directories that moved and then went where nothing told of it: from where on to say so.
 	 */
 	struct {

@@ -5,6 +5,8 @@
 
 #include "inotify_records.h"
 
+/* So long in all, between two fetches, more is waited for: a flood could ask for it each time. */
+#define MAX_IDLE_NS 200000000u
 /* A record fits, and a few more. */
 #define READ_ROOM 4096u
 
@@ -40,12 +42,21 @@ struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mou
 
 bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
 {
-	struct timespec time = {.tv_nsec = (long)time_ns};
+	/* Nor while somebody waits for all of this. */
+	bool waits =
+	    time_ns && reader->idle_ns < MAX_IDLE_NS && !atomic_load(&reader->events->waiting);
+	struct timespec time = {.tv_nsec = waits ? (long)time_ns : 0};
 	struct pollfd more = {.fd = reader->fd, .events = POLLIN};
-	uint64_t at;
+	uint64_t began_ns = waits ? vf_now_ns() : 0, at;
 	ssize_t n;
+	int ready;
 
-	if (VF_SOURCE_BUFFER - reader->size < READ_ROOM || ppoll(&more, 1, &time, NULL) != 1)
+	if (VF_SOURCE_BUFFER - reader->size < READ_ROOM)
+		return false;
+	ready = ppoll(&more, 1, &time, NULL);
+	if (waits)
+		reader->idle_ns += vf_now_ns() - began_ns;
+	if (ready != 1)
 		return false;
 	n = reader->read(reader, reader->buffer + reader->size, VF_SOURCE_BUFFER - reader->size,
 			 &at);
@@ -73,6 +84,7 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
 	reader->now_ns = vf_now_ns();
 	reader->size = reader->next = reader->end = 0;
 	reader->waits = 0;
+	reader->idle_ns = 0;
 	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
 	reader->waited = reader->at;
 	if (n < 0)
