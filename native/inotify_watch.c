@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "inotify_reader.h"
+#include "name_hash.h"
 #include "proc_name.h"
 
 /* What a parent is asked for. */
@@ -105,11 +106,7 @@ static int watch_itself(struct vf_events *events, enum vf_wd which, struct vf_in
 
 int32_t vf_inotify_name_number(int32_t parent, const char *name, uint32_t namelen)
 {
-	uint32_t h = (uint32_t)parent * 0x9e3779b9u;
-
-	for (uint32_t i = 0; i < namelen; i++)
-		h = (h ^ (uint8_t)name[i]) * 0x01000193u;
-	return (int32_t)(h >> 1);
+	return (int32_t)(vf_name_hash((uint32_t)parent, name, namelen) >> 33);
 }
 
 /* The last name of this descriptor's path; a directory's that is gone is still known. */

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Where facts are kept: by name, in generations, and those that are deferred in lists. */
+#include "name_hash.h"
 #include "order_facts.h"
 
 /* Beyond this much memory order is given up for once, and the guest told of a loss. */
@@ -11,14 +12,7 @@
 
 uint64_t vf_fact_key(uint64_t nodeid, const char *name, uint32_t namelen)
 {
-	uint64_t h = nodeid * 0x9e3779b97f4a7c15u;
-
-	for (uint32_t i = 0; i < namelen; i++)
-		h = (h ^ (uint8_t)name[i]) * 0x100000001b3u;
-	/* Short names of one directory differ in the lowest bits only. */
-	h ^= h >> 32;
-	h *= 0x9e3779b97f4a7c15u;
-	return h ^ h >> 32;
+	return vf_name_hash(nodeid, name, namelen);
 }
 
 void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g)

@@ -5,6 +5,7 @@
 
 #include "inode.h"
 #include "inotify_reader.h"
+#include "name_hash.h"
 #include "own_changes.h"
 
 /*
@@ -80,11 +81,7 @@ static uint64_t object_key(uint64_t nodeid)
 
 static uint64_t name_key(uint64_t dir, const char *name, uint32_t namelen)
 {
-	uint64_t h = object_key(dir) + 1;
-
-	for (uint32_t i = 0; i < namelen; i++)
-		h = (h ^ (uint8_t)name[i]) * 0x100000001b3u;
-	return h;
+	return vf_name_hash(dir, name, namelen);
 }
 
 static struct expected **bucket(struct vf_own_changes *own, uint64_t key)

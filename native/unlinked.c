@@ -12,6 +12,7 @@
  * source's thread only, or under `busy`.
  */
 #include "events.h"
+#include "name_hash.h"
 
 #define N_WAYS 4u
 #define N_SETS 4096u
@@ -33,13 +34,8 @@ enum match { SAME, ANOTHER, UNCERTAIN };
 static uint64_t key_of(const struct vf_change *change)
 {
 	uint64_t place = change->place ? change->place : vf_inode_nodeid(change->dir);
-	uint64_t h = place * 0x9e3779b97f4a7c15u;
+	uint64_t h = vf_name_hash(place, change->name, change->namelen);
 
-	for (uint32_t i = 0; i < change->namelen; i++)
-		h = (h ^ (uint8_t)change->name[i]) * 0x100000001b3u;
-	h ^= h >> 32;
-	h *= 0x9e3779b97f4a7c15u;
-	h ^= h >> 32;
 	return h ? h : 1;
 }
 

@@ -353,9 +353,42 @@ static void what_inotify_says_too_late_is_told_once(struct guest *g)
 	expect_nothing(events);
 }
 
+/* ---- names that somebody has picked ----------------------------------------------- */
+
+#define PICKED 2000
+
+/* As anybody can compute it: FNV, to 13 bits. */
+static uint32_t well_known(uint64_t place, const char *name)
+{
+	uint64_t h = place * 0x9e3779b97f4a7c15u;
+
+	while (*name)
+		h = (h ^ (uint8_t)*name++) * 0x100000001b3u;
+	h ^= h >> 32;
+	h *= 0x9e3779b97f4a7c15u;
+	h ^= h >> 32;
+	return (uint32_t)(h >> 29) % VF_FACT_BUCKETS;
+}
+
+static void picked_names_do_not_meet(struct guest *g)
+{
+	static uint32_t met[VF_FACT_BUCKETS];
+	char name[16];
+
+	(void)g;
+	for (uint32_t i = 0, n = 0; n < PICKED; i++) {
+		snprintf(name, sizeof(name), "f%u", i);
+		if (well_known(1, name))
+			continue;
+		CHECK(++met[vf_fact_bucket(vf_fact_key(1, name, (uint32_t)strlen(name)))] < 20);
+		n++;
+	}
+}
+
 int main(void)
 {
 	set_up();
+	RUN(picked_names_do_not_meet, VF_HANDLES_NEVER, 5000);
 	RUN(what_inotify_never_says_is_told_late, VF_HANDLES_NEVER, 5000);
 	RUN(what_is_not_asked_for_is_not_told_late, VF_HANDLES_NEVER, 5000);
 	RUN(what_inotify_counts_as_one_is_told_once, VF_HANDLES_NEVER, 5000);
