@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.bench.ring_load import IN_HEADER_BYTES, OUT_HEADER_BYTES, Copy, Field, FieldKind, Row, Step
@@ -28,6 +28,10 @@ _FH_IN_OPEN_REPLY = OUT_HEADER_BYTES
 _ENTRY_BYTES = op.ENTRY_ROOM
 _NODEID_IN_HEADER = 16
 _OFFSET_IN_READ = 8
+_DIRENTPLUS_BYTES = 160
+"""With a name of up to 8 bytes."""
+_BATCH_FORGET_HEADER_BYTES = 8
+_FORGET_ONE_BYTES = 16
 
 
 def name_of(number: int) -> str:
@@ -36,7 +40,7 @@ def name_of(number: int) -> str:
 
 def prepare(directory: Path) -> None:
     """The files that the workloads use; what is there already is used again."""
-    for parent, count in (("many", FILES), ("cold", FILES), ("listed", LISTED)):
+    for parent, count in (("many", FILES), ("cold", FILES), ("listed", LISTED), ("listed-cold", LISTED)):
         (directory / parent).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             (directory / parent / name_of(i)).touch()
@@ -119,6 +123,31 @@ def _readdirplus(client: FuseClient) -> Prepared:
     return Prepared(_row(*steps, copies=copies))
 
 
+def _readdirplus_cold(client: FuseClient) -> Prepared:
+    node = client.walk("listed-cold").nodeid
+    fh = client.session.call(op.opendir(node)).fh
+    found = client.session.call(op.readdirplus(node, fh, 0, 32 * KIB))
+    client.session.call(op.releasedir(node, fh))
+    # "." and ".." are not counted, so that they are not to be forgotten.
+    places = [i for i, one in enumerate(found) if one.dirent.name not in (b".", b"..")]
+    client.session.call(op.batch_forget([(found[i].entry.nodeid, 1) for i in places]))
+    # In one piece, for the nodeids to be found in it.
+    listing = replace(op.readdirplus(node, 0, 0, 32 * KIB), reply_room=32 * KIB, data_room=0)
+    steps = (
+        Step(op.opendir(node)),
+        Step(listing),
+        Step(op.releasedir(node, 0)),
+        Step(op.batch_forget([(0, 1)] * len(places))),
+    )
+    handles = [Copy(0, _FH_IN_OPEN_REPLY, i, IN_HEADER_BYTES) for i in (1, 2)]
+    first = IN_HEADER_BYTES + _BATCH_FORGET_HEADER_BYTES
+    nodeids = [
+        Copy(1, OUT_HEADER_BYTES + place * _DIRENTPLUS_BYTES, 3, first + i * _FORGET_ONE_BYTES)
+        for i, place in enumerate(places)
+    ]
+    return Prepared(_row(*steps, copies=[*handles, *nodeids]))
+
+
 def _create(client: FuseClient) -> Prepared:
     made = client.walk("made").nodeid
 
@@ -166,6 +195,12 @@ WORKLOADS = (
     Workload("lookup_miss", "LOOKUP of names that are not there", _lookup_miss),
     Workload("open", "OPEN, RELEASE", _open, 2),
     Workload("readdirplus", f"OPENDIR, READDIRPLUS of {LISTED} known entries, RELEASEDIR", _readdirplus, 3),
+    Workload(
+        "readdirplus_cold",
+        f"OPENDIR, READDIRPLUS of {LISTED} entries, RELEASEDIR, FORGET of all, so that each is new",
+        _readdirplus_cold,
+        4,
+    ),
     Workload("create", "CREATE, WRITE of 4 KiB, RELEASE, UNLINK, FORGET", _create, 5),
     Workload("randread4k", "READ of 4 KiB at random", _reader(4 * KIB, FieldKind.RANDOM)),
     Workload("seqread128k", "READ of 128 KiB in order", _reader(128 * KIB, FieldKind.SEQUENTIAL)),
