@@ -48,6 +48,7 @@ class Results:
     rounds: int
     load: tuple[float, float]  # of the machine, before and after
     points: Sequence[Point]
+    apart: Sequence[Point]  # driver and server on a processor each
     start: Mapping[str, StartUp]
     queues: Queues | None = None
     memory: Memory | None = None
@@ -204,8 +205,11 @@ def _other_figures(results: Results) -> list[str]:
 
 def text(results: Results) -> list[str]:
     """What is shown when it has ended."""
-    lines = lines_of(results.points)
-    return [*table(lines), "", *_summary(lines), "", *_other_figures(results)]
+    shown = []
+    for points in (results.points, results.apart):
+        lines = lines_of(points)
+        shown += [*table(lines), "", *_summary(lines), ""] if lines else []
+    return [*shown, *_other_figures(results)]
 
 
 def _instructions() -> str:
@@ -217,7 +221,7 @@ def _instructions() -> str:
 
 def write(results: Results, template: Path, target: Path) -> None:
     """The document, and its plots beside it. What people write is in the template."""
-    lines = lines_of(results.points)
+    lines, apart = lines_of(results.points), lines_of(results.apart)
     commands = [f"    {name}: {command}" for name, command in results.commands.items()]
     versions = "; ".join(f"{name} {version}" for name, version in results.versions.items())
     how = f"{results.rounds} rounds, medians. {_load(results.load)}"
@@ -227,6 +231,8 @@ def write(results: Results, template: Path, target: Path) -> None:
         "commands": "\n".join(commands),
         "summary": "\n".join(_summary(lines)),
         "table": "\n".join(table(lines)),
+        "summary_apart": "\n".join(_summary(apart)),
+        "table_apart": "\n".join(table(apart)),
         "figures": "\n".join(_other_figures(results)),
         "instructions": _instructions(),
         "system_calls": SYSTEM_CALLS.read_text().rstrip(),

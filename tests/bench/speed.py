@@ -73,14 +73,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_const",
         const=ahead_of_others,
         dest="placing",
-        help="driver and server on a processor each, ahead of other work: for ratios on a busy machine",
+        help="driver and server on a processor each, ahead of other work, only: for ratios on a busy machine "
+        "(default: rounds of that and rounds as the kernel places them)",
     )
     where.add_argument(
         "--together",
         action="store_const",
         const=on_one_processor,
         dest="placing",
-        help="driver and server on one processor, which is chance otherwise",
+        help="driver and server on one processor, only",
     )
     parser.add_argument(
         "--write", action="store_true", help=f"write {TARGET.relative_to(ROOT)} and its plots"
@@ -146,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = _peers(given)
     library = build_library(cache_root() / "bench")
     points: list[report.Point] = []
+    apart: list[report.Point] = []
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="vhostfs-bench-files-", dir=given.directory) as files:
         place = Path(files)
@@ -156,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             first = turn % len(peers)
             order = [*peers[first:], *peers[:first]]
             points += _one_round(order, place, workloads, depths, given.duration, given.placing)
+            if not given.placing:
+                apart += _one_round(order, place, workloads, depths, given.duration, ahead_of_others)
         _say("start to first reply")
         start = {peer.name: figures.start_up(peer, place, 7) for peer in peers}
         _say("several request queues")
@@ -186,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=given.rounds,
         load=(load_before, os.getloadavg()[0]),
         points=points,
+        apart=apart,
         start=start,
         queues=queues,
         memory=memory,

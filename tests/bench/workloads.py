@@ -19,6 +19,8 @@ from vhostfs.frontend import operations as op
 
 FILES = 1000
 LISTED = 100
+MOST_SLOTS = 16
+"""Operations in flight."""
 FILE_MIB = 64
 KIB = 1024
 MIB = 1024 * KIB
@@ -40,7 +42,8 @@ def name_of(number: int) -> str:
 
 def prepare(directory: Path) -> None:
     """The files that the workloads use; what is there already is used again."""
-    for parent, count in (("many", FILES), ("cold", FILES), ("listed", LISTED), ("listed-cold", LISTED)):
+    cold = ((f"listed-cold/{name_of(i)}", LISTED) for i in range(MOST_SLOTS))
+    for parent, count in (("many", FILES), ("cold", FILES), ("listed", LISTED), *cold):
         (directory / parent).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             (directory / parent / name_of(i)).touch()
@@ -123,29 +126,41 @@ def _readdirplus(client: FuseClient) -> Prepared:
     return Prepared(_row(*steps, copies=copies))
 
 
-def _readdirplus_cold(client: FuseClient) -> Prepared:
-    node = client.walk("listed-cold").nodeid
+def _places_in_listing(client: FuseClient, node: int) -> list[int]:
+    """Where the files stand in a listing: "." and "..", which are not to be forgotten, may be anywhere."""
     fh = client.session.call(op.opendir(node)).fh
     found = client.session.call(op.readdirplus(node, fh, 0, 32 * KIB))
     client.session.call(op.releasedir(node, fh))
-    # "." and ".." are not counted, so that they are not to be forgotten.
     places = [i for i, one in enumerate(found) if one.dirent.name not in (b".", b"..")]
     client.session.call(op.batch_forget([(found[i].entry.nodeid, 1) for i in places]))
-    # In one piece, for the nodeids to be found in it.
-    listing = replace(op.readdirplus(node, 0, 0, 32 * KIB), reply_room=32 * KIB, data_room=0)
-    steps = (
-        Step(op.opendir(node)),
-        Step(listing),
-        Step(op.releasedir(node, 0)),
-        Step(op.batch_forget([(0, 1)] * len(places))),
-    )
-    handles = [Copy(0, _FH_IN_OPEN_REPLY, i, IN_HEADER_BYTES) for i in (1, 2)]
-    first = IN_HEADER_BYTES + _BATCH_FORGET_HEADER_BYTES
-    nodeids = [
-        Copy(1, OUT_HEADER_BYTES + place * _DIRENTPLUS_BYTES, 3, first + i * _FORGET_ONE_BYTES)
-        for i, place in enumerate(places)
-    ]
-    return Prepared(_row(*steps, copies=[*handles, *nodeids]))
+    return places
+
+
+def _readdirplus_cold(client: FuseClient) -> Prepared:
+    """A directory for each slot. Raises ValueError where the same names are not in the same order in each."""
+    nodes = [client.walk(f"listed-cold/{name_of(i)}").nodeid for i in range(MOST_SLOTS)]
+    places = _places_in_listing(client, nodes[0])
+    if any(_places_in_listing(client, node) != places for node in nodes):
+        raise ValueError("this file system lists the same names in another order in each directory")
+
+    def row(slot: int) -> Row:
+        # In one piece, for the nodeids to be found in it.
+        listing = replace(op.readdirplus(nodes[slot], 0, 0, 32 * KIB), reply_room=32 * KIB, data_room=0)
+        steps = (
+            Step(op.opendir(nodes[slot])),
+            Step(listing),
+            Step(op.releasedir(nodes[slot], 0)),
+            Step(op.batch_forget([(0, 1)] * len(places))),
+        )
+        handles = [Copy(0, _FH_IN_OPEN_REPLY, i, IN_HEADER_BYTES) for i in (1, 2)]
+        to = IN_HEADER_BYTES + _BATCH_FORGET_HEADER_BYTES
+        nodeids = [
+            Copy(1, OUT_HEADER_BYTES + place * _DIRENTPLUS_BYTES, 3, to + i * _FORGET_ONE_BYTES)
+            for i, place in enumerate(places)
+        ]
+        return Row(steps, [*handles, *nodeids])
+
+    return Prepared(row)
 
 
 def _create(client: FuseClient) -> Prepared:
