@@ -44,6 +44,35 @@ uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 	return n;
 }
 
+bool vf_inotify_lone_halves_behind(const struct vf_inotify_reader *reader,
+				   const struct inotify_event *record, uint32_t enough)
+{
+	const struct inotify_event *other;
+	uint32_t n = 0;
+
+	for (uint32_t at = reader->end; n < enough && (other = vf_record_at(reader, at));
+	     at = vf_record_end(at, other))
+		n += other != record && other->mask == record->mask &&
+		     vf_record_is_of_same_name(other, record) && is_alone(reader, other);
+	return n >= enough;
+}
+
+bool vf_inotify_half_may_be_missing(const struct vf_inotify_reader *reader, uint32_t half,
+				    const struct vf_inode *other_dir, const char *name,
+				    uint32_t namelen)
+{
+	const struct inotify_event *last = vf_record_at(reader, reader->last);
+
+	/* The kernel queues the second half right behind the first. */
+	if (half & IN_MOVED_FROM)
+		return !vf_record_at(reader, reader->end);
+	if (reader->last == reader->next)
+		return true;
+	return (last->mask & IN_MOVED_FROM) &&
+	       last->wd == vf_watch_wd(reader->events->watches, reader->which, other_dir) &&
+	       strnlen(last->name, last->len) == namelen && !memcmp(last->name, name, namelen);
+}
+
 static void take_one(struct vf_inotify_reader *reader, const struct inotify_event *record)
 {
 	const uint32_t removal = IN_DELETE | IN_ISDIR;
@@ -173,6 +202,7 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader)
 		n += take(reader, record);
 		if (reader->n_unseen)
 			vf_inotify_tell_unseen(reader);
+		reader->last = reader->next;
 	}
 	return n;
 }

@@ -26,6 +26,7 @@ struct vf_inotify_reader {
 	uint32_t size;	  /* of what was read */
 	uint32_t next;	  /* the record at hand, in what was read */
 	uint32_t end;	  /* behind it */
+	uint32_t last;	  /* the record before it; next: none is left there */
 	uint32_t waits;	  /* for second halves, since the first read */
 	uint64_t idle_ns; /* time waited for anything, likewise */
 	uint64_t waited;  /* what came before this place of the stream was waited for long enough */
@@ -83,6 +84,17 @@ struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
 uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 				const struct inotify_event *record, uint32_t mask, uint32_t enough,
 				uint64_t time_ns);
+/* Do so many halves like this one follow in what was read, whatever is between them? */
+bool vf_inotify_lone_halves_behind(const struct vf_inotify_reader *reader,
+				   const struct inotify_event *record, uint32_t enough);
+/*
+ * Only one half of a rename is there, of which inotify says both: may the other one, of this name
+ * in this directory, have come right before it and been counted as one with another, or be still
+ * to come?
+ */
+bool vf_inotify_half_may_be_missing(const struct vf_inotify_reader *reader, uint32_t half,
+				    const struct vf_inode *other_dir, const char *name,
+				    uint32_t namelen);
 
 /* ---- inotify_watch.c ---- */
 

@@ -74,7 +74,7 @@ void vf_records_make_room(struct vf_inotify_reader *reader)
 	reader->at += reader->next;
 	reader->size -= reader->next;
 	reader->end -= reader->next;
-	reader->next = 0;
+	reader->next = reader->last = 0;
 }
 
 int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
@@ -82,7 +82,7 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
 	ssize_t n;
 
 	reader->now_ns = vf_now_ns();
-	reader->size = reader->next = reader->end = 0;
+	reader->size = reader->next = reader->end = reader->last = 0;
 	reader->waits = 0;
 	reader->idle_ns = 0;
 	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);

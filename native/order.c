@@ -109,16 +109,19 @@ static bool report_with_half(struct vf_order *order, const struct vf_change *sec
 	return changes[0].dir;
 }
 
-/*
- * Halves of renames of that name, right behind this one, that nobody was told of, nor of their
- * other halves; n: how many.
- */
-static struct vf_fact *untold_halves(struct vf_order *order, const struct vf_fact *told,
-				     uint64_t event, uint32_t bucket, uint32_t *n)
-{
-	struct vf_fact *first = NULL;
+/* Halves of renames of one name that nobody was told of, nor of their other halves. */
+struct untold {
+	struct vf_fact *first; /* right behind the one that was told; NULL: none is */
+	uint32_t n;	       /* so many are there, with nothing else between them */
+	uint32_t behind;       /* and so many in all */
+};
 
-	*n = 0;
+static struct untold untold_halves(struct vf_order *order, const struct vf_fact *told,
+				   uint64_t event, uint32_t bucket)
+{
+	struct untold untold = {.first = NULL};
+	bool between = false;
+
 	for (unsigned int i = 0; i < 2; i++) {
 		struct vf_fact *fact = order->generations[order->young ^ 1 ^ i].first[bucket];
 		uint32_t compared = 0;
@@ -131,38 +134,44 @@ static struct vf_fact *untold_halves(struct vf_order *order, const struct vf_fac
 			if (!(fact->mask & VF_FS_ENTRY_EVENTS & ~fact->used))
 				continue;
 			if (!(fact->mask & event) || !vf_fact_is_unsaid(fact) || fact->half ||
-			    fact->second)
-				return first;
-			++*n;
-			if (!first)
-				first = fact;
+			    fact->second || ((fact->mask ^ told->mask) & VF_FS_ISDIR)) {
+				between = true;
+				continue;
+			}
+			untold.behind++;
+			untold.n += !between;
+			if (!untold.first && !between)
+				untold.first = fact;
 		}
 	}
-	return first;
+	return untold;
 }
 
 /*
  * inotify counts halves of two renames of one name as one, when nothing stands between them and
- * nobody has read the first; fanotify does not.
+ * nobody has read the first; fanotify does not.  But it counts the same rename again as one, so
+ * there may be something between these two all the same: then inotify says each of them.
  */
 static void tell_counted_as_one(struct vf_order *order, const struct inotify_event *record,
 				const struct vf_fact *told)
 {
 	uint64_t event = record->mask & VF_ORDER_HALVES;
-	struct vf_fact *fact;
-	uint32_t bucket, n;
+	struct untold untold;
+	uint32_t bucket;
 
 	if (!told || vf_order_counts_for_all(order, event))
 		return;
 	bucket = vf_fact_bucket(vf_fact_key(told->nodeid, told->name, told->namelen));
 	/* It is there before inotify says so, but that may have been read later. */
 	order->read_facts(order->events);
-	while ((fact = untold_halves(order, told, event, bucket, &n)) &&
-	       vf_inotify_lone_halves(&order->reader, record, (uint32_t)event, n, BEHIND_NS) < n) {
-		struct vf_change change = vf_fact_change(order, fact);
+	while ((untold = untold_halves(order, told, event, bucket)).first &&
+	       vf_inotify_lone_halves(&order->reader, record, (uint32_t)event, untold.n,
+				      BEHIND_NS) < untold.n &&
+	       !vf_inotify_lone_halves_behind(&order->reader, record, untold.behind)) {
+		struct vf_change change = vf_fact_change(order, untold.first);
 
-		vf_fact_use(order, fact, event, bucket);
-		change.mask = event | (fact->mask & VF_FS_ISDIR);
+		vf_fact_use(order, untold.first, event, bucket);
+		change.mask = event | (untold.first->mask & VF_FS_ISDIR);
 		if (change.dir)
 			vf_events_report(order->events, &change, 1);
 		vf_fact_put_change(order, &change);
@@ -287,8 +296,10 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 				       vf_inotify_change(reader, to, to_dir, NULL)};
 	struct vf_fact *facts[2];
 
+	order->in_pair = true;
 	facts[0] = complete(order, &changes[0]);
 	facts[1] = complete(order, &changes[1]);
+	order->in_pair = false;
 	if (facts[0] && facts[0]->silent && facts[1] && facts[1]->silent)
 		vf_events_trace_own(order->events, changes, 2);
 	else

@@ -43,6 +43,8 @@ struct vf_fact {
 	int32_t pid;
 	bool silent; /* our own doing, or reported already */
 	bool told;   /* with its other half, before inotify said this one */
+	bool joined; /* half of a rename of which inotify says both */
+	bool spent;  /* used up, and another of its kind after it */
 	bool past;   /* of an object that had the name before the one that has it now */
 	bool not_its_end;
 	bool unlinked;
@@ -89,6 +91,7 @@ struct vf_fact_generation {
 struct vf_order {
 	struct vf_inotify_reader reader; /* first: its callbacks are given this */
 	struct vf_fact *fact;		 /* of the child event at hand */
+	bool in_pair;			 /* at hand is a rename of which inotify said both halves */
 	struct vf_events *events;
 	bool (*read_facts)(struct vf_events *events);
 	uint64_t picks, facts;

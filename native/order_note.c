@@ -124,6 +124,7 @@ bool vf_order_note_rename(struct vf_order *order, const struct vf_change changes
 	if (first && second) {
 		first->second = second;
 		second->half = first;
+		first->joined = second->joined = from && to;
 	} else {
 		order->full = true;
 	}

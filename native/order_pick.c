@@ -49,7 +49,42 @@ struct candidates {
 	struct vf_fact *unlinked; /* the first unused of an object that lost the name before */
 	struct vf_fact *arrival;  /* the first of an object of which inotify has not said it yet */
 	struct vf_fact *any;
+	struct vf_fact *unfit; /* the first unused of a rename that inotify would say otherwise */
 };
+
+/*
+ * Of which fact such an event is inotify shows, too: it says both halves of a rename, or one.
+ * fanotify counts a rename as one with the same one before it, so there need not be a fact that was
+ * not used.
+ */
+static bool fits(const struct vf_order *order, const struct vf_fact *fact, uint64_t event)
+{
+	struct vf_fact *other = fact->second ? fact->second : fact->half;
+	struct vf_inode *dir;
+	bool fit;
+
+	if (vf_order_counts_for_all(order, event) || fact->joined == order->in_pair)
+		return true;
+	if (order->in_pair)
+		return false;
+	dir = vf_inode_get(order->events->share, other->nodeid);
+	fit = !dir || vf_inotify_half_may_be_missing(&order->reader, (uint32_t)event, dir,
+						     other->name, other->namelen);
+	if (dir)
+		vf_inode_put(order->events->share, dir);
+	return fit;
+}
+
+/* Used up facts of one kind say no more than the last of them. */
+enum { OTHERS, LONE_FIRST, LONE_SECOND, JOINED_FIRST, JOINED_SECOND, N_KINDS };
+
+static unsigned int kind_of(const struct vf_order *order, const struct vf_fact *fact)
+{
+	if (vf_order_counts_for_all(order, fact->mask) ||
+	    (fact->mask & ~VF_ORDER_HALVES & VF_ORDER_EVENTS))
+		return OTHERS;
+	return (fact->mask & VF_FS_MOVED_FROM ? LONE_FIRST : LONE_SECOND) + 2 * fact->joined;
+}
 
 static bool is_used_up(const struct vf_fact *fact)
 {
@@ -68,12 +103,26 @@ static void unlink_fact(struct vf_fact_generation *g, uint32_t bucket, struct vf
 		g->last[bucket] = link;
 }
 
-/* Of the facts of one name that are used up only the last one that was used stays in the chain. */
+static void keep_last(struct vf_fact **last, struct vf_fact *fact)
+{
+	if (*last && (*last)->picked > fact->picked) {
+		fact->spent = true;
+		return;
+	}
+	if (*last)
+		(*last)->spent = true;
+	*last = fact;
+}
+
+/*
+ * Of the facts of one name that are used up only the last one of its kind that was used stays in
+ * the chain.
+ */
 static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t bucket,
 		 uint64_t nodeid, const struct vf_change *change, uint64_t event,
 		 struct candidates *c)
 {
-	struct vf_fact **link = &g->first[bucket], **used_up = NULL, *fact;
+	struct vf_fact **link = &g->first[bucket], *used_up[N_KINDS] = {NULL}, *fact;
 	uint32_t compared = 0;
 
 	while ((fact = *link) && compared < VF_FACTS_COMPARED) {
@@ -81,18 +130,13 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 			link = &fact->next;
 			continue;
 		}
-		if (is_used_up(fact)) {
-			if (used_up && (*used_up)->picked > fact->picked) {
-				unlink_fact(g, bucket, link);
-				continue;
-			}
-			if (used_up && link == &(*used_up)->next)
-				link = used_up;
-			if (used_up)
-				unlink_fact(g, bucket, used_up);
-			used_up = link;
-		} else {
+		if (is_used_up(fact))
+			keep_last(&used_up[kind_of(order, fact)], fact);
+		else
 			compared++;
+		if (fact->spent) {
+			unlink_fact(g, bucket, link);
+			continue;
 		}
 		if (fact->picked && (!c->current || fact->picked > c->current->picked))
 			c->current = fact;
@@ -105,6 +149,11 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 			continue;
 		if (vf_order_counts_for_all(order, event))
 			vf_fact_set_said(order, fact, event);
+		if (!fits(order, fact, event)) {
+			if (!c->unfit && !(fact->used & event))
+				c->unfit = fact;
+			continue;
+		}
 		c->any = fact;
 		if ((fact->past && !(event & DEPARTURES)) || (fact->used & event))
 			continue;
@@ -195,6 +244,8 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 	}
 	if (fact && fact->silent && c.foreign)
 		fact = c.foreign;
+	if (!fact && choice == VF_FACT_ANY_LAST)
+		fact = c.unfit;
 	if (fact || choice == VF_FACT_ANY_LAST)
 		vf_facts_note_early(order, key, event, !fact);
 	if (fact)

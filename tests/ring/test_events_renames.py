@@ -15,6 +15,7 @@ from tests.ring.conftest import MakeShare
 from tests.ring.event_sources import FILESYSTEM_MARK, INODE_MARKS, INOTIFY, Source, start_share
 from tests.ring.events import WATCHED, EventGuest
 from tests.ring.share import Share
+from tests.server import held_up
 from vhostfs.frontend.fsnotify import Event
 
 pytestmark = pytest.mark.usefixtures("ours")
@@ -110,6 +111,28 @@ def test_what_has_no_other_half_is_told_as_a_plain_one(share: Share) -> None:
     told = guest.told(10)  # if each waited 10 ms for its other half, it would take 20 s
     assert halves(told) == expected
     assert all(line.endswith(" half") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("moves", "expected"),
+    [
+        ("u/a>d/a d/a>u/a u/a>d/a d/b>d/a", "+a -a +a -b +a"),
+        ("u/a>d/a d/a>u/a u/a>d/a d/a>u/a u/a>d/a d/a>d/c d/c>d/a", "+a -a +a -a +a -a +c -c +a"),
+        ("d/b>d/a d/a>d/b d/b>d/a d/a>u/b u/a>d/a d/a>d/b", "-b +a -a +b -b +a -a +a -a +b"),
+    ],
+)
+def test_a_rename_that_comes_again_is_not_taken_for_another(share: Share, moves: str, expected: str) -> None:
+    """fanotify counts it as one with the first, when nobody has looked since."""
+    (share.path / "u/a").touch()
+    (share.path / "d/b").touch()
+    guest = EventGuest(share)
+    guest.watch("d", Event.MOVED_FROM | Event.MOVED_TO)
+    with held_up(share.server.process.pid):
+        for move in moves.split():
+            old, new = move.split(">")
+            os.rename(share.path / old, share.path / new)
+    words = {"+": "MOVED_TO", "-": "MOVED_FROM"}
+    assert halves(guest.told()) == [f"{words[sign]} d[{name}]" for sign, name in expected.split()]
 
 
 def test_only_one_of_the_halves_is_asked_for(share: Share) -> None:
