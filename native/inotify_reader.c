@@ -160,6 +160,9 @@ static uint32_t take_moved_from(struct vf_inotify_reader *reader)
 	uint32_t cookie = vf_record_at(reader, reader->next)->cookie;
 	struct inotify_event *to = second_half(reader, cookie);
 
+	/* It is queued right behind, perhaps since the read. */
+	if (!to && !vf_record_at(reader, reader->end) && vf_records_read_more(reader, 0))
+		to = second_half(reader, cookie);
 	if (!to && reader->joins_renames && reader->waits < MAX_WAITS &&
 	    reader->at + reader->next >= reader->waited)
 		to = wait_for_half(reader, cookie);
