@@ -15,9 +15,8 @@ from typing import Any, cast
 import pytest
 
 from tests.limits import HANG_S
-from vhostfs.cli.run import ended_server
 from vhostfs.cli.run_events import delivered
-from vhostfs.vm.server import ServerSpec, ShareServer
+from vhostfs.vm.server import ServerSpec, ShareServer, ended_server
 
 
 def told(chosen: str, missing: str = "") -> dict[str, Any]:
@@ -87,7 +86,7 @@ def test_a_server_that_serves_is_not_the_cause(
 ) -> None:
     """And is not waited for."""
     path, listener = place
-    monkeypatch.setattr("vhostfs.cli.run._SERVER_END_TIMEOUT_S", HANG_S)
+    monkeypatch.setattr("vhostfs.vm.server.END_TIMEOUT_S", HANG_S)
     listener.listen()
     began_s = time.monotonic()
     assert found(fake(path, "input()")) is None

@@ -39,7 +39,7 @@ from vhostfs.vm.server import (
     TEMPLATE_VARIABLE,
     ServerSpec,
     ShareServer,
-    is_listening,
+    ended_with,
     template_from_environment,
 )
 from vhostfs.vm.terminal import (
@@ -57,8 +57,6 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 MAIN_MOUNT_POINT = "/share"
 _MAIN_TAG = "share"
 _WATCH_INTERVAL_S = 0.25
-_SERVER_LOOK_S = 0.5
-_SERVER_END_TIMEOUT_S = 10.0
 _STDERR = 2
 _SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -il; fi"
 _TAG = re.compile(r"[A-Za-z0-9_.-]{1,36}")
@@ -350,53 +348,11 @@ def _run(args: argparse.Namespace, steps: Steps) -> int:
             )
         steps(f"starting Linux {image.kernel_release} with QEMU {qemu.version_text} ({accelerator.value})")
         guest = Guest(_machine(args, equipment, accelerator, tuple(guest_shares)), lifeline=lifeline)
-        try:
-            with _ended_with(servers, guest), guest:
-                steps.note(events_line(args.events, equipment, guest_shares[0].socket_path))
-                if args.verbose:
-                    print(f"vhostfs: ran {shlex.join(guest.command)}", file=sys.stderr)
-                return _run_command(args, guest, interactive)
-        except (VmError, GuestError) as error:
-            # A server that failed is the cause, whatever QEMU or the guest then said.
-            failed = ended_server(servers)
-            raise VmError(failed.describe_end()) if failed else error from error
-
-
-def ended_server(servers: Sequence[ShareServer]) -> ShareServer | None:
-    """A server that has ended, or is about to: QEMU may notice first.
-
-    One that listens no more is about to, however long that takes on a busy machine.
-    """
-    began_s = time.monotonic()
-    while (passed_s := time.monotonic() - began_s) < _SERVER_END_TIMEOUT_S:
-        for server in servers:
-            if server.process.poll() is not None:
-                return server
-        if passed_s > _SERVER_LOOK_S and all(is_listening(server.spec.socket_path) for server in servers):
-            return None
-        time.sleep(0.02)
-    return None
-
-
-@contextlib.contextmanager
-def _ended_with(servers: Sequence[ShareServer], guest: Guest) -> Iterator[None]:
-    """While the guest starts and its command runs: it goes at once when a server has gone, for what it asks
-    of the share then would wait for ever."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_WATCH_INTERVAL_S):
-            if any(server.process.poll() is not None for server in servers):
-                guest.kill()
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+        with ended_with(servers, guest), guest:
+            steps.note(events_line(args.events, equipment, guest_shares[0].socket_path))
+            if args.verbose:
+                print(f"vhostfs: ran {shlex.join(guest.command)}", file=sys.stderr)
+            return _run_command(args, guest, interactive)
 
 
 def _share_options(args: argparse.Namespace) -> list[ShareOption]:

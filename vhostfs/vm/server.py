@@ -10,19 +10,26 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vhostfs.vm.agent import GuestError
 from vhostfs.vm.errors import VmError
-from vhostfs.vm.guest import read_tail
+from vhostfs.vm.guest import Guest, read_tail
 from vhostfs.vm.lifeline import Lifeline
 
 TEMPLATE_VARIABLE = "VHOSTFS_SERVER"
 """Environment variable that replaces our server by another for comparison: a command with {socket} and
 {dir}."""
 READY_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 10.0
 _POLL_S = 0.01
+_LOOK_S = 0.5
+_WATCH_INTERVAL_S = 0.25
 _LOG_TAIL_LINES = 15
 _ACCEPTS_CONNECTIONS = 0x10000  # __SO_ACCEPTCON in the Flags column of /proc/net/unix
 
@@ -116,3 +123,45 @@ class ShareServer:
     def stop(self) -> int:
         """Ends the server and returns its exit status."""
         return self._lifeline.stop(self.process)
+
+
+def ended_server(servers: Sequence[ShareServer]) -> ShareServer | None:
+    """A server that has ended, or is about to: QEMU may notice first.
+
+    One that listens no more is about to, however long that takes on a busy machine.
+    """
+    began_s = time.monotonic()
+    while (passed_s := time.monotonic() - began_s) < END_TIMEOUT_S:
+        for server in servers:
+            if server.process.poll() is not None:
+                return server
+        if passed_s > _LOOK_S and all(is_listening(server.spec.socket_path) for server in servers):
+            return None
+        time.sleep(0.02)
+    return None
+
+
+@contextmanager
+def ended_with(servers: Sequence[ShareServer], guest: Guest) -> Iterator[None]:
+    """While the guest starts and its command runs: it goes at once when a server has gone, for what it asks
+    of the share then would wait for ever.
+
+    Raises VmError with a server's end when that is the cause, whatever QEMU or the guest then said."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_WATCH_INTERVAL_S):
+            if any(server.process.poll() is not None for server in servers):
+                guest.kill()
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except (VmError, GuestError) as error:
+        failed = ended_server(servers)
+        raise VmError(failed.describe_end()) if failed else error from error
+    finally:
+        done.set()
+        watcher.join()
