@@ -8,16 +8,23 @@
 #define MAX_WAITS 8u
 /* The halves of a rename are looked for this far apart. */
 #define MAX_BETWEEN 512u
+/* Records that are looked at for halves that have no other, between two reads: each for each. */
+#define MAX_LOOKED (4u << 20)
 
 /* ---- renames ---------------------------------------------------------------------- */
 
-static bool is_alone(const struct vf_inotify_reader *reader, const struct inotify_event *half)
+/* False, too, when that would take too long: then what it was is told by fanotify as well. */
+static bool is_alone(struct vf_inotify_reader *reader, const struct inotify_event *half)
 {
 	const struct inotify_event *other;
 
-	for (uint32_t at = 0; (other = vf_record_at(reader, at)); at = vf_record_end(at, other))
+	for (uint32_t at = 0; (other = vf_record_at(reader, at)); at = vf_record_end(at, other)) {
+		if (reader->looked >= MAX_LOOKED)
+			return false;
+		reader->looked++;
 		if (other != half && other->cookie == half->cookie)
 			return false;
+	}
 	return true;
 }
 
@@ -36,11 +43,11 @@ uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 				continue;
 			if (!(other->mask & mask) || !is_alone(reader, other))
 				return n;
-			n++;
+			if (++n == enough)
+				return n;
 		}
 		now = vf_now_ns();
-	} while (n < enough && now <= deadline_ns &&
-		 vf_records_read_more(reader, deadline_ns - now));
+	} while (now <= deadline_ns && vf_records_read_more(reader, deadline_ns - now));
 	return n;
 }
 

@@ -29,6 +29,7 @@ struct vf_inotify_reader {
 	uint32_t last;	  /* the record before it; next: none is left there */
 	uint32_t waits;	  /* for second halves, since the first read */
 	uint64_t idle_ns; /* time waited for anything, likewise */
+	uint32_t looked;  /* records looked at for the other halves of later ones, likewise */
 	uint64_t waited;  /* what came before this place of the stream was waited for long enough */
 	uint64_t at;	  /* where in the instance's stream it began, if read() counts that */
 	uint64_t now_ns;  /* CLOCK_MONOTONIC, when it was read */
@@ -78,8 +79,8 @@ struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
 				   const struct inotify_event *record, struct vf_inode *inode,
 				   struct vf_inode *child);
 /*
- * How many halves of renames (mask) of the same name in the same watch follow whose other halves
- * are not there.  While it is not enough, what comes within that time is read, too.
+ * How many halves of renames (mask), up to enough, of the same name in the same watch follow whose
+ * other halves are not there.  While it is not enough, what comes within that time is read, too.
  */
 uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 				const struct inotify_event *record, uint32_t mask, uint32_t enough,

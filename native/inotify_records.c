@@ -85,6 +85,7 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
 	reader->size = reader->next = reader->end = reader->last = 0;
 	reader->waits = 0;
 	reader->idle_ns = 0;
+	reader->looked = 0;
 	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
 	reader->waited = reader->at;
 	if (n < 0)

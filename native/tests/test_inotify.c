@@ -2,6 +2,7 @@
 /* From a change on the host to the element, by inotify. */
 #include <sys/inotify.h>
 
+#include "../inotify_reader.h"
 #include "taker.h"
 
 /* ---- events on a share --------------------------------------------------------- */
@@ -693,6 +694,40 @@ static void what_happens_while_a_watch_is_renewed_is_told(struct guest *g)
 		RUN(test, VF_HANDLES_PREFER, 1);                                                   \
 	} while (0)
 
+/* ---- a queue full of halves -------------------------------------------------------- */
+
+/* As one who moves two names out of a directory by turns makes them. */
+static void halves_without_another_take_a_moment(struct guest *g)
+{
+	static struct vf_events events;
+	struct vf_inotify_reader reader = {.events = &events, .fd = -1};
+	const uint32_t record_size = sizeof(struct inotify_event) + 16;
+	uint64_t began_ns = vf_now_ns();
+	uint32_t lone;
+
+	(void)g;
+	reader.buffer = aligned_alloc(64, VF_SOURCE_BUFFER);
+	CHECK(reader.buffer);
+	memset(reader.buffer, 0, VF_SOURCE_BUFFER);
+	reader.size = VF_SOURCE_BUFFER / record_size * record_size;
+	for (uint32_t at = 0; at < reader.size; at += record_size) {
+		struct inotify_event *record = (struct inotify_event *)(reader.buffer + at);
+
+		*record = (struct inotify_event){
+		    .wd = 1, .mask = IN_MOVED_FROM, .cookie = at / record_size + 1, .len = 16};
+		record->name[0] = at / record_size % 2 ? 'a' : 'b';
+	}
+	for (uint32_t at = 0; at < reader.size; at += record_size) {
+		struct inotify_event *record = (struct inotify_event *)(reader.buffer + at);
+
+		reader.end = at + record_size;
+		lone = vf_inotify_lone_halves(&reader, record, IN_MOVED_FROM, 64, 1000000);
+		CHECK(at || lone == 64);
+	}
+	CHECK(vf_now_ns() - began_ns < 10000000000);
+	free(reader.buffer);
+}
+
 int main(void)
 {
 	set_up();
@@ -711,6 +746,7 @@ int main(void)
 	RUN_ALL(the_hosts_same_change_is_told);
 	RUN_ALL(many_at_once_are_told_apart);
 	RUN(what_happens_while_a_watch_is_renewed_is_told, VF_HANDLES_NEVER, 5000);
+	RUN(halves_without_another_take_a_moment, VF_HANDLES_NEVER, 5000);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
 }
