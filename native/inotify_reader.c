@@ -51,7 +51,7 @@ uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 	return n;
 }
 
-bool vf_inotify_lone_halves_behind(const struct vf_inotify_reader *reader,
+bool vf_inotify_lone_halves_behind(struct vf_inotify_reader *reader,
 				   const struct inotify_event *record, uint32_t enough)
 {
 	const struct inotify_event *other;

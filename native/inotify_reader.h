@@ -86,7 +86,7 @@ uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
 				const struct inotify_event *record, uint32_t mask, uint32_t enough,
 				uint64_t time_ns);
 /* Do so many halves like this one follow in what was read, whatever is between them? */
-bool vf_inotify_lone_halves_behind(const struct vf_inotify_reader *reader,
+bool vf_inotify_lone_halves_behind(struct vf_inotify_reader *reader,
 				   const struct inotify_event *record, uint32_t enough);
 /*
  * Only one half of a rename is there, of which inotify says both: may the other one, of this name
