@@ -136,7 +136,7 @@ class GuestSession:
                 native = HostProgram(host, twin, more)
                 outcome = run(script, shared, twin, watcher, native, different_sets, with_ignored=True)
             else:
-                own = NativeWatcher(twin, all_end=True)
+                own = NativeWatcher(twin)
                 # Whatever the source is, the guest's own inotify sums up what its watcher has not read.
                 outcome = run(script, shared, twin, watcher, own, differences_from_inotify, with_ignored=True)
             watcher.close()

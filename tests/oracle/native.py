@@ -29,13 +29,9 @@ class NativeOverflowError(Exception):
 
 
 class NativeWatcher:
-    """One inotify group; watches have the names that the script gives them.
+    """One inotify group; watches have the names that the script gives them."""
 
-    `all_end`: what loses its last name ends for all who watch it; else for those who ask for DELETE_SELF.
-    """
-
-    def __init__(self, root: Path, *, all_end: bool = False) -> None:
-        self._all_end = all_end
+    def __init__(self, root: Path) -> None:
         self._root = root
         self._fd = self._checked(_LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
         self._watch_of_name: dict[str, int] = {}
@@ -79,11 +75,10 @@ class NativeWatcher:
     def end_of(self, identity: tuple[int, int]) -> list[Seen]:
         """Ends the watch of an object that lost its last name and still lives: what its end tells."""
         for number, watched in self._identities.items():
-            # Who does not ask for DELETE_SELF is not told of the end. At the ring nobody else says that it
-            # has come, and the watch goes on until it is natively there.
-            asked = bool(self._masks[number] & In.DELETE_SELF)
-            if watched == identity and (asked or self._all_end):
+            if watched == identity:
                 name = self._name_of_watch[number]
+                # Who does not ask for DELETE_SELF is told only that the watch is over.
+                asked = bool(self._masks[number] & In.DELETE_SELF)
                 self._end(number)
                 return [Seen(name, In.DELETE_SELF)] * asked + [Seen(name, In.IGNORED)]
         return []

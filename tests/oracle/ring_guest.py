@@ -96,7 +96,9 @@ class RingGuest:
             key, is_dir = self.look(path)
             if mask & In.ONLYDIR and not is_dir:
                 return errno.ENOTDIR
-            wanted = int(mask & (In.ALL | In.EXCL_UNLINK)) | (int(Event.EVENT_ON_CHILD) if is_dir else 0)
+            # The driver always asks for the end: it is the watch's, too.
+            wanted = int(mask & (In.ALL | In.EXCL_UNLINK) | In.DELETE_SELF)
+            wanted |= int(Event.EVENT_ON_CHILD) if is_dir else 0
             self._fs.watch(key[0], wanted, key[1])
         except OSError as error:
             assert error.errno is not None
@@ -214,8 +216,13 @@ class RingGuest:
 
     def _delivered(self, key: Key, mask: In, name: bytes = b"", cookie: int = 0) -> list[Seen]:
         watch = self._watches.get(key)
-        if watch is None or not watch.mask & mask & In.ALL:
+        if watch is None:
             return []
+        if not watch.mask & mask & In.ALL:
+            if not mask & In.DELETE_SELF:
+                return []
+            self._end(key)
+            return [Seen(watch.name, In.IGNORED)]
         if watch.mask & mask & In.EXCL_UNLINK and mask & BY_PATH:
             return []
         mask &= ~In.EXCL_UNLINK
