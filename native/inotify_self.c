@@ -81,6 +81,21 @@ static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode 
 	return true;
 }
 
+/* Does anything follow that happened to it, or in it, while it had a name? */
+static bool lives_on(struct vf_inotify_reader *reader, const struct vf_inode *dir)
+{
+	int32_t wd = vf_watch_wd(reader->events->watches, reader->which, dir);
+	const struct inotify_event *other;
+	uint32_t at = reader->end;
+
+	do {
+		for (; (other = vf_record_at(reader, at)); at = vf_record_end(at, other))
+			if (other->wd == wd && (other->mask & (IN_MOVE_SELF | VF_FS_ENTRY_EVENTS)))
+				return true;
+	} while (vf_records_read_more(reader, 0));
+	return false;
+}
+
 /* Whoever replaces it says so a moment after it has lost its last link. */
 static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
 {
@@ -172,8 +187,10 @@ void vf_inotify_take_removal(struct vf_inotify_reader *reader, const struct inot
 				   vf_inotify_name_number(record->wd, record->name, namelen),
 				   named.inodes, VF_MAX_PLACES);
 	for (uint32_t i = 0; i < named.n; i++)
+		/* Its name may be one that it got after this: then another had it here. */
 		if (vf_watch_wd(events->watches, VF_WD_PARENT, named.inodes[i]) == record->wd &&
-		    vf_events_is_gone(events, named.inodes[i]))
+		    vf_events_is_gone(events, named.inodes[i]) &&
+		    !lives_on(reader, named.inodes[i]))
 			removed.inodes[removed.n++] = named.inodes[i];
 	/* Of several on one mount the others had the name before. */
 	for (uint32_t i = 0; i < dirs->n; i++)

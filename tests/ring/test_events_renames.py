@@ -132,7 +132,7 @@ def test_a_rename_that_comes_again_is_not_taken_for_another(share: Share, moves:
             old, new = move.split(">")
             os.rename(share.path / old, share.path / new)
     words = {"+": "MOVED_TO", "-": "MOVED_FROM"}
-    assert halves(guest.told()) == [f"{words[sign]} d[{name}]" for sign, name in expected.split()]
+    assert halves(guest.told()) == [f"{words[word[0]]} d[{word[1]}]" for word in expected.split()]
 
 
 def test_only_one_of_the_halves_is_asked_for(share: Share) -> None:
@@ -198,4 +198,30 @@ def test_a_moved_directory_takes_its_watches_along(share: Share) -> None:
         "ISDIR|DELETE_SELF d/tree/below",
         "ISDIR|DELETE d/tree[below]",
         "ISDIR|DELETE_SELF d/tree",
+    ]
+
+
+def test_the_removal_of_who_had_the_name_before_is_not_a_directory_s_end(share: Share) -> None:
+    """Its name is learnt when it has gone, too, so of which removal of that name it was must be found out."""
+    (share.path / "d/moved").mkdir()
+    (share.path / "d/name").mkdir()
+    guest = EventGuest(share)
+    guest.watch("d/moved")
+    with held_up(share.server.process.pid):
+        os.rename(share.path / "d/moved", share.path / "d/other")
+        os.mknod(share.path / "d/other/first")
+        os.rmdir(share.path / "d/name")
+        os.mknod(share.path / "d/other/second")
+        os.rename(share.path / "d/other", share.path / "d/name")
+        os.unlink(share.path / "d/name/first")
+        os.unlink(share.path / "d/name/second")
+        os.rmdir(share.path / "d/name")
+    assert halves(guest.told_until("ISDIR|DELETE_SELF d/moved")) == [
+        "ISDIR|MOVE_SELF d/moved",
+        "CREATE d/moved[first]",
+        "CREATE d/moved[second]",
+        "ISDIR|MOVE_SELF d/moved",
+        "DELETE d/moved[first]",
+        "DELETE d/moved[second]",
+        "ISDIR|DELETE_SELF d/moved",
     ]
