@@ -296,7 +296,9 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 				       vf_inotify_change(reader, to, to_dir, NULL)};
 	struct vf_fact *facts[2];
 
-	order->in_pair = true;
+	/* As its facts are: the host may still tell of more than the guest watches there. */
+	order->in_pair = (vf_order_bits(order, from_dir) & VF_FS_MOVED_FROM) &&
+			 (vf_order_bits(order, to_dir) & VF_FS_MOVED_TO);
 	facts[0] = complete(order, &changes[0]);
 	facts[1] = complete(order, &changes[1]);
 	order->in_pair = false;

@@ -7,6 +7,7 @@ Must not test the forms of other elements. Specification: docs/protocol.md, "Ren
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +18,9 @@ from tests.ring.events import WATCHED, EventGuest
 from tests.ring.share import Share
 from tests.server import held_up
 from vhostfs.frontend.fsnotify import Event
+
+UNSAID_S = 0.1
+"""After this what inotify has not said is told without it."""
 
 pytestmark = pytest.mark.usefixtures("ours")
 
@@ -224,4 +228,31 @@ def test_the_removal_of_who_had_the_name_before_is_not_a_directory_s_end(share: 
         "DELETE d/moved[first]",
         "DELETE d/moved[second]",
         "ISDIR|DELETE_SELF d/moved",
+    ]
+
+
+def test_a_half_that_only_the_server_asks_for_is_none_of_a_pair(share: Share) -> None:
+    """The host still tells the server of what comes there, but the guest watches less now."""
+    (share.path / "e/kept").mkdir()
+    (share.path / "d/a").mkdir()
+    guest = EventGuest(share)
+    guest.watch("d")
+    guest.watch("u")
+    guest.watch("e")
+    guest.watch("e/kept")
+    guest.watch("e", Event(0))
+    guest.watch("e", Event.ATTRIB | Event.DELETE_SELF)
+    with held_up(share.server.process.pid):
+        os.rename(share.path / "d/a", share.path / "e/b")
+        (share.path / "d/a").mkdir()
+        os.rename(share.path / "d/a", share.path / "u/c")
+        (share.path / "d/end").mkdir()
+    first = halves(guest.told())
+    time.sleep(UNSAID_S)
+    assert [*first, *halves(guest.told())] == [
+        "ISDIR|MOVED_FROM d[a]",
+        "ISDIR|CREATE d[a]",
+        "ISDIR|MOVED_FROM d[a]",
+        "ISDIR|MOVED_TO u[c]",
+        "ISDIR|CREATE d[end]",
     ]
