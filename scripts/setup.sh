@@ -20,6 +20,7 @@ packages=(
 test_packages=(
 	cpio                                         # to check the archive writer against another reader
 	make                                         # to build the C core's own tests
+	xfsprogs                                     # to make a file system with reflinks
 	uidmap                                       # to test the sandbox without root
 )
 
