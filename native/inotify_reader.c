@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* inotify(7) for the event sources; see inotify_reader.h. */
 #include "inotify_records.h"
+#include "name_hash.h"
 
 /* Whoever renames may be held up between the halves: so long the second one is waited for. */
 #define SECOND_HALF_NS 10000000u
@@ -28,40 +29,34 @@ static bool is_alone(struct vf_inotify_reader *reader, const struct inotify_even
 	return true;
 }
 
-uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
-				const struct inotify_event *record, uint32_t mask, uint32_t enough,
-				uint64_t time_ns)
+uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t nodeid,
+			    struct vf_entry *entries, uint32_t max)
 {
-	uint64_t deadline_ns = vf_now_ns() + time_ns, now;
-	const struct inotify_event *other;
-	uint32_t at = reader->end, n = 0;
+	const struct inotify_event *record;
+	uint32_t n = 0;
 
-	do {
-		for (; (other = vf_record_at(reader, at)); at = vf_record_end(at, other)) {
-			if (other == record || !(other->mask & VF_FS_ENTRY_EVENTS) ||
-			    !vf_record_is_of_same_name(other, record))
-				continue;
-			if (!(other->mask & mask) || !is_alone(reader, other))
-				return n;
-			if (++n == enough)
-				return n;
-		}
-		now = vf_now_ns();
-	} while (now <= deadline_ns && vf_records_read_more(reader, deadline_ns - now));
+	for (uint32_t at = reader->end;
+	     n < max && reader->looked < MAX_LOOKED && (record = vf_record_at(reader, at));
+	     at = vf_record_end(at, record)) {
+		uint32_t namelen = (uint32_t)strnlen(record->name, record->len);
+
+		reader->looked++;
+		if (record->wd == wd && (record->mask & VF_FS_ENTRY_EVENTS) &&
+		    record != reader->second)
+			entries[n++] = (struct vf_entry){
+			    .key = vf_name_hash(nodeid, record->name, namelen),
+			    .events = record->mask & (uint32_t)VF_FS_ENTRY_EVENTS,
+			    .is_dir = record->mask & IN_ISDIR,
+			    .joined = (record->mask & (IN_MOVED_FROM | IN_MOVED_TO)) &&
+				      !is_alone(reader, record),
+			};
+	}
 	return n;
 }
 
-bool vf_inotify_lone_halves_behind(struct vf_inotify_reader *reader,
-				   const struct inotify_event *record, uint32_t enough)
+bool vf_inotify_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
 {
-	const struct inotify_event *other;
-	uint32_t n = 0;
-
-	for (uint32_t at = reader->end; n < enough && (other = vf_record_at(reader, at));
-	     at = vf_record_end(at, other))
-		n += other != record && other->mask == record->mask &&
-		     vf_record_is_of_same_name(other, record) && is_alone(reader, other);
-	return n >= enough;
+	return vf_records_read_more(reader, time_ns);
 }
 
 bool vf_inotify_half_may_be_missing(const struct vf_inotify_reader *reader, uint32_t half,
@@ -177,7 +172,9 @@ static uint32_t take_moved_from(struct vf_inotify_reader *reader)
 		take_one(reader, vf_record_at(reader, reader->next));
 		return 1;
 	}
+	reader->second = to;
 	take_pair(reader, vf_record_at(reader, reader->next), to);
+	reader->second = NULL;
 	to->mask = 0; /* done */
 	return 2;
 }

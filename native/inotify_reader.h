@@ -22,17 +22,18 @@ struct vf_inotify_reader {
 	enum vf_wd which;
 	/* Only its cookie joins the halves of a rename: the second one is waited for. */
 	bool joins_renames;
-	uint8_t *buffer;  /* VF_SOURCE_BUFFER bytes, 8-byte aligned */
-	uint32_t size;	  /* of what was read */
-	uint32_t next;	  /* the record at hand, in what was read */
-	uint32_t end;	  /* behind it */
-	uint32_t last;	  /* the record before it; next: none is left there */
-	uint32_t waits;	  /* for second halves, since the first read */
-	uint64_t idle_ns; /* time waited for anything, likewise */
-	uint32_t looked;  /* records looked at for the other halves of later ones, likewise */
-	uint64_t waited;  /* what came before this place of the stream was waited for long enough */
-	uint64_t at;	  /* where in the instance's stream it began, if read() counts that */
-	uint64_t now_ns;  /* CLOCK_MONOTONIC, when it was read */
+	uint8_t *buffer;		    /* VF_SOURCE_BUFFER bytes, 8-byte aligned */
+	uint32_t size;			    /* of what was read */
+	uint32_t next;			    /* the record at hand, in what was read */
+	uint32_t end;			    /* behind it */
+	uint32_t last;			    /* the record before it; next: none is left there */
+	const struct inotify_event *second; /* the other half of the record at hand; else NULL */
+	uint32_t waits;			    /* for second halves, since the first read */
+	uint64_t idle_ns;		    /* time waited for anything, likewise */
+	uint32_t looked; /* records looked at for the other halves of later ones, likewise */
+	uint64_t waited; /* what came before this place of the stream was waited for long enough */
+	uint64_t at;	 /* where in the instance's stream it began, if read() counts that */
+	uint64_t now_ns; /* CLOCK_MONOTONIC, when it was read */
 	/* Directories that moved and then went where nothing told of it: from where on to say so.
 	 */
 	struct {
@@ -78,16 +79,18 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader);
 struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
 				   const struct inotify_event *record, struct vf_inode *inode,
 				   struct vf_inode *child);
-/*
- * How many halves of renames (mask), up to enough, of the same name in the same watch follow whose
- * other halves are not there.  While it is not enough, what comes within that time is read, too.
- */
-uint32_t vf_inotify_lone_halves(struct vf_inotify_reader *reader,
-				const struct inotify_event *record, uint32_t mask, uint32_t enough,
-				uint64_t time_ns);
-/* Do so many halves like this one follow in what was read, whatever is between them? */
-bool vf_inotify_lone_halves_behind(struct vf_inotify_reader *reader,
-				   const struct inotify_event *record, uint32_t enough);
+/* What follows of names in one directory: an event of its watch. */
+struct vf_entry {
+	uint64_t key; /* vf_name_hash() */
+	uint32_t events;
+	bool is_dir;
+	bool joined; /* half of a rename whose other half is there as well */
+};
+/* As many as there are in what was read and not taken, up to max; nodeid: the directory's. */
+uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t nodeid,
+			    struct vf_entry *entries, uint32_t max);
+/* Reads behind what there is, if something comes in that time. */
+bool vf_inotify_read_more(struct vf_inotify_reader *reader, uint64_t time_ns);
 /*
  * Only one half of a rename is there, of which inotify says both: may the other one, of this name
  * in this directory, have come right before it and been counted as one with another, or be still

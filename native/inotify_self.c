@@ -114,6 +114,9 @@ static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
 static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
 				const struct vf_inode *inode)
 {
+	const uint64_t goes = VF_FS_DELETE | VF_FS_MOVED_FROM;
+	/* Behind the last of its names only who has a file open that is gone does anything. */
+	bool tells_names = !(goes & ~vf_watch_mask(reader->events->watches, inode));
 	const struct inotify_event *record;
 	uint32_t last = reader->end;
 
@@ -122,7 +125,8 @@ static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
 		;
 	for (uint32_t at = last; (record = vf_record_at(reader, at));
 	     at = vf_record_end(at, record))
-		if (record->wd == wd)
+		if (record->wd == wd &&
+		    (!tells_names || !record->len || (record->mask & VF_FS_ENTRY_EVENTS)))
 			last = vf_record_end(at, record);
 	reader->unseen[reader->n_unseen].nodeid = vf_inode_nodeid(inode);
 	reader->unseen[reader->n_unseen++].after = reader->at + last;

@@ -70,7 +70,10 @@ static struct vf_fact *complete(struct vf_order *order, struct vf_change *change
 	return complete_by(order, change, vf_fact_pick_patiently(order, change));
 }
 
-/* Only the first half was found in what inotify said, but fanotify knows both. */
+/*
+ * Only the first half was found in what inotify said, but fanotify knows both.  record: that half;
+ * NULL: inotify says neither.
+ */
 static bool report_by_fact(struct vf_order *order, const struct inotify_event *record,
 			   const struct vf_change *first, struct vf_fact *second)
 {
@@ -82,8 +85,11 @@ static bool report_by_fact(struct vf_order *order, const struct inotify_event *r
 	if (changes[1].dir) {
 		vf_events_report_rename(order->events, changes);
 		vf_fact_set_silent(order, second);
-		second->told = true;
-		*told_cookie(order, record->cookie) = record->cookie;
+		second->told = record;
+		if (record)
+			*told_cookie(order, record->cookie) = record->cookie;
+		else
+			second->used |= VF_FS_MOVED_TO;
 	}
 	vf_fact_put_change(order, &changes[1]);
 	return second->silent;
@@ -106,22 +112,16 @@ static bool report_with_half(struct vf_order *order, const struct vf_change *sec
 		vf_events_report_rename(order->events, changes);
 	vf_fact_put_change(order, &changes[0]);
 	vf_fact_set_silent(order, first);
+	/* What comes of this name is another's. */
+	first->used |= VF_FS_MOVED_FROM;
 	return changes[0].dir;
 }
 
-/* Halves of renames of one name that nobody was told of, nor of their other halves. */
-struct untold {
-	struct vf_fact *first; /* right behind the one that was told; NULL: none is */
-	uint32_t n;	       /* so many are there, with nothing else between them */
-	uint32_t behind;       /* and so many in all */
-};
-
-static struct untold untold_halves(struct vf_order *order, const struct vf_fact *told,
+/* The next half like this one that nobody was told of, without anything else of the name between.
+ */
+static struct vf_fact *untold_half(struct vf_order *order, const struct vf_fact *told,
 				   uint64_t event, uint32_t bucket)
 {
-	struct untold untold = {.first = NULL};
-	bool between = false;
-
 	for (unsigned int i = 0; i < 2; i++) {
 		struct vf_fact *fact = order->generations[order->young ^ 1 ^ i].first[bucket];
 		uint32_t compared = 0;
@@ -133,18 +133,13 @@ static struct untold untold_halves(struct vf_order *order, const struct vf_fact 
 			compared++;
 			if (!(fact->mask & VF_FS_ENTRY_EVENTS & ~fact->used))
 				continue;
-			if (!(fact->mask & event) || !vf_fact_is_unsaid(fact) || fact->half ||
-			    fact->second || ((fact->mask ^ told->mask) & VF_FS_ISDIR)) {
-				between = true;
-				continue;
-			}
-			untold.behind++;
-			untold.n += !between;
-			if (!untold.first && !between)
-				untold.first = fact;
+			return (fact->mask & event) && vf_fact_is_unsaid(fact) && !fact->joined &&
+				       !((fact->mask ^ told->mask) & VF_FS_ISDIR)
+				   ? fact
+				   : NULL;
 		}
 	}
-	return untold;
+	return NULL;
 }
 
 /*
@@ -156,7 +151,7 @@ static void tell_counted_as_one(struct vf_order *order, const struct inotify_eve
 				const struct vf_fact *told)
 {
 	uint64_t event = record->mask & VF_ORDER_HALVES;
-	struct untold untold;
+	struct vf_fact *untold;
 	uint32_t bucket;
 
 	if (!told || vf_order_counts_for_all(order, event))
@@ -164,15 +159,14 @@ static void tell_counted_as_one(struct vf_order *order, const struct inotify_eve
 	bucket = vf_fact_bucket(vf_fact_key(told->nodeid, told->name, told->namelen));
 	/* It is there before inotify says so, but that may have been read later. */
 	order->read_facts(order->events);
-	while ((untold = untold_halves(order, told, event, bucket)).first &&
-	       vf_inotify_lone_halves(&order->reader, record, (uint32_t)event, untold.n,
-				      BEHIND_NS) < untold.n &&
-	       !vf_inotify_lone_halves_behind(&order->reader, record, untold.behind)) {
-		struct vf_change change = vf_fact_change(order, untold.first);
+	while ((untold = untold_half(order, told, event, bucket)) &&
+	       !vf_order_still_comes(order, told, untold, BEHIND_NS)) {
+		struct vf_change change = vf_fact_change(order, untold);
 
-		vf_fact_use(order, untold.first, event, bucket);
-		change.mask = event | (untold.first->mask & VF_FS_ISDIR);
-		if (change.dir)
+		vf_fact_use(order, untold, event, bucket);
+		change.mask = event | (untold->mask & VF_FS_ISDIR);
+		if (change.dir && !report_by_fact(order, NULL, &change, untold->second) &&
+		    !report_with_half(order, &change, untold->half))
 			vf_events_report(order->events, &change, 1);
 		vf_fact_put_change(order, &change);
 	}
@@ -220,6 +214,24 @@ static struct vf_inode *child_of(struct vf_inotify_reader *reader,
 	return itself.child;
 }
 
+static void take_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
+			 struct vf_inode *dir)
+{
+	struct vf_order *order = (struct vf_order *)reader;
+	struct vf_change change = {
+	    .mask = VF_FS_DELETE_SELF | VF_FS_ISDIR,
+	    .child = dir,
+	    .seen_ns = reader->now_ns,
+	};
+	struct vf_fact *fact;
+
+	(void)record;
+	if (!atomic_load(&order->events->flags))
+		return;
+	fact = complete(order, &change);
+	report(order, &change, 1, vf_fact_is_silent(fact));
+}
+
 static void take_one(struct vf_inotify_reader *reader, const struct inotify_event *record,
 		     struct vf_inode *inode, struct vf_inode *child)
 {
@@ -233,6 +245,13 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 	/* The session may have ended meanwhile. */
 	if (!(change.mask & VF_ORDER_EVENTS) || !atomic_load(&order->events->flags))
 		return;
+	/* The host is asked for it because of directories there; no fact of the name is of this. */
+	if (change.dir && (change.mask & VF_FS_DELETE) &&
+	    !(vf_order_bits(order, inode) & VF_FS_DELETE)) {
+		if (child)
+			take_removal(reader, record, child);
+		return;
+	}
 	if (!by_name) {
 		fact = told ? complete_by(order, &change, vf_fact_pick_told(order, &change))
 			    : complete(order, &change);
@@ -258,33 +277,15 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 		change.not_its_end = (change.mask & VF_FS_DELETE) && !is_dir &&
 				     (vf_order_bits(order, change.child) & VF_FS_DELETE_SELF);
 	}
-	if (!fact || fact->silent ||
+	if (!fact || vf_fact_is_silent(fact) ||
 	    !(((change.mask & VF_FS_MOVED_FROM) &&
 	       report_by_fact(order, record, &change, fact->second)) ||
 	      ((change.mask & VF_FS_MOVED_TO) && report_with_half(order, &change, fact->half))))
-		report(order, &change, 1, told || (fact && fact->silent));
+		report(order, &change, 1, told || vf_fact_is_silent(fact));
 	if (change.mask & VF_ORDER_HALVES)
 		tell_counted_as_one(order, record, fact);
 	if (held)
 		vf_inode_put(order->events->share, held);
-}
-
-static void take_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
-			 struct vf_inode *dir)
-{
-	struct vf_order *order = (struct vf_order *)reader;
-	struct vf_change change = {
-	    .mask = VF_FS_DELETE_SELF | VF_FS_ISDIR,
-	    .child = dir,
-	    .seen_ns = reader->now_ns,
-	};
-	struct vf_fact *fact;
-
-	(void)record;
-	if (!atomic_load(&order->events->flags))
-		return;
-	fact = complete(order, &change);
-	report(order, &change, 1, fact && fact->silent);
 }
 
 static void take_pair(struct vf_inotify_reader *reader, const struct inotify_event *from,
@@ -295,14 +296,18 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 	struct vf_change changes[2] = {vf_inotify_change(reader, from, from_dir, NULL),
 				       vf_inotify_change(reader, to, to_dir, NULL)};
 	struct vf_fact *facts[2];
+	bool joined;
 
 	/* As its facts are: the host may still tell of more than the guest watches there. */
-	order->in_pair = (vf_order_bits(order, from_dir) & VF_FS_MOVED_FROM) &&
-			 (vf_order_bits(order, to_dir) & VF_FS_MOVED_TO);
+	joined = (vf_order_bits(order, from_dir) & VF_FS_MOVED_FROM) &&
+		 (vf_order_bits(order, to_dir) & VF_FS_MOVED_TO);
+	order->other = joined ? &changes[1] : NULL;
 	facts[0] = complete(order, &changes[0]);
-	facts[1] = complete(order, &changes[1]);
-	order->in_pair = false;
-	if (facts[0] && facts[0]->silent && facts[1] && facts[1]->silent)
+	order->other = joined ? &changes[0] : NULL;
+	facts[1] =
+	    complete_by(order, &changes[1], vf_fact_pick_second(order, &changes[1], facts[0]));
+	order->other = NULL;
+	if (vf_fact_is_silent(facts[0]) && vf_fact_is_silent(facts[1]))
 		vf_events_trace_own(order->events, changes, 2);
 	else
 		vf_events_report_rename(order->events, changes);
@@ -461,7 +466,7 @@ struct vf_order *vf_order_new(struct vf_events *events, int inotify_fd, int *err
 		vf_order_free(order);
 		return NULL;
 	}
-	order->told_late->silent = true;
+	order->told_late->own = order->told_late->silent = true;
 	*error = 0;
 	return order;
 }

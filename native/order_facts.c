@@ -9,6 +9,8 @@
 #define EARLY_NS 100000000u
 /* For so long where it is known that a fact is still to come. */
 #define OWED_NS 2000000000u
+/* And for so long where it may be. */
+#define REPEATS_NS 20000000u
 
 uint64_t vf_fact_key(uint64_t nodeid, const char *name, uint32_t namelen)
 {
@@ -78,6 +80,14 @@ void vf_facts_note_early(struct vf_order *order, uint64_t key, uint64_t event, b
 	e->owed_since_ns = order->reader.now_ns;
 }
 
+void vf_facts_note_repeat(struct vf_order *order, uint64_t key, uint64_t event)
+{
+	struct vf_early *e = early_slot(order, key);
+
+	e->repeats |= event & VF_ORDER_HALVES;
+	e->repeats_since_ns = order->reader.now_ns;
+}
+
 static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 {
 	struct vf_early *e = early_slot(order, key);
@@ -91,7 +101,10 @@ static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 									: mask & ~VF_ORDER_HALVES);
 	if (order->reader.now_ns - e->owed_since_ns < OWED_NS)
 		said |= e->owed & mask;
+	if (order->reader.now_ns - e->repeats_since_ns < REPEATS_NS)
+		said |= e->repeats & mask;
 	e->owed &= ~mask;
+	e->repeats &= ~mask;
 	return said;
 }
 
@@ -175,7 +188,7 @@ struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *chan
 		return NULL;
 	fact->nodeid = vf_fact_place(change);
 	fact->itself = !change->dir;
-	fact->silent = own;
+	fact->own = fact->silent = own;
 	fact->said = said_early(order, key, mask);
 	*g->last[bucket] = fact;
 	g->last[bucket] = &fact->next;

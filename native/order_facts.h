@@ -41,11 +41,13 @@ struct vf_fact {
 	uint64_t picked; /* when it was last used; 0: not yet */
 	uint64_t number; /* in the order of fanotify */
 	int32_t pid;
-	bool silent; /* our own doing, or reported already */
-	bool told;   /* with its other half, before inotify said this one */
-	bool joined; /* half of a rename of which inotify says both */
-	bool spent;  /* used up, and another of its kind after it */
-	bool past;   /* of an object that had the name before the one that has it now */
+	bool own;      /* our own doing */
+	bool silent;   /* that, or reported already */
+	bool repeated; /* what it was used for last it had been used for before */
+	bool told;     /* with its other half, before inotify said this one */
+	bool joined;   /* half of a rename of which inotify says both */
+	bool spent;    /* used up, and another of its kind after it */
+	bool past;     /* of an object that had the name before the one that has it now */
 	bool not_its_end;
 	bool unlinked;
 	bool itself;   /* of what happened to the object itself, which is also in nodeid */
@@ -61,6 +63,8 @@ struct vf_fact {
 struct vf_early {
 	uint64_t key, events, since_ns;
 	uint64_t owed, owed_since_ns; /* of them, those without a fact */
+	/* Halves of renames, with the fact of an earlier one that may be another. */
+	uint64_t repeats, repeats_since_ns;
 	uint64_t late, late_since_ns; /* what was told without inotify, which may still say it */
 };
 
@@ -91,7 +95,8 @@ struct vf_fact_generation {
 struct vf_order {
 	struct vf_inotify_reader reader; /* first: its callbacks are given this */
 	struct vf_fact *fact;		 /* of the child event at hand */
-	bool in_pair;			 /* at hand is a rename of which inotify said both halves */
+	/* The other half, when at hand is one of a rename of which inotify said both; else NULL. */
+	const struct vf_change *other;
 	struct vf_events *events;
 	bool (*read_facts)(struct vf_events *events);
 	uint64_t picks, facts;
@@ -123,6 +128,8 @@ struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *chan
 			    bool own);
 /* inotify said event of the name with this key; owed: and its fact is still to come. */
 void vf_facts_note_early(struct vf_order *order, uint64_t key, uint64_t event, bool owed);
+/* The same of half a rename that was told by the fact of an earlier one. */
+void vf_facts_note_repeat(struct vf_order *order, uint64_t key, uint64_t event);
 /* This fact, and its other half, are told without inotify. */
 void vf_facts_note_late(struct vf_order *order, const struct vf_fact *fact);
 /* Was this told like that not long ago, and has inotify said it only now? */
@@ -150,6 +157,12 @@ static inline bool vf_fact_is_unsaid(const struct vf_fact *fact)
 {
 	return fact->nodeid && !fact->silent && !fact->deferred &&
 	       (fact->mask & VF_ORDER_EVENTS & ~fact->used & ~fact->said);
+}
+
+/* Is what it was used for last not to be reported? */
+static inline bool vf_fact_is_silent(const struct vf_fact *fact)
+{
+	return fact && (fact->own || (fact->silent && !fact->repeated));
 }
 
 static inline void vf_fact_set_said(struct vf_order *order, struct vf_fact *fact, uint64_t events)
@@ -203,8 +216,27 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change);
 /* The fact of the second half of a rename that was told with the first; NULL: it is not kept. */
 struct vf_fact *vf_fact_pick_told(struct vf_order *order, const struct vf_change *change);
+/* The same of the second half of a rename, of whose first this is the fact (NULL: there is none).
+ */
+struct vf_fact *vf_fact_pick_second(struct vf_order *order, const struct vf_change *change,
+				    struct vf_fact *first);
 /* event of this fact is told, or found to be ours. */
 void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint32_t bucket);
+
+/* ---- order_align.c: what belongs together where neither says everything ---- */
+
+/*
+ * Is what inotify says now rather the event of `repeated` again, which fanotify has counted as one,
+ * than this fact's, which was not used?
+ */
+bool vf_order_is_repeat(struct vf_order *order, const struct vf_fact *repeated,
+			const struct vf_fact *fact);
+/*
+ * Will inotify say this fact's event, behind what it says now, of which `told` was used?  While it
+ * says nothing more of the directory, that is waited for.
+ */
+bool vf_order_still_comes(struct vf_order *order, const struct vf_fact *told,
+			  const struct vf_fact *fact, uint64_t time_ns);
 
 /* ---- order_tell.c: what is told by facts alone ---- */
 

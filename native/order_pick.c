@@ -49,6 +49,8 @@ struct candidates {
 	struct vf_fact *unlinked; /* the first unused of an object that lost the name before */
 	struct vf_fact *arrival;  /* the first of an object of which inotify has not said it yet */
 	struct vf_fact *any;
+	struct vf_fact *repeated; /* one that was used for this event */
+	struct vf_fact *similar;  /* such a one, of a rename to or from elsewhere */
 	struct vf_fact *unfit; /* the first unused of a rename that inotify would say otherwise */
 };
 
@@ -63,10 +65,13 @@ static bool fits(const struct vf_order *order, const struct vf_fact *fact, uint6
 	struct vf_inode *dir;
 	bool fit;
 
-	if (vf_order_counts_for_all(order, event) || fact->joined == order->in_pair)
+	if (vf_order_counts_for_all(order, event))
 		return true;
-	if (order->in_pair)
-		return false;
+	if (order->other)
+		return fact->joined && vf_fact_is_about(other, vf_fact_place(order->other),
+							order->other->name, order->other->namelen);
+	if (!fact->joined)
+		return true;
 	dir = vf_inode_get(order->events->share, other->nodeid);
 	fit = !dir || vf_inotify_half_may_be_missing(&order->reader, (uint32_t)event, dir,
 						     other->name, other->namelen);
@@ -152,9 +157,13 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 		if (!fits(order, fact, event)) {
 			if (!c->unfit && !(fact->used & event))
 				c->unfit = fact;
+			if (order->other && fact->joined && (fact->used & event))
+				c->similar = fact;
 			continue;
 		}
 		c->any = fact;
+		if (fact->used & event)
+			c->repeated = fact;
 		if ((fact->past && !(event & DEPARTURES)) || (fact->used & event))
 			continue;
 		if (!c->unused)
@@ -197,6 +206,7 @@ static void supersede(struct vf_order *order, struct vf_fact *arrival, uint32_t 
 void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint32_t bucket)
 {
 	vf_fact_set_said(order, fact, event);
+	fact->repeated = fact->used & event;
 	fact->used |= event;
 	fact->picked = ++order->picks;
 	if (event & ARRIVALS)
@@ -227,6 +237,7 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 	uint32_t bucket = vf_fact_bucket(key);
 	struct candidates c = {.any = NULL};
 	struct vf_fact *fact;
+	bool is_repeat;
 
 	look(order, &order->generations[order->young ^ 1], bucket, nodeid, change, event, &c);
 	look(order, &order->generations[order->young], bucket, nodeid, change, event, &c);
@@ -235,22 +246,44 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 		fact = c.current;
 	else
 		fact = c.unused ? c.unused : choice != VF_FACT_UNUSED ? c.any : NULL;
+	if (!fact && choice != VF_FACT_UNUSED)
+		fact = c.similar;
+	is_repeat = fact && c.repeated && !fact->used && !vf_order_counts_for_all(order, event) &&
+		    vf_order_is_repeat(order, c.repeated, fact);
+	if (is_repeat)
+		fact = c.repeated;
 	/* It was told already, and fanotify says what has become of the name as well. */
-	if (fact && (fact->used & event)) {
+	if (fact && !is_repeat && (fact->used & event)) {
 		if (c.unlinked)
 			fact = c.unlinked;
 		else if (may_be_by_another(order, fact))
 			fact = next_by_name(fact, &c, choice);
 	}
-	if (fact && fact->silent && c.foreign)
+	if (fact && !is_repeat && fact->silent && c.foreign)
 		fact = c.foreign;
 	if (!fact && choice == VF_FACT_ANY_LAST)
 		fact = c.unfit;
 	if (fact || choice == VF_FACT_ANY_LAST)
 		vf_facts_note_early(order, key, event, !fact);
+	if (fact && !is_repeat && (fact->used & event & VF_ORDER_HALVES))
+		vf_facts_note_repeat(order, key, event);
 	if (fact)
 		vf_fact_use(order, fact, event, bucket);
 	return fact;
+}
+
+struct vf_fact *vf_fact_pick_second(struct vf_order *order, const struct vf_change *change,
+				    struct vf_fact *first)
+{
+	uint64_t event = change->mask & VF_ORDER_HALVES, nodeid = vf_fact_place(change);
+	uint64_t key = vf_fact_key(nodeid, change->name, change->namelen);
+
+	if (!first || !first->second || vf_order_counts_for_all(order, event) ||
+	    !vf_fact_is_about(first->second, nodeid, change->name, change->namelen))
+		return vf_fact_pick_patiently(order, change);
+	vf_facts_note_early(order, key, event, false);
+	vf_fact_use(order, first->second, event, vf_fact_bucket(key));
+	return first->second;
 }
 
 struct vf_fact *vf_fact_pick_told(struct vf_order *order, const struct vf_change *change)

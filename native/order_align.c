@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Which of what both say of one directory belongs together, where neither says everything: inotify
+ * counts an event as one with the same right before it, fanotify with the same at any time before,
+ * as long as nobody has read that.  Names of one directory come and go in the same order for both,
+ * so what is still to come is laid side by side, such that as much as possible fits.
+ */
+#include "order_facts.h"
+
+/* So much of either is looked at: what is further away changes little. */
+#define WINDOW 32u
+/* So many facts are passed in search of those of one directory. */
+#define MAX_WALKED 512u
+/* Of fanotify, at a time. */
+#define MAX_READS 4u
+
+/* Points for two that belong together, and for halves of which one side has not seen the other. */
+#define FITS 8u
+#define MAY_FIT 4u
+/* Where it makes no difference, what is asked about is rather there than not. */
+#define ASKED 1u
+
+struct side {
+	struct vf_entry entries[WINDOW];
+	uint32_t n;
+	uint32_t asked, asked_end; /* of facts: those that are asked about */
+};
+
+static const struct vf_fact *next_fact(const struct vf_order *order, const struct vf_fact *fact)
+{
+	const struct vf_fact_generation *old = &order->generations[order->young ^ 1];
+
+	return old->newest == &fact->later ? order->generations[order->young].oldest : fact->later;
+}
+
+/* What was not used of the directory behind this fact; `which` is among it: its place there. */
+static uint32_t facts_behind(const struct vf_order *order, const struct vf_fact *fact,
+			     const struct vf_fact *which, uint64_t bits, struct side *side)
+{
+	uint32_t place = WINDOW;
+
+	side->n = side->asked = side->asked_end = 0;
+	for (uint32_t i = 0; i < MAX_WALKED && side->n < WINDOW; i++) {
+		uint64_t events;
+
+		fact = next_fact(order, fact);
+		if (!fact)
+			break;
+		events = fact->mask & VF_FS_ENTRY_EVENTS & bits;
+		/* Of what was used in part nobody knows where the rest belongs. */
+		if (!events || (events & fact->used) || fact->nodeid != which->nodeid ||
+		    fact->itself)
+			continue;
+		if (fact == which)
+			place = side->n;
+		side->entries[side->n++] = (struct vf_entry){
+		    .key = vf_fact_key(fact->nodeid, fact->name, fact->namelen),
+		    .events = (uint32_t)events,
+		    .joined = fact->joined,
+		    .is_dir = fact->mask & VF_FS_ISDIR,
+		};
+	}
+	return place;
+}
+
+static uint16_t points(const struct vf_entry *fact, const struct vf_entry *record)
+{
+	uint32_t events = fact->events & record->events;
+
+	if (fact->key != record->key || fact->is_dir != record->is_dir || !events)
+		return 0;
+	return (events & VF_ORDER_HALVES) && record->joined && !fact->joined ? MAY_FIT : FITS;
+}
+
+/* The most points that can be had without changing the order of either, without these facts. */
+static uint32_t best(const struct side *facts, const struct side *records, uint32_t first,
+		     uint32_t end)
+{
+	uint16_t row[WINDOW + 1] = {0};
+
+	for (uint32_t f = 0; f < facts->n; f++) {
+		uint16_t before = 0; /* of the row before, one to the left */
+
+		if (f >= first && f < end)
+			continue;
+		for (uint32_t r = 0; r < records->n; r++) {
+			uint16_t above = row[r + 1];
+			uint16_t both = points(&facts->entries[f], &records->entries[r]);
+
+			if (both && f >= facts->asked && f < facts->asked_end)
+				both = (uint16_t)(both + ASKED);
+			both = (uint16_t)(both + before);
+
+			if (both > row[r + 1])
+				row[r + 1] = both;
+			if (row[r] > row[r + 1])
+				row[r + 1] = row[r];
+			before = above;
+		}
+	}
+	return row[records->n];
+}
+
+static int32_t number_of(const struct vf_order *order, uint64_t nodeid, uint64_t *bits)
+{
+	struct vf_inode *dir = vf_inode_get(order->events->share, nodeid);
+	int32_t wd = -1;
+
+	if (!dir)
+		return -1;
+	wd = vf_watch_wd(order->events->watches, VF_WD_ORDER, dir);
+	*bits = vf_order_bits(order, dir);
+	vf_inode_put(order->events->share, dir);
+	return wd;
+}
+
+static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint64_t *bits,
+		       struct side *side)
+{
+	int32_t wd = number_of(order, fact->nodeid, bits);
+
+	/* One as far as the other. */
+	vf_inotify_read_more(&order->reader, 0);
+	for (uint32_t i = 0; i < MAX_READS && order->read_facts(order->events); i++)
+		;
+	side->n = wd < 0
+		      ? 0
+		      : vf_inotify_entries(&order->reader, wd, fact->nodeid, side->entries, WINDOW);
+	return side->n;
+}
+
+static bool is_same(const struct vf_entry *a, const struct vf_entry *b)
+{
+	return a->key == b->key && a->events == b->events && a->joined == b->joined &&
+	       a->is_dir == b->is_dir;
+}
+
+bool vf_order_is_repeat(struct vf_order *order, const struct vf_fact *repeated,
+			const struct vf_fact *fact)
+{
+	struct side facts, records;
+	uint32_t place;
+	uint64_t bits;
+
+	if (fact->number < repeated->number || !records_of(order, fact, &bits, &records))
+		return false;
+	place = facts_behind(order, repeated, fact, bits, &facts);
+	return place < WINDOW &&
+	       best(&facts, &records, 0, 0) > FITS + best(&facts, &records, 0, place + 1);
+}
+
+bool vf_order_still_comes(struct vf_order *order, const struct vf_fact *told,
+			  const struct vf_fact *fact, uint64_t time_ns)
+{
+	uint64_t deadline_ns = vf_now_ns() + time_ns, now, bits;
+	struct side facts, records;
+	uint32_t place, end;
+
+	while (!records_of(order, fact, &bits, &records))
+		if ((now = vf_now_ns()) > deadline_ns ||
+		    !vf_inotify_read_more(&order->reader, deadline_ns - now))
+			return false;
+	place = end = facts_behind(order, told, fact, bits, &facts);
+	/* Of several that are alike inotify may say one. */
+	while (end < facts.n && is_same(&facts.entries[end], &facts.entries[place]))
+		end++;
+	facts.asked = place;
+	facts.asked_end = end;
+	return end > place && best(&facts, &records, 0, 0) > best(&facts, &records, place, end);
+}
