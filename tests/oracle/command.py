@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tests.oracle.generate import random_script
+from tests.oracle.generate import MIXES, random_script
 from tests.oracle.guest_level import GuestSession
 from tests.oracle.ring_level import RingLevel
 from tests.oracle.runner import SOURCES, Outcome, Source
@@ -57,7 +57,7 @@ def _opened(options: argparse.Namespace, sources: Sequence[Source]) -> Iterator[
             started = stack.enter_context(session)
             yield lambda source: started.on(source, by_fanotify=options.watcher == "fanotify")
         else:
-            yield lambda source: stack.enter_context(RingLevel(source))
+            yield lambda source: stack.enter_context(RingLevel(source, held=options.held))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.what == "table":
         return _table(options)
+    if options.held and options.level == "guest":
+        print(
+            "oracle: --held is for --level ring: a guest's driver would wait for the server", file=sys.stderr
+        )
+        return 2
     names = list(SOURCES) if options.source == "all" else [options.source]
     try:
         scripts = _scripts(options)
@@ -131,11 +136,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", choices=(*SOURCES, "all"), default="all", help="of events (default: all)")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="random runs (default: 20)")
     parser.add_argument("--operations", type=int, default=200, metavar="N", help="of a run (default: 200)")
+    parser.add_argument(
+        "--mix",
+        choices=MIXES,
+        default="all",
+        help="of a run's operations; dirs, files: few names that come, go and wander (default: all)",
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of the first run; the next has N + 1")
     parser.add_argument("--scenarios", action="store_true", help="the scripted scenarios instead")
     parser.add_argument("--script", metavar="FILE", help="runs this script instead; - is stdin")
     parser.add_argument(
         "--busy", action="store_true", help="the guest works meanwhile, on files that nobody watches"
+    )
+    parser.add_argument(
+        "--held",
+        action="store_true",
+        help="the server stands still while operations are done, and finds all at once (at the ring)",
     )
     parser.add_argument("--excl-unlink", action="store_true", help="each watch excludes names that are gone")
     parser.add_argument("--show", action="store_true", help="prints the scripts and runs nothing")
@@ -156,7 +172,8 @@ def _scripts(options: argparse.Namespace) -> dict[str, Script]:
             found[f"{name}, step by step"] = step_by_step(script)
         return found
     first = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 31)
-    return {f"seed {first + i}": random_script(first + i, options.operations) for i in range(options.runs)}
+    seeds = range(first, first + options.runs)
+    return {f"seed {seed}": random_script(seed, options.operations, options.mix) for seed in seeds}
 
 
 class _Campaign:

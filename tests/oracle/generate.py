@@ -8,7 +8,8 @@ Specification: docs/oracle.md, "Random runs".
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tests.oracle.script import Op, Script, mask_text
 from tests.oracle.streams import In
@@ -56,6 +57,32 @@ _WEIGHTS = {
     "again": 3,
 }
 """How often each is chosen; save, chain and again stand for several operations each."""
+_NAMES_ONLY = {"mkdir": 6, "rmdir": 3, "rename": 14, "noreplace": 1, "exchange": 5, "chain": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What is drawn from; `few`: each run has only some of the names, from one to all."""
+
+    weights: Mapping[str, int]
+    compare: tuple[float, ...]
+    """How likely is a comparison after an operation; of a run."""
+    first: tuple[str, ...]
+    """What is in the directories in the beginning."""
+    few: bool = False
+
+
+MIXES = {
+    "all": Mix(_WEIGHTS, (1.0, 0.4, 0.15, 0.04), ("file", "file", "file", "mkdir", "symlink")),
+    "dirs": Mix(_NAMES_ONLY, (0.04, 0.01, 0.0), ("mkdir",), few=True),
+    "files": Mix(
+        {"file": 6, "unlink": 4, "link": 2, "rename": 14, "exchange": 5, "chain": 3},
+        (0.04, 0.01, 0.0),
+        ("file",),
+        few=True,
+    ),
+}
+"""By name: everything; or few names of directories, or of files, that come, go and wander at full speed."""
 _ON_FILES = frozenset(("write", "rewrite", "truncate", "allocate", "mapwrite", "read"))
 _ANYTHING = frozenset(("chmod", "chown", "utime", "atime", "mtime", "setxattr", "rmxattr"))
 
@@ -107,27 +134,29 @@ class _Tree:
 class Generator:
     """Makes one script of about `operations` operations."""
 
-    def __init__(self, seed: int, operations: int) -> None:
-        self._random = random.Random(f"vhostfs oracle {seed}")
+    def __init__(self, seed: int, operations: int, mix: str = "all") -> None:
+        self._random = random.Random(f"vhostfs oracle {seed}" + f" {mix}" * (mix != "all"))
         self._wanted = operations
+        self._mix = MIXES[mix]
         self._tree = _Tree()
         self._ops: list[Op] = []
         self._done = 0
         self._watches: list[str] = []
-        self._choices = list(_WEIGHTS)
-        self._cumulative = list(_WEIGHTS.values())
-        self._compare = self._random.choice((1.0, 0.4, 0.15, 0.04))
+        self._choices = list(self._mix.weights)
+        self._weights = list(self._mix.weights.values())
+        self._names: tuple[str, ...] = NAMES
+        self._compare = self._random.choice(self._mix.compare)
         self._style = self._random.choice(("everything", "everything", "one", "files", "mixed", "changing"))
 
     def script(self) -> Script:
         """The tree, the watches, and then what happens to them."""
+        if self._mix.few:
+            self._names = tuple(self._random.sample(NAMES, self._random.randint(1, len(NAMES))))
         for path in DIRECTORIES:
             self._emit("mkdir", path)
         for directory in DIRECTORIES:
-            for name in self._random.sample(NAMES, 2):
-                self._emit(
-                    self._random.choice(("file", "file", "file", "mkdir", "symlink")), f"{directory}/{name}"
-                )
+            for name in self._random.sample(self._names, min(len(self._names), 2)):
+                self._emit(self._random.choice(self._mix.first), f"{directory}/{name}")
         files = self._tree.of("f")
         for source in self._random.sample(files, min(len(files), 1)):
             self._emit("link", source, self._new_path())
@@ -190,7 +219,7 @@ class Generator:
             self._emit("look", self._random.choice(list(self._tree.kinds)))
         elif chance < 0.035:
             self._emit("forget")
-        kind = self._random.choices(self._choices, self._cumulative)[0]
+        kind = self._random.choices(self._choices, self._weights)[0]
         making: Callable[[], None] | None = getattr(self, f"_{kind}", None)
         if making is not None:
             making()
@@ -251,7 +280,7 @@ class Generator:
 
     def _new_path(self) -> str:
         parents = [path for path in self._tree.of("d") if path.count("/") < _MAX_DEPTH - 1]
-        return f"{self._random.choice(parents) if parents else 'd0'}/{self._random.choice(NAMES)}"
+        return f"{self._random.choice(parents) if parents else 'd0'}/{self._random.choice(self._names)}"
 
     def _target(self) -> str:
         return self._any_path() if self._random.random() < 0.3 else self._new_path()
@@ -287,6 +316,6 @@ class Generator:
             tree.exchange(*arguments)
 
 
-def random_script(seed: int, operations: int) -> Script:
-    """The script of this seed."""
-    return Generator(seed, operations).script()
+def random_script(seed: int, operations: int, mix: str = "all") -> Script:
+    """The script of this seed and mix (one of MIXES)."""
+    return Generator(seed, operations, mix).script()

@@ -37,6 +37,12 @@ def _checked(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+Place = tuple[int, str]
+"""A directory's inode number, and a name in it."""
+Rename = tuple[int, Place, Place]
+"""Of which inode, from where, to where."""
+
+
 class Hands:
     """One directory, and the files that are kept open in it by slot."""
 
@@ -73,6 +79,23 @@ class Hands:
         identities = [(state.st_dev, state.st_ino) for state in states]
         is_last = stat.S_ISDIR(states[at].st_mode) or states[at].st_nlink == 1
         return identities[at] if is_last and identities.count(identities[at]) == 1 else None
+
+    def renames_by(self, op: Op) -> list[Rename]:
+        """What `op` renames, once it is done and succeeds."""
+        if op.kind not in ("rename", "noreplace", "exchange"):
+            return []
+        try:
+            places = [self._place(path) for path in op.arguments]
+            renames = [(os.lstat(self._at(op.arguments[0])).st_ino, places[0], places[1])]
+            if op.kind == "exchange":
+                renames.append((os.lstat(self._at(op.arguments[1])).st_ino, places[1], places[0]))
+        except OSError:
+            return []
+        return renames
+
+    def _place(self, path: str) -> Place:
+        parent, name = os.path.split(self._at(path))
+        return os.lstat(parent).st_ino, name
 
     def _at(self, path: str) -> str:
         return os.path.join(self.root, path)

@@ -6,6 +6,8 @@ Owns the server and the two directories. Must not know scripts' meaning. Specifi
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import shutil
 import tempfile
@@ -15,10 +17,10 @@ from types import TracebackType
 
 from tests.oracle.native import NativeWatcher
 from tests.oracle.ring_guest import RingGuest
-from tests.oracle.runner import Guest, Outcome, Source, run
+from tests.oracle.runner import Guest, Hold, Outcome, Source, run
 from tests.oracle.script import Script
 from tests.ring.share import Share
-from tests.server import BAD_LOG, ServerProcess
+from tests.server import BAD_LOG, ServerProcess, held_up
 
 
 class RingLevel:
@@ -30,7 +32,10 @@ class RingLevel:
         options: Sequence[str] = (),
         *,
         buffers: int = 64,
+        held: bool = False,
     ) -> None:
+        """`held`: the server stands still while operations are done, and finds all of them at once."""
+        self._held = held
         self._options = ("--tag=oracle", *source.options, *options)
         self._compare = source.compare
         self._buffers = buffers
@@ -68,9 +73,18 @@ class RingLevel:
         twin.mkdir()
         share = Share(server, shared)
         log_mark = server.log_size()
+        hold: Hold = contextlib.nullcontext
+        if self._held:
+            hold = functools.partial(held_up, server.process.pid)
         try:
             outcome = run(
-                script, shared, twin, guest(share, self._buffers), NativeWatcher(twin), self._compare
+                script,
+                shared,
+                twin,
+                guest(share, self._buffers),
+                NativeWatcher(twin),
+                self._compare,
+                hold=hold,
             )
         except (OSError, EOFError) as error:
             outcome = Outcome([f"the guest could not go on: {type(error).__name__}: {error}"])

@@ -7,14 +7,20 @@ Must not know how the guest is reached. Specification: docs/oracle.md, "What is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from tests.oracle.hands import Hands
+from tests.oracle.hands import Hands, Rename
 from tests.oracle.script import COMPARED_BEFORE, Op, Script, mask_of
-from tests.oracle.streams import In, Seen, differences, differences_beside_a_loss, differences_from_inotify
+from tests.oracle.streams import (
+    In,
+    Seen,
+    differences_beside_a_loss,
+    differences_from_fanotify,
+    differences_from_inotify,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,7 @@ class Source:
 
     @property
     def compare(self) -> Compare:
-        return differences_from_inotify if self.halves_by_inotify else differences
+        return differences_from_inotify if self.halves_by_inotify else differences_from_fanotify
 
 
 SOURCES = {
@@ -60,6 +66,10 @@ class Compare(Protocol):
     def __call__(
         self, native: Sequence[Seen], guest: Sequence[Seen], *, one_operation: bool
     ) -> list[str]: ...
+
+
+Hold = Callable[[], contextlib.AbstractContextManager[None]]
+"""Makes something that holds the server up."""
 
 
 class Guest(Protocol):
@@ -105,32 +115,48 @@ def run(
     compare: Compare,
     *,
     with_ignored: bool = False,
+    hold: Hold = contextlib.nullcontext,
 ) -> Outcome:
     """Runs until the script ends or something differs. Both directories are empty.
 
-    `with_ignored`: the guest is a real one, whose kernel itself says when a watch has ended.
+    `with_ignored`: the guest is a real one, whose kernel itself says when a watch has ended. `hold`: entered
+    while operations are done, as they are between two comparisons.
     """
     dropped = In(0) if with_ignored else In.IGNORED
-    return _Run(Hands(shared), Hands(twin), guest, native, compare, dropped).run(script)
+    return _Run(Hands(shared), Hands(twin), guest, native, compare, dropped, hold).run(script)
 
 
 class _Run:
     def __init__(
-        self, shared: Hands, twin: Hands, guest: Guest, native: Native, compare: Compare, dropped: In
+        self,
+        shared: Hands,
+        twin: Hands,
+        guest: Guest,
+        native: Native,
+        compare: Compare,
+        dropped: In,
+        hold: Hold,
     ) -> None:
         self._shared, self._twin = shared, twin
         self._guest = guest
         self._native = native
         self._differences = compare
         self._dropped = dropped
+        self._hold = hold
+        self._held = contextlib.ExitStack()
+        self._is_held = False
         self._batch: list[tuple[Op, int]] = []
         """Done to the share since the last comparison, with the results."""
+        self._renamed: set[Rename] = set()
+        """In this batch, beside the share."""
         self._stalled = self._may_lose = False
         self._outcome = Outcome()
 
     def run(self, script: Script) -> Outcome:
         try:
             for number, op in enumerate((*script, Op("resume"), Op("sync")), 1):
+                if op.is_control:
+                    self._let_go()
                 if op.kind in COMPARED_BEFORE and not self._stalled:
                     self._compare(number)
                 if self._outcome.lines:
@@ -138,12 +164,20 @@ class _Run:
                 if op.is_control:
                     self._control(number, op)
                 else:
+                    if not self._is_held:
+                        self._held.enter_context(self._hold())
+                        self._is_held = True
                     self._batch.append((op, self._shared.do(op)))
         finally:
+            self._let_go()
             self._native.close()
             self._shared.close_all()
             self._twin.close_all()
         return self._outcome
+
+    def _let_go(self) -> None:
+        self._held.close()
+        self._is_held = False
 
     def _control(self, number: int, op: Op) -> None:
         if op.kind == "watch":
@@ -173,6 +207,7 @@ class _Run:
 
     def _compare(self, number: int) -> None:
         batch, self._batch = self._batch, []
+        self._renamed.clear()
         native: list[Seen] = []
         explained = []
         for op, result in batch:
@@ -202,12 +237,17 @@ class _Run:
 
     def _replayed(self, op: Op, result: int) -> list[Seen]:
         """Does to the twin what was done to the share; what its watcher gets."""
-        ending = self._twin.ended_by(op)
+        ending, renames = self._twin.ended_by(op), self._twin.renames_by(op)
         again = self._twin.do(op)
         if again != result:
             raise AssertionError(f"{op}: errno {result} on the share, {again} beside it")
         seen = self._native.read()
-        if ending is None or again != 0:
+        if again != 0:
+            return seen
+        if renames and self._renamed.issuperset(renames):
+            seen = [replace(event, again=True) for event in seen]
+        self._renamed.update(renames)
+        if ending is None:
             return seen
         # An object ends with its last name in the guest, not with its last close: docs/protocol.md, 5.5. (A
         # directory that is removed also lives as long as what was in it and is open.)

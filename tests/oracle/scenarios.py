@@ -648,6 +648,75 @@ _TEXTS = {
         tmplink d/a
         write d/a
     """,
+    "a directory is removed whose parent is watched for less since": """
+        mkdir d1
+        mkdir u
+        mkdir u/y
+        watch y u/y ALL
+        watch d d1 ALL
+        watch u u ALL
+        rmdir u/y
+        exchange u d1
+        rename u d1/y
+        watch u d1 ACCESS|ATTRIB|CREATE|DELETE_SELF
+        rmdir d1/y
+    """,
+    "two come to one name, the second from where nobody watches": """
+        mkdir d
+        mkdir e
+        mkdir u
+        mkdir e/b
+        mkdir u/b
+        watch d d ALL
+        watch e e ALL
+        watch b u/b ALL
+        rename e/b d/b
+        rename u/b d/b
+        rename d/b u/b
+    """,
+    "names that are exchanged again and again, and another that comes to one": """
+        mkdir d
+        mkdir u
+        mkdir d/x
+        mkdir d/y
+        mkdir u/b
+        watch d d ALL
+        exchange d/x d/y
+        exchange d/y d/x
+        exchange d/y d/x
+        rename u/b d/y
+        rename d/y u/c
+        rename d/x u/x
+    """,
+    "a name that goes twice in a row, the second time to another": """
+        mkdir d
+        mkdir u
+        mkdir u/b
+        mkdir u/y
+        mkdir u/z
+        mkdir d/a
+        watch d d ALL
+        rename u/y d/b
+        rename u/z d/b
+        rename d/b u/z
+        exchange u/b d/a
+        rename d/a d/b
+        rename d/b u/c
+    """,
+    "a directory that moved and is removed, with a file open that was in it": """
+        mkdir d
+        mkdir u
+        mkdir d/b
+        mkdir u/y
+        watch y u/y ALL
+        mknod u/y/c
+        open 1 u/y/c
+        rename u/y d/y
+        unlink d/y/c
+        rename d/y d/b/x
+        rmdir d/b/x
+        close 1
+    """,
 }
 
 SCENARIOS: dict[str, Script] = {name: parse(text) for name, text in _TEXTS.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 
 _MOST_SUMMED_UP = 5
@@ -63,6 +63,8 @@ class Seen:
     mask: In
     name: str = ""
     cookie: int = 0
+    again: bool = field(default=False, compare=False)
+    """Of a rename that was done before, of the same object from and to the same names."""
 
     def __str__(self) -> str:
         return " ".join(word for word in (self.watch, event_words(self.mask), self.name) if word)
@@ -132,16 +134,19 @@ def without_repeats(events: Iterable[Told]) -> list[Told]:
     return kept
 
 
-def with_summed_up_halves(events: Sequence[Seen]) -> Iterator[list[Seen]]:
+def with_summed_up_halves(events: Sequence[Seen], *, of_repeats: bool) -> Iterator[list[Seen]]:
     """What may be left of these: Linux takes neighbours that differ in the cookie alone for one, if unread.
 
-    The cookie of the second is lost then, so its other half is alone.
+    The cookie of the second is lost then, so its other half is alone. `of_repeats`: only where fanotify, too,
+    may have taken the rename for one with the same before it.
     """
     halves = In.MOVED_FROM | In.MOVED_TO
     second = [
         at
         for at, (before, event) in enumerate(pairwise(events), 1)
-        if event.mask & halves and replace(event, cookie=0) == replace(before, cookie=0)
+        if event.mask & halves
+        and replace(event, cookie=0) == replace(before, cookie=0)
+        and (event.again or not of_repeats)
     ][:_MOST_SUMMED_UP]
     for n in range(1, len(second) + 1):
         for lost in combinations(second, n):
@@ -152,9 +157,22 @@ def differences_from_inotify(
     native: Sequence[Seen], guest: Sequence[Seen], *, one_operation: bool
 ) -> list[str]:
     """The same where the server knows only what inotify keeps for it: halves of renames may be summed up."""
+    return _differences_if_summed_up(native, guest, one_operation, of_repeats=False)
+
+
+def differences_from_fanotify(
+    native: Sequence[Seen], guest: Sequence[Seen], *, one_operation: bool
+) -> list[str]:
+    """The same where fanotify knows each rename, but for one that was done again before it was read."""
+    return _differences_if_summed_up(native, guest, one_operation, of_repeats=True)
+
+
+def _differences_if_summed_up(
+    native: Sequence[Seen], guest: Sequence[Seen], one_operation: bool, *, of_repeats: bool
+) -> list[str]:
     lines = differences(native, guest, one_operation=one_operation)
     if lines and not one_operation:
-        for summed_up in with_summed_up_halves(native):
+        for summed_up in with_summed_up_halves(native, of_repeats=of_repeats):
             if not differences(summed_up, guest, one_operation=False):
                 return []
     return lines

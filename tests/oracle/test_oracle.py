@@ -6,6 +6,7 @@ Must not test the server. Specification: docs/oracle.md.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from tests.oracle.ring_level import RingLevel
 from tests.oracle.runner import SOURCES
 from tests.oracle.script import Op, ScriptError, parse, step_by_step, written
 from tests.oracle.shrink import shrunk
-from tests.oracle.streams import In, Seen, differences, differences_from_inotify
+from tests.oracle.streams import In, Seen, differences, differences_from_fanotify, differences_from_inotify
 from tests.ring.share import Share
 from vhostfs.frontend.fsnotify import Element, ElementFlag, Event
 
@@ -207,3 +208,12 @@ def test_cookies_may_be_others_but_join_the_same() -> None:
     assert equal(rename(1, 1), rename(900, 900))
     assert not equal(rename(1, 1), rename(900, 901))
     assert not equal([*rename(1, 1), *rename(2, 2)], [*rename(1, 2), *rename(2, 1)])
+
+
+def test_what_both_queues_sum_up_is_excused_only_of_a_rename_that_was_done_before() -> None:
+    first = Seen("d", In.MOVED_TO, "a", 1), Seen("d", In.MOVED_FROM, "b", 1)
+    lost = Seen("d", In.MOVED_TO, "a", 2)
+    again = dataclasses.replace(lost, again=True)
+    assert differences_from_fanotify([*first[::-1], lost], first[::-1], one_operation=False)
+    assert not differences_from_fanotify([*first[::-1], again], first[::-1], one_operation=False)
+    assert differences_from_fanotify([*first, again], first, one_operation=False), "they are no neighbours"
