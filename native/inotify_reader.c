@@ -29,15 +29,27 @@ static bool is_alone(struct vf_inotify_reader *reader, const struct inotify_even
 	return true;
 }
 
+/* Both halves are mostly neighbours. */
+static bool is_joined(struct vf_inotify_reader *reader, uint32_t at,
+		      const struct inotify_event *record, const struct inotify_event *before)
+{
+	const struct inotify_event *behind = vf_record_at(reader, vf_record_end(at, record));
+
+	if (!(record->mask & (IN_MOVED_FROM | IN_MOVED_TO)))
+		return false;
+	return (before && before->cookie == record->cookie) ||
+	       (behind && behind->cookie == record->cookie) || !is_alone(reader, record);
+}
+
 uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t nodeid,
 			    struct vf_entry *entries, uint32_t max)
 {
-	const struct inotify_event *record;
+	const struct inotify_event *record, *before = NULL;
 	uint32_t n = 0;
 
 	for (uint32_t at = reader->end;
 	     n < max && reader->looked < MAX_LOOKED && (record = vf_record_at(reader, at));
-	     at = vf_record_end(at, record)) {
+	     at = vf_record_end(at, record), before = record) {
 		uint32_t namelen = (uint32_t)strnlen(record->name, record->len);
 
 		reader->looked++;
@@ -47,11 +59,15 @@ uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64
 			    .key = vf_name_hash(nodeid, record->name, namelen),
 			    .events = record->mask & (uint32_t)VF_FS_ENTRY_EVENTS,
 			    .is_dir = record->mask & IN_ISDIR,
-			    .joined = (record->mask & (IN_MOVED_FROM | IN_MOVED_TO)) &&
-				      !is_alone(reader, record),
+			    .joined = is_joined(reader, at, record, before),
 			};
 	}
 	return n;
+}
+
+bool vf_inotify_is_blind(const struct vf_inotify_reader *reader)
+{
+	return reader->looked >= MAX_LOOKED || !vf_records_have_room(reader);
 }
 
 bool vf_inotify_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)

@@ -89,6 +89,8 @@ struct vf_entry {
 /* As many as there are in what was read and not taken, up to max; nodeid: the directory's. */
 uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t nodeid,
 			    struct vf_entry *entries, uint32_t max);
+/* Does more follow than can be looked at? */
+bool vf_inotify_is_blind(const struct vf_inotify_reader *reader);
 /* Reads behind what there is, if something comes in that time. */
 bool vf_inotify_read_more(struct vf_inotify_reader *reader, uint64_t time_ns);
 /*

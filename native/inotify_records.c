@@ -40,6 +40,11 @@ struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mou
 
 /* ---- reading ------------------------------------------------------------------------- */
 
+bool vf_records_have_room(const struct vf_inotify_reader *reader)
+{
+	return VF_SOURCE_BUFFER - reader->size >= READ_ROOM;
+}
+
 bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
 {
 	/* Nor while somebody waits for all of this. */
@@ -51,7 +56,7 @@ bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
 	ssize_t n;
 	int ready;
 
-	if (VF_SOURCE_BUFFER - reader->size < READ_ROOM)
+	if (!vf_records_have_room(reader))
 		return false;
 	ready = ppoll(&more, 1, &time, NULL);
 	if (waits)
@@ -68,7 +73,7 @@ bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
 
 void vf_records_make_room(struct vf_inotify_reader *reader)
 {
-	if (VF_SOURCE_BUFFER - reader->size >= READ_ROOM)
+	if (vf_records_have_room(reader))
 		return;
 	memmove(reader->buffer, reader->buffer + reader->next, reader->size - reader->next);
 	reader->at += reader->next;

@@ -52,6 +52,8 @@ bool vf_places_have(const struct vf_places *places, const struct vf_inode *inode
 /* NULL: it is not there. */
 struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mount);
 
+/* Is there room for more? */
+bool vf_records_have_room(const struct vf_inotify_reader *reader);
 /* Reads behind what there is, if something comes in that time. */
 bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns);
 /* Forgets what is behind us, so that there is room; records move. */

@@ -117,8 +117,10 @@ static int32_t number_of(const struct vf_order *order, uint64_t nodeid, uint64_t
 static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint64_t *bits,
 		       struct side *side)
 {
-	int32_t wd = number_of(order, fact->nodeid, bits);
+	int32_t wd;
 
+	*bits = 0;
+	wd = number_of(order, fact->nodeid, bits);
 	/* One as far as the other. */
 	vf_inotify_read_more(&order->reader, 0);
 	for (uint32_t i = 0; i < MAX_READS && order->read_facts(order->events); i++)
@@ -154,17 +156,28 @@ bool vf_order_still_comes(struct vf_order *order, const struct vf_fact *told,
 {
 	uint64_t deadline_ns = vf_now_ns() + time_ns, now, bits;
 	struct side facts, records;
-	uint32_t place, end;
+	uint32_t place, end, all;
 
-	while (!records_of(order, fact, &bits, &records))
-		if ((now = vf_now_ns()) > deadline_ns ||
-		    !vf_inotify_read_more(&order->reader, deadline_ns - now))
+	do {
+		records_of(order, fact, &bits, &records);
+		place = end = facts_behind(order, told, fact, bits, &facts);
+		/* Too far behind to be counted as one with what is at hand. */
+		if (place == WINDOW)
+			return true;
+		/* Of several that are alike inotify may say one. */
+		while (end < facts.n && is_same(&facts.entries[end], &facts.entries[place]))
+			end++;
+		facts.asked = place;
+		facts.asked_end = end;
+		all = best(&facts, &records, 0, 0);
+		if (all > best(&facts, &records, place, end))
+			return true;
+		/* Something behind it was said. */
+		if (all > best(&facts, &records, end, facts.n))
 			return false;
-	place = end = facts_behind(order, told, fact, bits, &facts);
-	/* Of several that are alike inotify may say one. */
-	while (end < facts.n && is_same(&facts.entries[end], &facts.entries[place]))
-		end++;
-	facts.asked = place;
-	facts.asked_end = end;
-	return end > place && best(&facts, &records, 0, 0) > best(&facts, &records, place, end);
+		if (vf_inotify_is_blind(&order->reader))
+			return true;
+		now = vf_now_ns();
+	} while (now < deadline_ns && vf_inotify_read_more(&order->reader, deadline_ns - now));
+	return false;
 }

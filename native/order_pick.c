@@ -265,7 +265,7 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 		fact = c.unfit;
 	if (fact || choice == VF_FACT_ANY_LAST)
 		vf_facts_note_early(order, key, event, !fact);
-	if (fact && !is_repeat && (fact->used & event & VF_ORDER_HALVES))
+	if (fact && !is_repeat && !fact->own && (fact->used & event & VF_ORDER_HALVES))
 		vf_facts_note_repeat(order, key, event);
 	if (fact)
 		vf_fact_use(order, fact, event, bucket);
@@ -282,6 +282,8 @@ struct vf_fact *vf_fact_pick_second(struct vf_order *order, const struct vf_chan
 	    !vf_fact_is_about(first->second, nodeid, change->name, change->namelen))
 		return vf_fact_pick_patiently(order, change);
 	vf_facts_note_early(order, key, event, false);
+	if (first->repeated && !first->own)
+		vf_facts_note_repeat(order, key, event);
 	vf_fact_use(order, first->second, event, vf_fact_bucket(key));
 	return first->second;
 }
@@ -332,8 +334,12 @@ static struct vf_fact *pick_or_late(struct vf_order *order, const struct vf_chan
 struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_change *change)
 {
 	enum vf_fact_choice last = choice(order);
-	struct vf_fact *fact = pick_or_late(order, change, last);
+	struct vf_fact *fact;
 
+	/* One that was used is taken for another only when that is not there. */
+	if (last != VF_FACT_UNUSED && (change->mask & VF_ORDER_HALVES))
+		order->read_facts(order->events);
+	fact = pick_or_late(order, change, last);
 	for (uint32_t reads = 0; !fact && last != VF_FACT_ANY_LAST; reads++) {
 		if (reads == MAX_READS || !order->read_facts(order->events)) {
 			long ns = (long)waits_ns[order->waits++];

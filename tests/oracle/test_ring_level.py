@@ -60,6 +60,16 @@ def test_what_comes_before_a_loss_is_complete_and_behind_it_all_is_right(source:
     assert outcome.losses == 1
 
 
+def test_many_names_that_are_taken_twice_are_told_each_in_its_place(held_level: RingLevel) -> None:
+    """More than are laid side by side at a time."""
+    names = [f"{time}.{i}" for time in range(2) for i in range(40)]
+    made = "\n".join(f"mknod u/{name}" for name in names)
+    taken = "\n".join(f"rename u/{name} d/{name[2:]}" for name in names)
+    outcome = held_level.run(parse(f"mkdir d\nmkdir u\nwatch d d ALL\n{made}\nsync\n{taken}"))
+    assert outcome.is_equal, "\n".join(outcome.lines)
+    assert outcome.compared >= len(names)
+
+
 RANDOM_SEEDS = range(1, 7)
 RANDOM_OPERATIONS = 60
 
