@@ -70,11 +70,6 @@ bool vf_inotify_is_blind(const struct vf_inotify_reader *reader)
 	return reader->looked >= MAX_LOOKED || !vf_records_have_room(reader);
 }
 
-bool vf_inotify_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
-{
-	return vf_records_read_more(reader, time_ns);
-}
-
 bool vf_inotify_half_may_be_missing(const struct vf_inotify_reader *reader, uint32_t half,
 				    const struct vf_inode *other_dir, const char *name,
 				    uint32_t namelen)

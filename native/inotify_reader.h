@@ -91,8 +91,6 @@ uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64
 			    struct vf_entry *entries, uint32_t max);
 /* Does more follow than can be looked at? */
 bool vf_inotify_is_blind(const struct vf_inotify_reader *reader);
-/* Reads behind what there is, if something comes in that time. */
-bool vf_inotify_read_more(struct vf_inotify_reader *reader, uint64_t time_ns);
 /*
  * Only one half of a rename is there, of which inotify says both: may the other one, of this name
  * in this directory, have come right before it and been counted as one with another, or be still

@@ -5,6 +5,7 @@
  * as long as nobody has read that.  Names of one directory come and go in the same order for both,
  * so what is still to come is laid side by side, such that as much as possible fits.
  */
+#include "inotify_records.h"
 #include "order_facts.h"
 
 /* So much of either is looked at: what is further away changes little. */
@@ -122,7 +123,7 @@ static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint6
 	*bits = 0;
 	wd = number_of(order, fact->nodeid, bits);
 	/* One as far as the other. */
-	vf_inotify_read_more(&order->reader, 0);
+	vf_records_read_more(&order->reader, 0);
 	for (uint32_t i = 0; i < MAX_READS && order->read_facts(order->events); i++)
 		;
 	side->n = wd < 0
@@ -178,6 +179,6 @@ bool vf_order_still_comes(struct vf_order *order, const struct vf_fact *told,
 		if (vf_inotify_is_blind(&order->reader))
 			return true;
 		now = vf_now_ns();
-	} while (now < deadline_ns && vf_inotify_read_more(&order->reader, deadline_ns - now));
+	} while (now < deadline_ns && vf_records_read_more(&order->reader, deadline_ns - now));
 	return false;
 }

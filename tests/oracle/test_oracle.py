@@ -6,7 +6,6 @@ Must not test the server. Specification: docs/oracle.md.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -213,7 +212,7 @@ def test_cookies_may_be_others_but_join_the_same() -> None:
 def test_what_both_queues_sum_up_is_excused_only_of_a_rename_that_was_done_before() -> None:
     first = Seen("d", In.MOVED_TO, "a", 1), Seen("d", In.MOVED_FROM, "b", 1)
     lost = Seen("d", In.MOVED_TO, "a", 2)
-    again = dataclasses.replace(lost, again=True)
+    again = replace(lost, again=True)
     assert differences_from_fanotify([*first[::-1], lost], first[::-1], one_operation=False)
     assert not differences_from_fanotify([*first[::-1], again], first[::-1], one_operation=False)
     assert differences_from_fanotify([*first, again], first, one_operation=False), "they are no neighbours"
