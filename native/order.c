@@ -263,6 +263,9 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 	}
 	if (!change.child)
 		change.child = child;
+	/* Another one had replaced it, which did not show before: its end is told late. */
+	if (child && change.child != child && (change.mask & VF_FS_DELETE))
+		take_removal(reader, record, child);
 	if (change.dir && change.child) {
 		bool is_dir = change.mask & VF_FS_ISDIR;
 

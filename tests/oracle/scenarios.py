@@ -661,6 +661,20 @@ _TEXTS = {
         watch u d1 ACCESS|ATTRIB|CREATE|DELETE_SELF
         rmdir d1/y
     """,
+    "one replaces a directory where nobody watches for that, and is removed": """
+        mkdir p
+        mkdir u
+        mkdir u/x
+        mkdir u/y
+        mkdir u/y/z
+        watch p p CREATE|DELETE
+        watch x u/x ALL
+        watch z u/y/z MODIFY
+        rename u/y/z u/z
+        rename u/x p/x
+        rename u/y p/x
+        rmdir p/x
+    """,
     "two come to one name, the second from where nobody watches": """
         mkdir d
         mkdir e
