@@ -100,6 +100,12 @@ bool vf_inotify_half_may_be_missing(const struct vf_inotify_reader *reader, uint
 				    const struct vf_inode *other_dir, const char *name,
 				    uint32_t namelen);
 
+/*
+ * Does anything follow that happened to this directory, which the guest watches, or in it, while it
+ * had a name?
+ */
+bool vf_inotify_lives_on(struct vf_inotify_reader *reader, const struct vf_inode *dir);
+
 /* ---- inotify_watch.c ---- */
 
 /* What inotify is to be asked for on an inode that the guest watches like this. */

@@ -81,8 +81,7 @@ static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode 
 	return true;
 }
 
-/* Does anything follow that happened to it, or in it, while it had a name? */
-static bool lives_on(struct vf_inotify_reader *reader, const struct vf_inode *dir)
+bool vf_inotify_lives_on(struct vf_inotify_reader *reader, const struct vf_inode *dir)
 {
 	int32_t wd = vf_watch_wd(reader->events->watches, reader->which, dir);
 	const struct inotify_event *other;
@@ -194,7 +193,7 @@ void vf_inotify_take_removal(struct vf_inotify_reader *reader, const struct inot
 		/* Its name may be one that it got after this: then another had it here. */
 		if (vf_watch_wd(events->watches, VF_WD_PARENT, named.inodes[i]) == record->wd &&
 		    vf_events_is_gone(events, named.inodes[i]) &&
-		    !lives_on(reader, named.inodes[i]))
+		    !vf_inotify_lives_on(reader, named.inodes[i]))
 			removed.inodes[removed.n++] = named.inodes[i];
 	/* Of several on one mount the others had the name before. */
 	for (uint32_t i = 0; i < dirs->n; i++)

@@ -18,6 +18,8 @@
 /* Points for two that belong together, and for halves of which one side has not seen the other. */
 #define FITS 8u
 #define MAY_FIT 4u
+/* For what inotify says without a fact of its own, but as it has said before. */
+#define REPEATS 2u
 /* Where it makes no difference, what is asked about is rather there than not. */
 #define ASKED 1u
 
@@ -25,6 +27,7 @@ struct side {
 	struct vf_entry entries[WINDOW];
 	uint32_t n;
 	uint32_t asked, asked_end; /* of facts: those that are asked about */
+	bool repeats[WINDOW];	   /* of records: those that have been said before */
 };
 
 static const struct vf_fact *next_fact(const struct vf_order *order, const struct vf_fact *fact)
@@ -73,12 +76,27 @@ static uint16_t points(const struct vf_entry *fact, const struct vf_entry *recor
 	return (events & VF_ORDER_HALVES) && record->joined && !fact->joined ? MAY_FIT : FITS;
 }
 
+/* Without a fact of its own; that of these facts is told. */
+static uint16_t alone(const struct side *facts, const struct side *records, uint32_t record,
+		      uint32_t first, uint32_t end)
+{
+	bool repeats = records->repeats[record];
+
+	for (uint32_t f = first; f < end && !repeats; f++)
+		repeats = points(&facts->entries[f], &records->entries[record]) == FITS;
+	return repeats ? REPEATS : 0;
+}
+
 /* The most points that can be had without changing the order of either, without these facts. */
 static uint32_t best(const struct side *facts, const struct side *records, uint32_t first,
 		     uint32_t end)
 {
-	uint16_t row[WINDOW + 1] = {0};
+	uint16_t row[WINDOW + 1] = {0}, lone[WINDOW];
 
+	for (uint32_t r = 0; r < records->n; r++) {
+		lone[r] = alone(facts, records, r, first, end);
+		row[r + 1] = (uint16_t)(row[r] + lone[r]);
+	}
 	for (uint32_t f = 0; f < facts->n; f++) {
 		uint16_t before = 0; /* of the row before, one to the left */
 
@@ -94,8 +112,8 @@ static uint32_t best(const struct side *facts, const struct side *records, uint3
 
 			if (both > row[r + 1])
 				row[r + 1] = both;
-			if (row[r] > row[r + 1])
-				row[r + 1] = row[r];
+			if (row[r] + lone[r] > row[r + 1])
+				row[r + 1] = (uint16_t)(row[r] + lone[r]);
 			before = above;
 		}
 	}
@@ -115,6 +133,41 @@ static int32_t number_of(const struct vf_order *order, uint64_t nodeid, uint64_t
 	return wd;
 }
 
+static bool is_same(const struct vf_entry *a, const struct vf_entry *b)
+{
+	return a->key == b->key && a->events == b->events && a->joined == b->joined &&
+	       a->is_dir == b->is_dir;
+}
+
+/* Has something of a fact like this been told? */
+static bool was_told(const struct vf_order *order, uint64_t nodeid, const struct vf_entry *record)
+{
+	uint32_t bucket = vf_fact_bucket(record->key);
+
+	for (unsigned int i = 0; i < 2; i++) {
+		const struct vf_fact *fact = order->generations[i].first[bucket];
+
+		for (uint32_t n = 0; fact && n < VF_FACTS_COMPARED; fact = fact->next, n++)
+			if (fact->nodeid == nodeid && (fact->used & record->events) &&
+			    fact->joined == record->joined &&
+			    vf_fact_key(nodeid, fact->name, fact->namelen) == record->key)
+				return true;
+	}
+	return false;
+}
+
+static void find_repeats(const struct vf_order *order, uint64_t nodeid, struct side *records)
+{
+	for (uint32_t r = 0; r < records->n; r++) {
+		const struct vf_entry *entry = &records->entries[r];
+		bool before = was_told(order, nodeid, entry);
+
+		for (uint32_t i = 0; i < r && !before; i++)
+			before = is_same(&records->entries[i], entry);
+		records->repeats[r] = before;
+	}
+}
+
 static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint64_t *bits,
 		       struct side *side)
 {
@@ -129,13 +182,8 @@ static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint6
 	side->n = wd < 0
 		      ? 0
 		      : vf_inotify_entries(&order->reader, wd, fact->nodeid, side->entries, WINDOW);
+	find_repeats(order, fact->nodeid, side);
 	return side->n;
-}
-
-static bool is_same(const struct vf_entry *a, const struct vf_entry *b)
-{
-	return a->key == b->key && a->events == b->events && a->joined == b->joined &&
-	       a->is_dir == b->is_dir;
 }
 
 bool vf_order_is_repeat(struct vf_order *order, const struct vf_fact *repeated,

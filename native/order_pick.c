@@ -80,6 +80,25 @@ static bool fits(const struct vf_order *order, const struct vf_fact *fact, uint6
 	return fit;
 }
 
+/*
+ * Is it of the end of a directory to which something happens after what inotify says now?  fanotify
+ * may have said all of that, and of several directories that had the name.
+ */
+static bool is_of_later_end(struct vf_order *order, const struct vf_fact *fact, uint64_t event)
+{
+	struct vf_inode *dir;
+	bool later;
+
+	if (!(event & VF_FS_DELETE) || !(fact->mask & VF_FS_ISDIR) || !fact->child)
+		return false;
+	dir = vf_inode_get(order->events->share, fact->child);
+	later = dir && vf_watch_wd(order->events->watches, VF_WD_ORDER, dir) >= 0 &&
+		vf_inotify_lives_on(&order->reader, dir);
+	if (dir)
+		vf_inode_put(order->events->share, dir);
+	return later;
+}
+
 /* Used up facts of one kind say no more than the last of them. */
 enum { OTHERS, LONE_FIRST, LONE_SECOND, JOINED_FIRST, JOINED_SECOND, N_KINDS };
 
@@ -154,6 +173,8 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 			continue;
 		if (vf_order_counts_for_all(order, event))
 			vf_fact_set_said(order, fact, event);
+		if (is_of_later_end(order, fact, event))
+			continue;
 		if (!fits(order, fact, event)) {
 			if (!c->unfit && !(fact->used & event))
 				c->unfit = fact;

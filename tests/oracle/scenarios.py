@@ -675,6 +675,30 @@ _TEXTS = {
         rename u/y p/x
         rmdir p/x
     """,
+    "a directory wanders, and others that have its name meanwhile are removed": """
+        mkdir u
+        mkdir u/a
+        mkdir u/b
+        watch u u ALL
+        watch a u/a ALL
+        rename u/a u/b/a
+        rename u/b/a u/b/b
+        rename u/b/b u/a
+        rename u/a u/b
+        rename u/b u/a
+        mkdir u/a/a
+        mkdir u/b
+        rename u/a u/b/a
+        mkdir u/a
+        rmdir u/a
+        rename u/b/a u/a
+        rename u/a u/b/b
+        rmdir u/b/b/a
+        rename u/b/b u/a
+        rmdir u/a
+        mkdir u/a
+        exchange u/b u/a
+    """,
     "two come to one name, the second from where nobody watches": """
         mkdir d
         mkdir e
