@@ -14,7 +14,7 @@
 /* All that inotify can be asked for. */
 #define VF_INOTIFY_EVENTS ((uint64_t)IN_ALL_EVENTS)
 
-#define VF_MAX_UNSEEN 16u
+#define VF_MAX_UNSEEN 1024u
 
 struct vf_inotify_reader {
 	struct vf_events *events;

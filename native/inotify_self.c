@@ -109,15 +109,20 @@ static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
 	} while ((now = vf_now_ns()) < until && vf_records_read_more(reader, until - now));
 }
 
-/* It is told behind the last record of what happened in it. */
+static void tell_unseen(struct vf_inotify_reader *reader, struct vf_inode *dir)
+{
+	reader->removed(reader, vf_record_at(reader, reader->next), dir);
+}
+
+/* It is told behind the last record of what happened in it; of more than there is room for, now. */
 static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
-				const struct vf_inode *inode)
+				struct vf_inode *inode)
 {
 	const uint64_t goes = VF_FS_DELETE | VF_FS_MOVED_FROM;
 	/* Behind the last of its names only who has a file open that is gone does anything. */
 	bool tells_names = !(goes & ~vf_watch_mask(reader->events->watches, inode));
 	const struct inotify_event *record;
-	uint32_t last = reader->end;
+	uint32_t last = reader->end, i = 0;
 
 	await_last_link(reader, wd);
 	while (vf_records_read_more(reader, 0))
@@ -127,8 +132,16 @@ static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
 		if (record->wd == wd &&
 		    (!tells_names || !record->len || (record->mask & VF_FS_ENTRY_EVENTS)))
 			last = vf_record_end(at, record);
-	reader->unseen[reader->n_unseen].nodeid = vf_inode_nodeid(inode);
-	reader->unseen[reader->n_unseen++].after = reader->at + last;
+	while (i < reader->n_unseen && reader->unseen[i].nodeid != vf_inode_nodeid(inode))
+		i++;
+	if (i == VF_MAX_UNSEEN) {
+		tell_unseen(reader, inode);
+		return;
+	}
+	reader->unseen[i].nodeid = vf_inode_nodeid(inode);
+	reader->unseen[i].after = reader->at + last;
+	if (i == reader->n_unseen)
+		reader->n_unseen++;
 }
 
 void vf_inotify_tell_unseen(struct vf_inotify_reader *reader)
@@ -145,7 +158,7 @@ void vf_inotify_tell_unseen(struct vf_inotify_reader *reader)
 			dir = vf_inode_get(share, reader->unseen[i].nodeid);
 		if (!dir)
 			continue;
-		reader->removed(reader, (void *)(reader->buffer + reader->next), dir);
+		tell_unseen(reader, dir);
 		vf_inode_put(share, dir);
 	}
 	reader->n_unseen = left;
@@ -174,7 +187,7 @@ void vf_inotify_take_own(struct vf_inotify_reader *reader, const struct inotify_
 		    (record->mask & IN_ATTRIB) && !vf_inotify_is_last_link(reader, record, inode);
 		reader->one(reader, record, inode, NULL);
 		reader->not_its_end = false;
-		if (moved && reader->n_unseen < VF_MAX_UNSEEN && is_removed_unseen(reader, inode))
+		if (moved && is_removed_unseen(reader, inode))
 			note_unseen_removal(reader, record->wd, inode);
 	}
 }

@@ -70,6 +70,18 @@ def test_many_names_that_are_taken_twice_are_told_each_in_its_place(held_level: 
     assert outcome.compared >= len(names)
 
 
+def test_many_directories_that_wander_out_of_sight_end_once_each(held_level: RingLevel) -> None:
+    """Where they went nobody watches; all is over before anything of it is read."""
+    places = range(200)
+    made = "\n".join(f"mkdir d/{i}\nwatch w{i} d/{i} ALL" for i in places)
+    moves = [f"rename d/{i} u/{i}" for i in places]
+    used = [f"mkdir u/{i}/below\nrmdir u/{i}/below" for i in places]
+    gone = [f"rmdir u/{i}" for i in places]
+    outcome = held_level.run(parse("\n".join([f"mkdir d\nmkdir u\n{made}", *moves, *used, *gone])))
+    assert outcome.is_equal, "\n".join(outcome.lines)
+    assert outcome.compared >= 4 * len(places)
+
+
 RANDOM_SEEDS = range(1, 7)
 RANDOM_OPERATIONS = 60
 
