@@ -67,15 +67,12 @@ static struct inotify_event *own_record_at(struct vf_inotify_reader *reader, uin
 /* Has this name been given away since?  Then what it means by now is not whom it was about. */
 static bool name_changed(struct vf_inotify_reader *reader, const struct inotify_event *record)
 {
-	uint32_t at = reader->end;
+	struct vf_walk walk = vf_walk_behind(reader, 0);
 	const struct inotify_event *other;
 
-	do {
-		for (; (other = vf_record_at(reader, at)); at = vf_record_end(at, other))
-			if ((other->mask & VF_FS_ENTRY_EVENTS) &&
-			    vf_record_is_of_same_name(other, record))
-				return true;
-	} while (vf_records_read_more(reader, 0));
+	while ((other = vf_walk_next(&walk)))
+		if ((other->mask & VF_FS_ENTRY_EVENTS) && vf_record_is_of_same_name(other, record))
+			return true;
 	return false;
 }
 

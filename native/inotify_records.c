@@ -71,6 +71,21 @@ bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
 	return true;
 }
 
+const struct inotify_event *vf_walk_next(struct vf_walk *walk)
+{
+	const struct inotify_event *record;
+
+	while (!(record = vf_record_at(walk->reader, walk->at))) {
+		uint64_t now = walk->until_ns ? vf_now_ns() : 0;
+
+		if (!vf_records_read_more(walk->reader,
+					  now < walk->until_ns ? walk->until_ns - now : 0))
+			return NULL;
+	}
+	walk->at = vf_record_end(walk->at, record);
+	return record;
+}
+
 void vf_records_make_room(struct vf_inotify_reader *reader)
 {
 	if (vf_records_have_room(reader))

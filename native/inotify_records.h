@@ -56,6 +56,18 @@ struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mou
 bool vf_records_have_room(const struct vf_inotify_reader *reader);
 /* Reads behind what there is, if something comes in that time. */
 bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns);
+/* What follows the record at hand, and what more can be read until then. */
+struct vf_walk {
+	struct vf_inotify_reader *reader;
+	uint32_t at;
+	uint64_t until_ns; /* CLOCK_MONOTONIC; 0: only what is there already */
+};
+static inline struct vf_walk vf_walk_behind(struct vf_inotify_reader *reader, uint64_t until_ns)
+{
+	return (struct vf_walk){.reader = reader, .at = reader->end, .until_ns = until_ns};
+}
+/* NULL: nothing more. */
+const struct inotify_event *vf_walk_next(struct vf_walk *walk);
 /* Forgets what is behind us, so that there is room; records move. */
 void vf_records_make_room(struct vf_inotify_reader *reader);
 /* Is this record of the name by which the directory, which the guest watches, was last known? */

@@ -44,69 +44,56 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 	/* What is removed of its name then is the one that replaced it. */
 	bool by_name = dir && !was_replaced(reader, record, inode);
 	uint32_t mask = IN_ATTRIB | (dir ? IN_MOVE_SELF | VF_FS_ENTRY_EVENTS : 0);
-	uint64_t began = vf_now_ns(), until = began, now;
+	struct vf_walk walk = vf_walk_behind(reader, 0);
 	const struct inotify_event *other;
-	uint32_t at = reader->end;
 
-	do {
-		for (; (other = vf_record_at(reader, at)); at = vf_record_end(at, other)) {
-			if ((other->wd == record->wd && (other->mask & mask) &&
-			     (dir || !other->len)) ||
-			    (by_name && is_removal(reader, other, inode)))
-				return true;
-			/* It lived on after this; that it lost its last link may not be told yet.
-			 */
-			if (!dir && other != record && other->wd == record->wd)
-				until = began + LATE_LINK_NS;
-		}
-		now = vf_now_ns();
-	} while (vf_records_read_more(reader, now < until ? until - now : 0));
+	while ((other = vf_walk_next(&walk))) {
+		if ((other->wd == record->wd && (other->mask & mask) && (dir || !other->len)) ||
+		    (by_name && is_removal(reader, other, inode)))
+			return true;
+		/* It lived on after this; that it lost its last link may not be told yet. */
+		if (!dir && other != record && other->wd == record->wd && !walk.until_ns)
+			walk.until_ns = vf_now_ns() + LATE_LINK_NS;
+	}
 	return false;
 }
 
 /* Moved out of its parent's sight, has it gone before the next one was watched? */
 static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode *inode)
 {
+	struct vf_walk walk = vf_walk_behind(reader, 0);
 	const struct inotify_event *record;
-	uint32_t at = reader->end;
 
 	if (vf_watch_wd(reader->events->watches, VF_WD_PARENT, inode) < 0 ||
 	    !vf_events_is_gone(reader->events, inode))
 		return false;
-	do {
-		for (; (record = vf_record_at(reader, at)); at = vf_record_end(at, record))
-			if (is_removal(reader, record, inode))
-				return false;
-	} while (vf_records_read_more(reader, 0));
+	while ((record = vf_walk_next(&walk)))
+		if (is_removal(reader, record, inode))
+			return false;
 	return true;
 }
 
 bool vf_inotify_lives_on(struct vf_inotify_reader *reader, const struct vf_inode *dir)
 {
 	int32_t wd = vf_watch_wd(reader->events->watches, reader->which, dir);
+	struct vf_walk walk = vf_walk_behind(reader, 0);
 	const struct inotify_event *other;
-	uint32_t at = reader->end;
 
-	do {
-		for (; (other = vf_record_at(reader, at)); at = vf_record_end(at, other))
-			if (other->wd == wd && (other->mask & (IN_MOVE_SELF | VF_FS_ENTRY_EVENTS)))
-				return true;
-	} while (vf_records_read_more(reader, 0));
+	while ((other = vf_walk_next(&walk)))
+		if (other->wd == wd && (other->mask & (IN_MOVE_SELF | VF_FS_ENTRY_EVENTS)))
+			return true;
 	return false;
 }
 
 /* Whoever replaces it says so a moment after it has lost its last link. */
 static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
 {
-	uint64_t now = vf_now_ns(), until = now + LAST_LINK_NS;
+	struct vf_walk walk = vf_walk_behind(reader, vf_now_ns() + LAST_LINK_NS);
 	const struct inotify_event *record;
-	uint32_t at = reader->end;
 
-	do {
-		for (; (record = vf_record_at(reader, at)); at = vf_record_end(at, record))
-			if (record->wd == wd && (record->mask & IN_ATTRIB))
-				return;
-	} while ((now = vf_now_ns()) < until && vf_records_read_more(reader, until - now));
+	while ((record = vf_walk_next(&walk)))
+		if (record->wd == wd && (record->mask & IN_ATTRIB))
+			return;
 }
 
 static void tell_unseen(struct vf_inotify_reader *reader, struct vf_inode *dir)
@@ -121,17 +108,15 @@ static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
 	const uint64_t goes = VF_FS_DELETE | VF_FS_MOVED_FROM;
 	/* Behind the last of its names only who has a file open that is gone does anything. */
 	bool tells_names = !(goes & ~vf_watch_mask(reader->events->watches, inode));
+	struct vf_walk walk = vf_walk_behind(reader, 0);
 	const struct inotify_event *record;
 	uint32_t last = reader->end, i = 0;
 
 	await_last_link(reader, wd);
-	while (vf_records_read_more(reader, 0))
-		;
-	for (uint32_t at = last; (record = vf_record_at(reader, at));
-	     at = vf_record_end(at, record))
+	while ((record = vf_walk_next(&walk)))
 		if (record->wd == wd &&
 		    (!tells_names || !record->len || (record->mask & VF_FS_ENTRY_EVENTS)))
-			last = vf_record_end(at, record);
+			last = walk.at;
 	while (i < reader->n_unseen && reader->unseen[i].nodeid != vf_inode_nodeid(inode))
 		i++;
 	if (i == VF_MAX_UNSEEN) {
