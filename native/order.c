@@ -156,7 +156,7 @@ static void tell_counted_as_one(struct vf_order *order, const struct inotify_eve
 
 	if (!told || vf_order_counts_for_all(order, event))
 		return;
-	bucket = vf_fact_bucket(vf_fact_key(told->nodeid, told->name, told->namelen));
+	bucket = vf_fact_bucket(vf_name_hash(told->nodeid, told->name, told->namelen));
 	/* It is there before inotify says so, but that may have been read later. */
 	order->read_facts(order->events);
 	while ((untold = untold_half(order, told, event, bucket)) &&

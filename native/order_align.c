@@ -58,7 +58,7 @@ static uint32_t facts_behind(const struct vf_order *order, const struct vf_fact 
 		if (fact == which)
 			place = side->n;
 		side->entries[side->n++] = (struct vf_entry){
-		    .key = vf_fact_key(fact->nodeid, fact->name, fact->namelen),
+		    .key = vf_name_hash(fact->nodeid, fact->name, fact->namelen),
 		    .events = (uint32_t)events,
 		    .joined = fact->joined,
 		    .is_dir = fact->mask & VF_FS_ISDIR,
@@ -150,7 +150,7 @@ static bool was_told(const struct vf_order *order, uint64_t nodeid, const struct
 		for (uint32_t n = 0; fact && n < VF_FACTS_COMPARED; fact = fact->next, n++)
 			if (fact->nodeid == nodeid && (fact->used & record->events) &&
 			    fact->joined == record->joined &&
-			    vf_fact_key(nodeid, fact->name, fact->namelen) == record->key)
+			    vf_name_hash(nodeid, fact->name, fact->namelen) == record->key)
 				return true;
 	}
 	return false;

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Where facts are kept: by name, in generations, and those that are deferred in lists. */
-#include "name_hash.h"
 #include "order_facts.h"
 
 /* Beyond this much memory order is given up for once, and the guest told of a loss. */
@@ -11,11 +10,6 @@
 #define OWED_NS 2000000000u
 /* And for so long where it may be. */
 #define REPEATS_NS 20000000u
-
-uint64_t vf_fact_key(uint64_t nodeid, const char *name, uint32_t namelen)
-{
-	return vf_name_hash(nodeid, name, namelen);
-}
 
 void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g)
 {
@@ -112,7 +106,7 @@ static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 
 static void note_late(struct vf_order *order, const struct vf_fact *fact)
 {
-	uint64_t key = vf_fact_key(fact->nodeid, fact->name, fact->namelen);
+	uint64_t key = vf_name_hash(fact->nodeid, fact->name, fact->namelen);
 	struct vf_early *e = early_slot(order, key);
 
 	if (e->key != key)
@@ -130,7 +124,7 @@ void vf_facts_note_late(struct vf_order *order, const struct vf_fact *fact)
 
 bool vf_facts_take_late(struct vf_order *order, const struct vf_change *change)
 {
-	uint64_t key = vf_fact_key(vf_fact_place(change), change->name, change->namelen);
+	uint64_t key = vf_name_hash(vf_fact_place(change), change->name, change->namelen);
 	uint64_t event = change->mask & VF_ORDER_EVENTS;
 	struct vf_early *e = early_slot(order, key);
 
@@ -179,7 +173,7 @@ uint64_t vf_fact_place(const struct vf_change *change)
 struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *change, uint64_t mask,
 			    bool own)
 {
-	uint64_t key = vf_fact_key(vf_fact_place(change), change->name, change->namelen);
+	uint64_t key = vf_name_hash(vf_fact_place(change), change->name, change->namelen);
 	uint32_t bucket = vf_fact_bucket(key);
 	struct vf_fact_generation *g = &order->generations[order->young];
 	struct vf_fact *fact = new_fact(order, change, mask);

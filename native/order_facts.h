@@ -10,6 +10,7 @@
 #define VHOSTFS_ORDER_FACTS_H
 
 #include "inotify_reader.h"
+#include "name_hash.h"
 #include "order.h"
 
 #define VF_ORDER_CHILD_EVENTS (VF_FS_CHILD_EVENTS & ~VF_FS_OPEN_EXEC)
@@ -120,7 +121,6 @@ struct vf_order {
 
 /* ---- order_facts.c: where they are kept ---- */
 
-uint64_t vf_fact_key(uint64_t nodeid, const char *name, uint32_t namelen);
 /* Whose name it is, or what it happened to. */
 uint64_t vf_fact_place(const struct vf_change *change);
 /* NULL: no memory. */
@@ -137,7 +137,7 @@ bool vf_facts_take_late(struct vf_order *order, const struct vf_change *change);
 /* The generation's facts are forgotten. */
 void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g);
 
-/* The bucket of a key. */
+/* The bucket of a key, which is vf_name_hash() of a name in a directory, or of an object. */
 static inline uint32_t vf_fact_bucket(uint64_t key)
 {
 	return (uint32_t)(key >> 29) % VF_FACT_BUCKETS;

@@ -254,7 +254,7 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 			     enum vf_fact_choice choice)
 {
 	uint64_t event = change->mask & VF_ORDER_EVENTS, nodeid = vf_fact_place(change);
-	uint64_t key = vf_fact_key(nodeid, change->name, change->namelen);
+	uint64_t key = vf_name_hash(nodeid, change->name, change->namelen);
 	uint32_t bucket = vf_fact_bucket(key);
 	struct candidates c = {.any = NULL};
 	struct vf_fact *fact;
@@ -297,7 +297,7 @@ struct vf_fact *vf_fact_pick_second(struct vf_order *order, const struct vf_chan
 				    struct vf_fact *first)
 {
 	uint64_t event = change->mask & VF_ORDER_HALVES, nodeid = vf_fact_place(change);
-	uint64_t key = vf_fact_key(nodeid, change->name, change->namelen);
+	uint64_t key = vf_name_hash(nodeid, change->name, change->namelen);
 
 	if (!first || !first->second || vf_order_counts_for_all(order, event) ||
 	    !vf_fact_is_about(first->second, nodeid, change->name, change->namelen))
@@ -312,7 +312,7 @@ struct vf_fact *vf_fact_pick_second(struct vf_order *order, const struct vf_chan
 struct vf_fact *vf_fact_pick_told(struct vf_order *order, const struct vf_change *change)
 {
 	uint64_t nodeid = vf_fact_place(change);
-	uint32_t bucket = vf_fact_bucket(vf_fact_key(nodeid, change->name, change->namelen));
+	uint32_t bucket = vf_fact_bucket(vf_name_hash(nodeid, change->name, change->namelen));
 
 	for (unsigned int i = 0; i < 2; i++) {
 		struct vf_fact *fact = order->generations[order->young ^ 1 ^ i].first[bucket];

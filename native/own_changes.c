@@ -79,11 +79,6 @@ static uint64_t object_key(uint64_t nodeid)
 	return nodeid * 0x9e3779b97f4a7c15u;
 }
 
-static uint64_t name_key(uint64_t dir, const char *name, uint32_t namelen)
-{
-	return vf_name_hash(dir, name, namelen);
-}
-
 static struct expected **bucket(struct vf_own_changes *own, uint64_t key)
 {
 	return &own->buckets[(key ^ key >> 32) % N_BUCKETS];
@@ -191,7 +186,7 @@ static uint64_t add_name(struct window *w, struct vf_share *share, uint64_t dir_
 	struct vf_inode *dir = NULL, *named = NULL;
 	uint64_t nodeid = 0;
 
-	add(w, name_key(dir_id, name, (uint32_t)strlen(name)), op->name & mask, 0);
+	add(w, vf_name_hash(dir_id, name, (uint32_t)strlen(name)), op->name & mask, 0);
 	if (!(op->named & mask) || vf_check_name(name))
 		return 0;
 	dir = vf_inode_get(share, dir_id);
@@ -257,7 +252,7 @@ static void foresee(struct vf_own_changes *own, struct window *w, const struct v
 		return;
 	add_name(w, r->share, dir, name, op, mask);
 	if (renamed)
-		note_name(own, renamed, name_key(dir, name, (uint32_t)strlen(name)));
+		note_name(own, renamed, vf_name_hash(dir, name, (uint32_t)strlen(name)));
 }
 
 /* ---- windows in the stream ----------------------------------------------------- */
@@ -357,7 +352,8 @@ void vf_own_changes_name(struct vf_own_changes *own, const struct vf_req *r, uin
 		break;
 	}
 	if (name)
-		note_name(own, nodeid, name_key(r->header.nodeid, name, (uint32_t)strlen(name)));
+		note_name(own, nodeid,
+			  vf_name_hash(r->header.nodeid, name, (uint32_t)strlen(name)));
 }
 
 void vf_own_changes_end(struct vf_own_changes *own, struct vf_own_window *window)
@@ -459,7 +455,7 @@ bool vf_own_changes_is(struct vf_own_changes *own, struct vf_share *share, uint6
 	bool found = false;
 
 	if (change->dir)
-		key = name_key(vf_inode_nodeid(change->dir), change->name, change->namelen);
+		key = vf_name_hash(vf_inode_nodeid(change->dir), change->name, change->namelen);
 	pthread_mutex_lock(&own->lock);
 	if (change->child)
 		found = is_expected(own, at, object_key(vf_inode_nodeid(change->child)), event);
