@@ -70,15 +70,19 @@ bool vf_inotify_is_blind(const struct vf_inotify_reader *reader)
 	return reader->looked >= MAX_LOOKED || !vf_records_have_room(reader);
 }
 
-bool vf_inotify_half_may_be_missing(const struct vf_inotify_reader *reader, uint32_t half,
+bool vf_inotify_half_may_be_missing(struct vf_inotify_reader *reader, uint32_t half,
 				    const struct vf_inode *other_dir, const char *name,
 				    uint32_t namelen)
 {
-	const struct inotify_event *last = vf_record_at(reader, reader->last);
+	const struct inotify_event *last = vf_record_at(reader, reader->last), *behind;
+	struct vf_walk walk = vf_walk_behind(reader, 0);
 
 	/* The kernel queues the second half right behind the first. */
-	if (half & IN_MOVED_FROM)
-		return !vf_record_at(reader, reader->end);
+	if (half & IN_MOVED_FROM) {
+		behind = vf_walk_next(&walk);
+		return !behind || ((behind->mask & IN_MOVED_TO) &&
+				   behind->cookie == vf_record_at(reader, reader->next)->cookie);
+	}
 	if (reader->last == reader->next)
 		return true;
 	return (last->mask & IN_MOVED_FROM) &&

@@ -96,7 +96,7 @@ bool vf_inotify_is_blind(const struct vf_inotify_reader *reader);
  * in this directory, have come right before it and been counted as one with another, or be still
  * to come?
  */
-bool vf_inotify_half_may_be_missing(const struct vf_inotify_reader *reader, uint32_t half,
+bool vf_inotify_half_may_be_missing(struct vf_inotify_reader *reader, uint32_t half,
 				    const struct vf_inode *other_dir, const char *name,
 				    uint32_t namelen);
 

@@ -18,8 +18,12 @@
 /* Points for two that belong together, and for halves of which one side has not seen the other. */
 #define FITS 8u
 #define MAY_FIT 4u
-/* For what inotify says without a fact of its own, but as it has said before. */
+/*
+ * For what inotify says without a fact of its own, but as it has said before, or says here before:
+ * that rather is by the same object.
+ */
 #define REPEATS 2u
+#define SAYS_AGAIN 3u
 /* Where it makes no difference, what is asked about is rather there than not. */
 #define ASKED 1u
 
@@ -27,7 +31,7 @@ struct side {
 	struct vf_entry entries[WINDOW];
 	uint32_t n;
 	uint32_t asked, asked_end; /* of facts: those that are asked about */
-	bool repeats[WINDOW];	   /* of records: those that have been said before */
+	uint16_t repeats[WINDOW];  /* of records: points if they repeat something */
 };
 
 static const struct vf_fact *next_fact(const struct vf_order *order, const struct vf_fact *fact)
@@ -80,11 +84,12 @@ static uint16_t points(const struct vf_entry *fact, const struct vf_entry *recor
 static uint16_t alone(const struct side *facts, const struct side *records, uint32_t record,
 		      uint32_t first, uint32_t end)
 {
-	bool repeats = records->repeats[record];
+	uint16_t repeats = records->repeats[record];
 
 	for (uint32_t f = first; f < end && !repeats; f++)
-		repeats = points(&facts->entries[f], &records->entries[record]) == FITS;
-	return repeats ? REPEATS : 0;
+		if (points(&facts->entries[f], &records->entries[record]) == FITS)
+			repeats = REPEATS;
+	return repeats;
 }
 
 /* The most points that can be had without changing the order of either, without these facts. */
@@ -160,11 +165,11 @@ static void find_repeats(const struct vf_order *order, uint64_t nodeid, struct s
 {
 	for (uint32_t r = 0; r < records->n; r++) {
 		const struct vf_entry *entry = &records->entries[r];
-		bool before = was_told(order, nodeid, entry);
 
-		for (uint32_t i = 0; i < r && !before; i++)
-			before = is_same(&records->entries[i], entry);
-		records->repeats[r] = before;
+		records->repeats[r] = was_told(order, nodeid, entry) ? REPEATS : 0;
+		for (uint32_t i = 0; i < r; i++)
+			if (is_same(&records->entries[i], entry))
+				records->repeats[r] = SAYS_AGAIN;
 	}
 }
 

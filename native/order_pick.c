@@ -59,7 +59,7 @@ struct candidates {
  * fanotify counts a rename as one with the same one before it, so there need not be a fact that was
  * not used.
  */
-static bool fits(const struct vf_order *order, const struct vf_fact *fact, uint64_t event)
+static bool fits(struct vf_order *order, const struct vf_fact *fact, uint64_t event)
 {
 	struct vf_fact *other = fact->second ? fact->second : fact->half;
 	struct vf_inode *dir;
@@ -100,14 +100,15 @@ static bool is_of_later_end(struct vf_order *order, const struct vf_fact *fact, 
 }
 
 /* Used up facts of one kind say no more than the last of them. */
-enum { OTHERS, LONE_FIRST, LONE_SECOND, JOINED_FIRST, JOINED_SECOND, N_KINDS };
+enum { OTHERS, FIRST = 1, SECOND = 2, JOINED = 2, DIRECTORY = 4, N_KINDS = 9 };
 
 static unsigned int kind_of(const struct vf_order *order, const struct vf_fact *fact)
 {
 	if (vf_order_counts_for_all(order, fact->mask) ||
 	    (fact->mask & ~VF_ORDER_HALVES & VF_ORDER_EVENTS))
 		return OTHERS;
-	return (fact->mask & VF_FS_MOVED_FROM ? LONE_FIRST : LONE_SECOND) + 2 * fact->joined;
+	return (fact->mask & VF_FS_MOVED_FROM ? FIRST : SECOND) + JOINED * fact->joined +
+	       (fact->mask & VF_FS_ISDIR ? DIRECTORY : 0);
 }
 
 static bool is_used_up(const struct vf_fact *fact)
