@@ -699,6 +699,64 @@ _TEXTS = {
         mkdir u/a
         exchange u/b u/a
     """,
+    "a directory leaves a name as another did, after a file had left it": """
+        mkdir d0
+        mkdir d1
+        mkdir d0/n
+        mkdir u
+        watch w0 u ALL
+        rename u d0/y
+        file d1/a
+        file d1/b
+        rename d1/a d0/c
+        rename d0/n d0/b
+        rename d0/b d0/y/a
+        rename d0/y d0/a
+        rename d1/b d0/y
+        rename d0/a d1/b
+        exchange d0/y d1/b/a
+        rename d0 d1/b/c
+        rename d1/b/c/y d1/b/b
+        exchange d1/b/c/c d1/b/b
+        rename d1/b/c d1/c
+        rename d1/b/a d1/y
+        rename d1/y d1/c/a
+        rename d1/c/c d1/c/b
+        exchange d1/b d1/c
+        exchange d1/b d1/c/b
+        rename d1/c d1/y
+        rename d1/y/b/b d1/y/a
+        rename d1/y/a d1/a
+        link d1/b d1/y/a
+        exchange d1/y/a d1/a
+        rename d1/y/a d1/y/y
+    """,
+    "one comes to a name twice, and once as the end of an exchange": """
+        mkdir d0
+        mkdir d1
+        mkdir d0/n
+        mkdir u
+        file d0/b
+        file d1/x
+        watch w0 d0 ALL
+        rename d0/n d0/a
+        rename d0/a u/b
+        exchange u/b d1/x
+        rename d0/b d1/x/x
+        rename d1/x d0/b
+        file d0/x
+        exchange d0/x d0/b
+        file d0/x/a
+        exchange d0/x d0/b
+        exchange d0/x d0/b
+        rename d0/x/x d0/a
+        exchange d0/a d0/x
+        exchange d0/a d0/x
+        rename d0/x/a d0/a
+        rename d0/a d0/x/x
+        rename d0/x/x d0/a
+        rename d0/a d0/x/a
+    """,
     "two come to one name, the second from where nobody watches": """
         mkdir d
         mkdir e
