@@ -163,6 +163,10 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 			unlink_fact(g, bucket, link);
 			continue;
 		}
+		if (is_of_later_end(order, fact, event)) {
+			link = &fact->next;
+			continue;
+		}
 		if (fact->picked && (!c->current || fact->picked > c->current->picked))
 			c->current = fact;
 		link = &fact->next;
@@ -174,8 +178,6 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 			continue;
 		if (vf_order_counts_for_all(order, event))
 			vf_fact_set_said(order, fact, event);
-		if (is_of_later_end(order, fact, event))
-			continue;
 		if (!fits(order, fact, event)) {
 			if (!c->unfit && !(fact->used & event))
 				c->unfit = fact;

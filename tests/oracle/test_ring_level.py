@@ -102,20 +102,10 @@ def test_what_is_done_at_random_is_told_as_natively(level: RingLevel, seed: int)
     assert outcome.is_equal, "\n".join([f"seed {seed}", *outcome.lines])
 
 
-WANDERING_SOURCES = [name for name in SOURCES if not name.endswith("no-rename")]
-"""Without FAN_RENAME nobody can tell what both of Linux's queues have summed up: docs/oracle.md."""
-
-
-@pytest.fixture(scope="module", params=WANDERING_SOURCES)
-def wandering_level(request: pytest.FixtureRequest) -> Iterator[RingLevel]:
-    with opened(SOURCES[request.param]) as level:
-        yield level
-
-
 @pytest.mark.parametrize("mix", [mix for mix in MIXES if mix != "all"])
 @pytest.mark.parametrize("seed", RANDOM_SEEDS)
-def test_few_names_that_wander_are_told_as_natively(wandering_level: RingLevel, mix: str, seed: int) -> None:
-    outcome = wandering_level.run(random_script(seed, RANDOM_OPERATIONS, mix))
+def test_few_names_that_wander_are_told_as_natively(level: RingLevel, mix: str, seed: int) -> None:
+    outcome = level.run(random_script(seed, RANDOM_OPERATIONS, mix))
     assert outcome.is_equal, "\n".join([f"seed {seed}", *outcome.lines])
 
 
