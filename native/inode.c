@@ -172,6 +172,11 @@ bool vf_inode_tell_deleted(struct vf_inode *inode)
 	return !(atomic_fetch_or(&inode->flags, INODE_DELETE_TOLD) & INODE_DELETE_TOLD);
 }
 
+bool vf_inode_was_told_deleted(const struct vf_inode *inode)
+{
+	return atomic_load(&inode->flags) & INODE_DELETE_TOLD;
+}
+
 struct vf_inode *inode_alloc(struct vf_inode_table *table)
 {
 	struct vf_inode *inode = NULL, *chunk;

@@ -60,6 +60,8 @@ bool vf_inode_is_held_once(struct vf_share *share, const struct vf_inode *inode)
 struct vf_inode *vf_inode_in_slot(struct vf_share *share, int32_t slot);
 /* route.c: true for the first who tells the guest that the object was deleted. */
 bool vf_inode_tell_deleted(struct vf_inode *inode);
+/* Has it been told? */
+bool vf_inode_was_told_deleted(const struct vf_inode *inode);
 
 /*
  * An O_PATH descriptor for a referenced inode: the table's own (valid as long as

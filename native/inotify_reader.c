@@ -70,19 +70,34 @@ bool vf_inotify_is_blind(const struct vf_inotify_reader *reader)
 	return reader->looked >= MAX_LOOKED || !vf_records_have_room(reader);
 }
 
+/*
+ * The record of the same rename's other half.  What others did in its directory before it is
+ * overtaken: the rename had happened when its first half was told.
+ */
+static struct inotify_event *second_half(const struct vf_inotify_reader *reader, uint32_t cookie)
+{
+	struct inotify_event *record;
+	uint32_t at = reader->end;
+
+	for (uint32_t n = 0; n < MAX_BETWEEN && (record = vf_record_at(reader, at)); n++) {
+		if ((record->mask & IN_MOVED_TO) && record->cookie == cookie)
+			return record;
+		at = vf_record_end(at, record);
+	}
+	return NULL;
+}
+
 bool vf_inotify_half_may_be_missing(struct vf_inotify_reader *reader, uint32_t half,
 				    const struct vf_inode *other_dir, const char *name,
 				    uint32_t namelen)
 {
-	const struct inotify_event *last = vf_record_at(reader, reader->last), *behind;
+	const struct inotify_event *last = vf_record_at(reader, reader->last);
 	struct vf_walk walk = vf_walk_behind(reader, 0);
 
-	/* The kernel queues the second half right behind the first. */
-	if (half & IN_MOVED_FROM) {
-		behind = vf_walk_next(&walk);
-		return !behind || ((behind->mask & IN_MOVED_TO) &&
-				   behind->cookie == vf_record_at(reader, reader->next)->cookie);
-	}
+	/* The kernel queues the second half right behind the first, but for what others do. */
+	if (half & IN_MOVED_FROM)
+		return !vf_walk_next(&walk) ||
+		       second_half(reader, vf_record_at(reader, reader->next)->cookie);
 	if (reader->last == reader->next)
 		return true;
 	return (last->mask & IN_MOVED_FROM) &&
@@ -109,23 +124,6 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 	if (!places.n)
 		vf_count(&events->unknown);
 	vf_places_put(events, &places);
-}
-
-/*
- * The record of the same rename's other half.  What others did in its directory before it is
- * overtaken: the rename had happened when its first half was told.
- */
-static struct inotify_event *second_half(const struct vf_inotify_reader *reader, uint32_t cookie)
-{
-	struct inotify_event *record;
-	uint32_t at = reader->end;
-
-	for (uint32_t n = 0; n < MAX_BETWEEN && (record = vf_record_at(reader, at)); n++) {
-		if ((record->mask & IN_MOVED_TO) && record->cookie == cookie)
-			return record;
-		at = vf_record_end(at, record);
-	}
-	return NULL;
 }
 
 /* Both directories have a watch: a pair on each mount that shows both. */
@@ -226,5 +224,6 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader)
 			vf_inotify_tell_unseen(reader);
 		reader->last = reader->next;
 	}
+	vf_inotify_forget_last(reader);
 	return n;
 }

@@ -14,6 +14,7 @@
 /* All that inotify can be asked for. */
 #define VF_INOTIFY_EVENTS ((uint64_t)IN_ALL_EVENTS)
 
+/* Directories of which it is known at a time that they went unseen: 16 bytes each. */
 #define VF_MAX_UNSEEN 1024u
 
 struct vf_inotify_reader {
@@ -40,6 +41,9 @@ struct vf_inotify_reader {
 		uint64_t nodeid, after;
 	} unseen[VF_MAX_UNSEEN];
 	uint32_t n_unseen;
+	uint64_t first_unseen;		       /* the smallest of these places */
+	uint32_t awaited;		       /* last link counts, since the first read */
+	struct vf_inotify_last *last_of_watch; /* of what follows, once it was asked for */
 	/* Another record of this object's link count follows: its end is not to be told yet. */
 	bool not_its_end;
 	/* read(2) of the instance; *at: where in its stream the first byte was. */
@@ -92,9 +96,9 @@ uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64
 /* Does more follow than can be looked at? */
 bool vf_inotify_is_blind(const struct vf_inotify_reader *reader);
 /*
- * Only one half of a rename is there, of which inotify says both: may the other one, of this name
+ * Only one half of a rename is taken, of which inotify says both: may the other one, of this name
  * in this directory, have come right before it and been counted as one with another, or be still
- * to come?
+ * to come, or have come since?  Reads more if nothing is there.
  */
 bool vf_inotify_half_may_be_missing(struct vf_inotify_reader *reader, uint32_t half,
 				    const struct vf_inode *other_dir, const char *name,
@@ -102,9 +106,12 @@ bool vf_inotify_half_may_be_missing(struct vf_inotify_reader *reader, uint32_t h
 
 /*
  * Does anything follow that happened to this directory, which the guest watches, or in it, while it
- * had a name?
+ * had a name?  Reads all that there is.
  */
 bool vf_inotify_lives_on(struct vf_inotify_reader *reader, const struct vf_inode *dir);
+
+/* Does another removal of the name follow by which this directory was last known? */
+bool vf_inotify_is_removed_later(struct vf_inotify_reader *reader, struct vf_inode *dir);
 
 /* ---- inotify_watch.c ---- */
 

@@ -90,6 +90,7 @@ void vf_records_make_room(struct vf_inotify_reader *reader)
 {
 	if (vf_records_have_room(reader))
 		return;
+	vf_inotify_forget_last(reader);
 	memmove(reader->buffer, reader->buffer + reader->next, reader->size - reader->next);
 	reader->at += reader->next;
 	reader->size -= reader->next;
@@ -105,6 +106,7 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
 	reader->size = reader->next = reader->end = reader->last = 0;
 	reader->waits = 0;
 	reader->idle_ns = 0;
+	reader->awaited = 0;
 	reader->looked = 0;
 	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
 	reader->waited = reader->at;

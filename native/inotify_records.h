@@ -56,11 +56,11 @@ struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mou
 bool vf_records_have_room(const struct vf_inotify_reader *reader);
 /* Reads behind what there is, if something comes in that time. */
 bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns);
-/* What follows the record at hand, and what more can be read until then. */
+/* What follows the record at hand, and what more can be read until then; records do not move. */
 struct vf_walk {
 	struct vf_inotify_reader *reader;
 	uint32_t at;
-	uint64_t until_ns; /* CLOCK_MONOTONIC; 0: only what is there already */
+	uint64_t until_ns; /* CLOCK_MONOTONIC; 0: without waiting */
 };
 static inline struct vf_walk vf_walk_behind(struct vf_inotify_reader *reader, uint64_t until_ns)
 {
@@ -73,6 +73,11 @@ void vf_records_make_room(struct vf_inotify_reader *reader);
 /* Is this record of the name by which the directory, which the guest watches, was last known? */
 bool vf_record_is_of_its_name(struct vf_inotify_reader *reader, const struct inotify_event *record,
 			      struct vf_inode *dir);
+
+/* ---- inotify_last.c ---- */
+
+/* Records have moved, or were all taken. */
+void vf_inotify_forget_last(struct vf_inotify_reader *reader);
 
 /* ---- inotify_child.c ---- */
 

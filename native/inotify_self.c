@@ -4,6 +4,8 @@
 
 /* So long a change may be under way between what it does and what inotify says of it. */
 #define LAST_LINK_NS 1000000u
+/* As many are waited for between two reads. */
+#define MAX_AWAITED 16u
 /* And so long where it is known that one may be. */
 #define LATE_LINK_NS 5000000u
 
@@ -58,37 +60,30 @@ static bool has_more_links(struct vf_inotify_reader *reader, const struct inotif
 	return false;
 }
 
-/* Moved out of its parent's sight, has it gone before the next one was watched? */
-static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode *inode)
+bool vf_inotify_is_removed_later(struct vf_inotify_reader *reader, struct vf_inode *dir)
 {
 	struct vf_walk walk = vf_walk_behind(reader, 0);
 	const struct inotify_event *record;
 
-	if (vf_watch_wd(reader->events->watches, VF_WD_PARENT, inode) < 0 ||
-	    !vf_events_is_gone(reader->events, inode))
-		return false;
 	while ((record = vf_walk_next(&walk)))
-		if (is_removal(reader, record, inode))
-			return false;
-	return true;
-}
-
-bool vf_inotify_lives_on(struct vf_inotify_reader *reader, const struct vf_inode *dir)
-{
-	int32_t wd = vf_watch_wd(reader->events->watches, reader->which, dir);
-	struct vf_walk walk = vf_walk_behind(reader, 0);
-	const struct inotify_event *other;
-
-	while ((other = vf_walk_next(&walk)))
-		if (other->wd == wd && (other->mask & (IN_MOVE_SELF | VF_FS_ENTRY_EVENTS)))
+		if (is_removal(reader, record, dir))
 			return true;
 	return false;
+}
+
+/* Moved out of its parent's sight, has it gone before the next one was watched? */
+static bool is_removed_unseen(struct vf_inotify_reader *reader, struct vf_inode *inode)
+{
+	return vf_watch_wd(reader->events->watches, VF_WD_PARENT, inode) >= 0 &&
+	       vf_events_is_gone(reader->events, inode) &&
+	       !vf_inotify_is_removed_later(reader, inode);
 }
 
 /* Whoever replaces it says so a moment after it has lost its last link. */
 static void await_last_link(struct vf_inotify_reader *reader, int32_t wd)
 {
-	struct vf_walk walk = vf_walk_behind(reader, vf_now_ns() + LAST_LINK_NS);
+	uint64_t time_ns = reader->awaited++ < MAX_AWAITED ? LAST_LINK_NS : 0;
+	struct vf_walk walk = vf_walk_behind(reader, vf_now_ns() + time_ns);
 	const struct inotify_event *record;
 
 	while ((record = vf_walk_next(&walk)))
@@ -101,8 +96,11 @@ static void tell_unseen(struct vf_inotify_reader *reader, struct vf_inode *dir)
 	reader->removed(reader, vf_record_at(reader, reader->next), dir);
 }
 
-/* It is told behind the last record of what happened in it; of more than there is room for, now. */
-static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
+/*
+ * It is told behind the last record of what happened in it; where there is no room to note that, at
+ * once, before those.
+ */
+static void take_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
 				struct vf_inode *inode)
 {
 	const uint64_t goes = VF_FS_DELETE | VF_FS_MOVED_FROM;
@@ -110,23 +108,27 @@ static void note_unseen_removal(struct vf_inotify_reader *reader, int32_t wd,
 	bool tells_names = !(goes & ~vf_watch_mask(reader->events->watches, inode));
 	struct vf_walk walk = vf_walk_behind(reader, 0);
 	const struct inotify_event *record;
-	uint32_t last = reader->end, i = 0;
+	uint32_t last = reader->end;
 
+	/* One that is noted was gone by then: its last record was there. */
+	for (uint32_t i = 0; i < reader->n_unseen; i++)
+		if (reader->unseen[i].nodeid == vf_inode_nodeid(inode))
+			return;
+	if (!is_removed_unseen(reader, inode))
+		return;
+	if (reader->n_unseen == VF_MAX_UNSEEN) {
+		tell_unseen(reader, inode);
+		return;
+	}
 	await_last_link(reader, wd);
 	while ((record = vf_walk_next(&walk)))
 		if (record->wd == wd &&
 		    (!tells_names || !record->len || (record->mask & VF_FS_ENTRY_EVENTS)))
 			last = walk.at;
-	while (i < reader->n_unseen && reader->unseen[i].nodeid != vf_inode_nodeid(inode))
-		i++;
-	if (i == VF_MAX_UNSEEN) {
-		tell_unseen(reader, inode);
-		return;
-	}
-	reader->unseen[i].nodeid = vf_inode_nodeid(inode);
-	reader->unseen[i].after = reader->at + last;
-	if (i == reader->n_unseen)
-		reader->n_unseen++;
+	reader->unseen[reader->n_unseen].nodeid = vf_inode_nodeid(inode);
+	reader->unseen[reader->n_unseen].after = reader->at + last;
+	if (!reader->n_unseen++ || reader->at + last < reader->first_unseen)
+		reader->first_unseen = reader->at + last;
 }
 
 void vf_inotify_tell_unseen(struct vf_inotify_reader *reader)
@@ -134,13 +136,19 @@ void vf_inotify_tell_unseen(struct vf_inotify_reader *reader)
 	struct vf_share *share = reader->events->share;
 	uint32_t left = 0;
 
+	if (reader->first_unseen > reader->at + reader->end)
+		return;
+	reader->first_unseen = UINT64_MAX;
 	for (uint32_t i = 0; i < reader->n_unseen; i++) {
 		struct vf_inode *dir = NULL;
 
-		if (reader->unseen[i].after > reader->at + reader->end)
+		if (reader->unseen[i].after > reader->at + reader->end) {
+			if (reader->unseen[i].after < reader->first_unseen)
+				reader->first_unseen = reader->unseen[i].after;
 			reader->unseen[left++] = reader->unseen[i];
-		else
+		} else {
 			dir = vf_inode_get(share, reader->unseen[i].nodeid);
+		}
 		if (!dir)
 			continue;
 		tell_unseen(reader, dir);
@@ -172,8 +180,8 @@ void vf_inotify_take_own(struct vf_inotify_reader *reader, const struct inotify_
 		    (record->mask & IN_ATTRIB) && !vf_inotify_is_last_link(reader, record, inode);
 		reader->one(reader, record, inode, NULL);
 		reader->not_its_end = false;
-		if (moved && is_removed_unseen(reader, inode))
-			note_unseen_removal(reader, record->wd, inode);
+		if (moved)
+			take_unseen_removal(reader, record->wd, inode);
 	}
 }
 
@@ -190,6 +198,7 @@ void vf_inotify_take_removal(struct vf_inotify_reader *reader, const struct inot
 	for (uint32_t i = 0; i < named.n; i++)
 		/* Its name may be one that it got after this: then another had it here. */
 		if (vf_watch_wd(events->watches, VF_WD_PARENT, named.inodes[i]) == record->wd &&
+		    !vf_inode_was_told_deleted(named.inodes[i]) &&
 		    vf_events_is_gone(events, named.inodes[i]) &&
 		    !vf_inotify_lives_on(reader, named.inodes[i]))
 			removed.inodes[removed.n++] = named.inodes[i];

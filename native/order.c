@@ -214,6 +214,19 @@ static struct vf_inode *child_of(struct vf_inotify_reader *reader,
 	return itself.child;
 }
 
+/* It is known to have gone; nobody waits for fanotify to say so, which it does not of one that is
+ * held. */
+static void tell_end(struct vf_order *order, struct vf_inode *dir)
+{
+	struct vf_change change = {
+	    .mask = VF_FS_DELETE_SELF | VF_FS_ISDIR,
+	    .child = dir,
+	    .seen_ns = order->reader.now_ns,
+	};
+
+	report(order, &change, 1, vf_fact_is_silent(use_own_fact(order, dir, VF_FS_DELETE_SELF)));
+}
+
 static void take_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
 			 struct vf_inode *dir)
 {
@@ -240,7 +253,7 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 	bool by_name = change.dir && (change.mask & VF_ORDER_CHILD_EVENTS);
 	struct vf_inode *held = NULL;
 	struct vf_fact *fact = order->fact;
-	bool told = was_told(order, record);
+	bool told = was_told(order, record), another;
 
 	/* The session may have ended meanwhile. */
 	if (!(change.mask & VF_ORDER_EVENTS) || !atomic_load(&order->events->flags))
@@ -261,11 +274,16 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 		change.object = fact->object;
 		change.place = fact->place;
 	}
-	if (!change.child)
+	another =
+	    child && fact && fact->child != vf_inode_nodeid(child) && (change.mask & VF_FS_DELETE);
+	if (!change.child && !another)
 		change.child = child;
-	/* Another one had replaced it, which did not show before: its end is told late. */
-	if (child && change.child != child && (change.mask & VF_FS_DELETE))
-		take_removal(reader, record, child);
+	/*
+	 * The one that was last known by this name has gone, but what is removed now is another:
+	 * one that had replaced it, unless that one was there before.
+	 */
+	if (another && !vf_inotify_is_removed_later(reader, child))
+		tell_end(order, child);
 	if (change.dir && change.child) {
 		bool is_dir = change.mask & VF_FS_ISDIR;
 

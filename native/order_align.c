@@ -19,8 +19,8 @@
 #define FITS 8u
 #define MAY_FIT 4u
 /*
- * For what inotify says without a fact of its own, but as it has said before, or says here before:
- * that rather is by the same object.
+ * For a record that is left without a fact, but repeats what was told (or would be, by the facts
+ * that are left out); or that repeats another one here, which is likelier.
  */
 #define REPEATS 2u
 #define SAYS_AGAIN 3u
@@ -80,7 +80,7 @@ static uint16_t points(const struct vf_entry *fact, const struct vf_entry *recor
 	return (events & VF_ORDER_HALVES) && record->joined && !fact->joined ? MAY_FIT : FITS;
 }
 
-/* Without a fact of its own; that of these facts is told. */
+/* The points for a record that is left without a fact, when these facts are left out. */
 static uint16_t alone(const struct side *facts, const struct side *records, uint32_t record,
 		      uint32_t first, uint32_t end)
 {
@@ -151,10 +151,12 @@ static bool was_told(const struct vf_order *order, uint64_t nodeid, const struct
 
 	for (unsigned int i = 0; i < 2; i++) {
 		const struct vf_fact *fact = order->generations[i].first[bucket];
+		uint32_t compared = 0;
 
-		for (uint32_t n = 0; fact && n < VF_FACTS_COMPARED; fact = fact->next, n++)
+		for (; fact && compared < VF_FACTS_COMPARED; fact = fact->next, compared++)
 			if (fact->nodeid == nodeid && (fact->used & record->events) &&
 			    fact->joined == record->joined &&
+			    !(fact->mask & VF_FS_ISDIR) == !record->is_dir &&
 			    vf_name_hash(nodeid, fact->name, fact->namelen) == record->key)
 				return true;
 	}
