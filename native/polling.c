@@ -27,8 +27,12 @@
  * from switches) nobody's.  Threads of the kernel take it for less, on a quiet machine, too.
  */
 #define TAKEN_AWAY_NS 300000u
-/* Who is there so soon after this thread has given up has waited for its processor. */
+/*
+ * Who is there so soon after this thread has given up may have waited for its processor; who does
+ * that again, before anything came to a wait, has.
+ */
 #define STARVED_NS 12000u
+#define MAX_STARVED 2u
 #define MIN_PENALTY_NS 50000000u
 #define MAX_PENALTY_NS 200000000u
 
@@ -69,6 +73,7 @@ uint64_t vf_polling_begin(struct vf_polling *p)
 static void stay_off(struct vf_polling *p, uint64_t now)
 {
 	p->fast = 0;
+	p->starved = 0;
 	p->off_until_ns = now + p->penalty_ns;
 	if (p->penalty_ns < MAX_PENALTY_NS)
 		p->penalty_ns *= 2;
@@ -100,6 +105,7 @@ bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last
 void vf_polling_hit(struct vf_polling *p)
 {
 	p->vain = 0;
+	p->starved = 0;
 	if (++p->hits >= MANY_HITS)
 		p->wanted = MIN_FAST;
 	if (p->penalty_ns > MIN_PENALTY_NS)
@@ -114,7 +120,7 @@ void vf_polling_slept(struct vf_polling *p)
 		return;
 	now = vf_now_ns();
 	p->gave_up_ns = 0;
-	if (gave_up_ns && now - gave_up_ns < STARVED_NS)
+	if (gave_up_ns && now - gave_up_ns < STARVED_NS && ++p->starved >= MAX_STARVED)
 		stay_off(p, now);
 	else if (now - p->ended_ns > SOON_NS)
 		p->fast -= p->fast < SLOW_COSTS ? p->fast : SLOW_COSTS;
