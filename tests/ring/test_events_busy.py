@@ -130,7 +130,8 @@ def churn_without_end(root: Path, seed: int) -> Callable[[Signal], None]:
 
 
 def test_what_the_guest_watches_goes_on_through_the_move(make_share: MakeShare, tmp_path: Path) -> None:
-    share = busy_share(make_share, tmp_path)
+    """More may wait than by default: changes come faster than a guest in Python takes them."""
+    share = busy_share(make_share, tmp_path, "--event-queue=1000000")
     for name in ("a", "b", "lone", "one"):
         (share.path / name).mkdir()
     for i in range(FILES):
