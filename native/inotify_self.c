@@ -4,10 +4,10 @@
 
 /* So long a change may be under way between what it does and what inotify says of it. */
 #define LAST_LINK_NS 1000000u
-/* As many are waited for between two reads. */
-#define MAX_AWAITED 16u
 /* And so long where it is known that one may be. */
 #define LATE_LINK_NS 5000000u
+/* So many last link counts are waited for between two reads. */
+#define MAX_AWAITED 16u
 
 static bool is_removal(struct vf_inotify_reader *reader, const struct inotify_event *record,
 		       struct vf_inode *dir)

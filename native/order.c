@@ -214,15 +214,20 @@ static struct vf_inode *child_of(struct vf_inotify_reader *reader,
 	return itself.child;
 }
 
-/* It is known to have gone; nobody waits for fanotify to say so, which it does not of one that is
- * held. */
-static void tell_end(struct vf_order *order, struct vf_inode *dir)
+static struct vf_change end_of(const struct vf_order *order, struct vf_inode *dir)
 {
-	struct vf_change change = {
+	return (struct vf_change){
 	    .mask = VF_FS_DELETE_SELF | VF_FS_ISDIR,
 	    .child = dir,
 	    .seen_ns = order->reader.now_ns,
 	};
+}
+
+/* It is known to have gone; nobody waits for fanotify to say so, which it does not of one that is
+ * held. */
+static void tell_end(struct vf_order *order, struct vf_inode *dir)
+{
+	struct vf_change change = end_of(order, dir);
 
 	report(order, &change, 1, vf_fact_is_silent(use_own_fact(order, dir, VF_FS_DELETE_SELF)));
 }
@@ -231,11 +236,7 @@ static void take_removal(struct vf_inotify_reader *reader, const struct inotify_
 			 struct vf_inode *dir)
 {
 	struct vf_order *order = (struct vf_order *)reader;
-	struct vf_change change = {
-	    .mask = VF_FS_DELETE_SELF | VF_FS_ISDIR,
-	    .child = dir,
-	    .seen_ns = reader->now_ns,
-	};
+	struct vf_change change = end_of(order, dir);
 	struct vf_fact *fact;
 
 	(void)record;

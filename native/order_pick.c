@@ -92,8 +92,7 @@ static bool is_of_later_end(struct vf_order *order, const struct vf_fact *fact, 
 	if (!(fact->mask & event & VF_FS_DELETE) || !(fact->mask & VF_FS_ISDIR) || !fact->child)
 		return false;
 	dir = vf_inode_get(order->events->share, fact->child);
-	later = dir && vf_watch_wd(order->events->watches, VF_WD_ORDER, dir) >= 0 &&
-		vf_inotify_lives_on(&order->reader, dir);
+	later = dir && vf_inotify_lives_on(&order->reader, dir);
 	if (dir)
 		vf_inode_put(order->events->share, dir);
 	return later;

@@ -22,7 +22,7 @@ struct vf_polling {
 	uint32_t wanted;     /* so many, before it is tried */
 	uint32_t vain;	     /* waits in a row that nothing came in */
 	uint32_t hits;	     /* waits in a row that something came in */
-	uint32_t starved;    /* since then, vain waits for who was there just after */
+	uint32_t starved;    /* vain waits, since the last hit, for who was there just after */
 	long switches;	     /* times that the thread had made room for another, at the last look */
 	uint64_t ended_ns;   /* when the queue was last empty */
 	uint64_t gave_up_ns; /* when a vain wait ended, if the thread then slept; else 0 */
