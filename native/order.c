@@ -120,10 +120,11 @@ static bool report_with_half(struct vf_order *order, const struct vf_change *sec
 /* The next half like this one that nobody was told of, without anything else of the name between.
  */
 static struct vf_fact *untold_half(struct vf_order *order, const struct vf_fact *told,
-				   uint64_t event, uint32_t bucket)
+				   uint64_t event, uint64_t key)
 {
 	for (unsigned int i = 0; i < 2; i++) {
-		struct vf_fact *fact = order->generations[order->young ^ 1 ^ i].first[bucket];
+		struct vf_fact_generation *g = &order->generations[order->young ^ 1 ^ i];
+		struct vf_fact *fact = vf_fact_chain(g, key)->first;
 		uint32_t compared = 0;
 
 		for (; fact && compared < VF_FACTS_COMPARED; fact = fact->next) {
@@ -152,18 +153,18 @@ static void tell_counted_as_one(struct vf_order *order, const struct inotify_eve
 {
 	uint64_t event = record->mask & VF_ORDER_HALVES;
 	struct vf_fact *untold;
-	uint32_t bucket;
+	uint64_t key;
 
 	if (!told || vf_order_counts_for_all(order, event))
 		return;
-	bucket = vf_fact_bucket(vf_name_hash(told->nodeid, told->name, told->namelen));
+	key = vf_name_hash(told->nodeid, told->name, told->namelen);
 	/* It is there before inotify says so, but that may have been read later. */
 	order->read_facts(order->events);
-	while ((untold = untold_half(order, told, event, bucket)) &&
+	while ((untold = untold_half(order, told, event, key)) &&
 	       !vf_order_still_comes(order, told, untold, BEHIND_NS)) {
 		struct vf_change change = vf_fact_change(order, untold);
 
-		vf_fact_use(order, untold, event, bucket);
+		vf_fact_use(order, untold, event, key);
 		change.mask = event | (untold->mask & VF_FS_ISDIR);
 		if (change.dir && !report_by_fact(order, NULL, &change, untold->second) &&
 		    !report_with_half(order, &change, untold->half))

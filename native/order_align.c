@@ -147,10 +147,9 @@ static bool is_same(const struct vf_entry *a, const struct vf_entry *b)
 /* Has something of a fact like this been told? */
 static bool was_told(const struct vf_order *order, uint64_t nodeid, const struct vf_entry *record)
 {
-	uint32_t bucket = vf_fact_bucket(record->key);
-
 	for (unsigned int i = 0; i < 2; i++) {
-		const struct vf_fact *fact = order->generations[i].first[bucket];
+		const struct vf_fact *fact =
+		    vf_fact_chain(&order->generations[i], record->key)->first;
 		uint32_t compared = 0;
 
 		for (; fact && compared < VF_FACTS_COMPARED; fact = fact->next, compared++)

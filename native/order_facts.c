@@ -11,6 +11,42 @@
 /* And for so long where it may be. */
 #define REPEATS_NS 20000000u
 
+static void set_chains(struct vf_fact_generation *g, struct vf_fact_chain *chains, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++)
+		chains[i] = (struct vf_fact_chain){.last = &chains[i].first};
+	g->chains = chains;
+	g->n_chains = n;
+}
+
+static void append(struct vf_fact_chain *chain, struct vf_fact *fact)
+{
+	fact->next = NULL;
+	*chain->last = fact;
+	chain->last = &fact->next;
+}
+
+static uint64_t key_of(const struct vf_fact *fact)
+{
+	return vf_name_hash(fact->nodeid, fact->name, fact->namelen);
+}
+
+/* Without memory chains are longer. */
+static void lengthen(struct vf_fact_generation *g)
+{
+	uint32_t n = 4 * g->n_chains;
+	struct vf_fact_chain *chains = malloc(n * sizeof(*chains));
+
+	if (!chains)
+		return;
+	if (g->chains != g->few)
+		free(g->chains);
+	set_chains(g, chains, n);
+	for (struct vf_fact *fact = g->oldest; fact; fact = fact->later)
+		if (!fact->spent)
+			append(vf_fact_chain(g, key_of(fact)), fact);
+}
+
 void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g)
 {
 	while (g->arenas) {
@@ -23,9 +59,10 @@ void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g)
 		else
 			order->spare = arena;
 	}
-	memset(g->first, 0, sizeof(g->first));
-	for (uint32_t i = 0; i < VF_FACT_BUCKETS; i++)
-		g->last[i] = &g->first[i];
+	if (g->chains != g->few)
+		free(g->chains);
+	set_chains(g, g->few, VF_FACT_CHAINS);
+	g->n = 0;
 	g->oldest = NULL;
 	g->newest = &g->oldest;
 	g->began_ns = order->reader.now_ns;
@@ -106,7 +143,7 @@ static uint64_t said_early(struct vf_order *order, uint64_t key, uint64_t mask)
 
 static void note_late(struct vf_order *order, const struct vf_fact *fact)
 {
-	uint64_t key = vf_name_hash(fact->nodeid, fact->name, fact->namelen);
+	uint64_t key = key_of(fact);
 	struct vf_early *e = early_slot(order, key);
 
 	if (e->key != key)
@@ -174,7 +211,6 @@ struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *chan
 			    bool own)
 {
 	uint64_t key = vf_name_hash(vf_fact_place(change), change->name, change->namelen);
-	uint32_t bucket = vf_fact_bucket(key);
 	struct vf_fact_generation *g = &order->generations[order->young];
 	struct vf_fact *fact = new_fact(order, change, mask);
 
@@ -184,8 +220,9 @@ struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *chan
 	fact->itself = !change->dir;
 	fact->own = fact->silent = own;
 	fact->said = said_early(order, key, mask);
-	*g->last[bucket] = fact;
-	g->last[bucket] = &fact->next;
+	if (g->n++ == g->n_chains)
+		lengthen(g);
+	append(vf_fact_chain(g, key), fact);
 	*g->newest = fact;
 	g->newest = &fact->later;
 	order->unsaid += vf_fact_is_unsaid(fact);

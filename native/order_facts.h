@@ -17,7 +17,8 @@
 #define VF_ORDER_EVENTS (VF_FS_ENTRY_EVENTS | VF_ORDER_CHILD_EVENTS | VF_FS_SELF_EVENTS)
 #define VF_ORDER_HALVES (VF_FS_MOVED_FROM | VF_FS_MOVED_TO)
 
-#define VF_FACT_BUCKETS 8192u
+/* Chains of facts in a generation, to begin with; as many as facts when there are more. */
+#define VF_FACT_CHAINS 2048u
 /* So many facts of one name are compared, besides those that are used up. */
 #define VF_FACTS_COMPARED 64u
 #define VF_FACT_ARENA_SIZE (256u * 1024)
@@ -26,7 +27,7 @@
 #define VF_N_TOLD 256u
 
 struct vf_fact {
-	struct vf_fact *next;	/* in its bucket, in order of arrival */
+	struct vf_fact *next;	/* in its chain, in order of arrival */
 	struct vf_fact *later;	/* of all in its generation */
 	struct vf_fact *second; /* the other half of the rename that this is the first of */
 	struct vf_fact *half;	/* that first half */
@@ -47,7 +48,7 @@ struct vf_fact {
 	bool repeated; /* what it was used for last it had been used for before */
 	bool told;     /* with its other half, before inotify said this one */
 	bool joined;   /* half of a rename of which inotify says both */
-	bool spent;    /* used up, and another of its kind after it */
+	bool spent;    /* used up, and another of its kind after it: in no chain, or soon */
 	bool past;     /* of an object that had the name before the one that has it now */
 	bool not_its_end;
 	bool unlinked;
@@ -85,8 +86,14 @@ struct vf_fact_list {
 	struct vf_fact *first, **last;
 };
 
+struct vf_fact_chain {
+	struct vf_fact *first, **last;
+};
+
 struct vf_fact_generation {
-	struct vf_fact *first[VF_FACT_BUCKETS], **last[VF_FACT_BUCKETS];
+	struct vf_fact_chain *chains, few[VF_FACT_CHAINS]; /* by vf_name_hash() */
+	uint32_t n_chains;				   /* a power of two */
+	uint32_t n;
 	struct vf_fact *oldest, **newest;
 	struct vf_fact_arena *arenas;
 	uint64_t began_ns;
@@ -137,10 +144,11 @@ bool vf_facts_take_late(struct vf_order *order, const struct vf_change *change);
 /* The generation's facts are forgotten. */
 void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g);
 
-/* The bucket of a key, which is vf_name_hash() of a name in a directory, or of an object. */
-static inline uint32_t vf_fact_bucket(uint64_t key)
+/* Where the facts of a key are, which is vf_name_hash() of a name in a directory, or of an object.
+ */
+static inline struct vf_fact_chain *vf_fact_chain(const struct vf_fact_generation *g, uint64_t key)
 {
-	return (uint32_t)(key >> 29) % VF_FACT_BUCKETS;
+	return &g->chains[(key >> 29) & (g->n_chains - 1)];
 }
 
 /*
@@ -221,7 +229,7 @@ struct vf_fact *vf_fact_pick_told(struct vf_order *order, const struct vf_change
 struct vf_fact *vf_fact_pick_second(struct vf_order *order, const struct vf_change *change,
 				    struct vf_fact *first);
 /* event of this fact is told, or found to be ours. */
-void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint32_t bucket);
+void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint64_t key);
 
 /* ---- order_align.c: what belongs together where neither says everything ---- */
 

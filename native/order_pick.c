@@ -118,13 +118,13 @@ static bool is_used_up(const struct vf_fact *fact)
 	return !(fact->mask & events & ~fact->used);
 }
 
-static void unlink_fact(struct vf_fact_generation *g, uint32_t bucket, struct vf_fact **link)
+static void unlink_fact(struct vf_fact_chain *chain, struct vf_fact **link)
 {
 	struct vf_fact *fact = *link;
 
 	*link = fact->next;
-	if (g->last[bucket] == &fact->next)
-		g->last[bucket] = link;
+	if (chain->last == &fact->next)
+		chain->last = link;
 }
 
 static void keep_last(struct vf_fact **last, struct vf_fact *fact)
@@ -142,11 +142,10 @@ static void keep_last(struct vf_fact **last, struct vf_fact *fact)
  * Of the facts of one name that are used up only the last one of its kind that was used stays in
  * the chain.
  */
-static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t bucket,
-		 uint64_t nodeid, const struct vf_change *change, uint64_t event,
-		 struct candidates *c)
+static void look(struct vf_order *order, struct vf_fact_chain *chain, uint64_t nodeid,
+		 const struct vf_change *change, uint64_t event, struct candidates *c)
 {
-	struct vf_fact **link = &g->first[bucket], *used_up[N_KINDS] = {NULL}, *fact;
+	struct vf_fact **link = &chain->first, *used_up[N_KINDS] = {NULL}, *fact;
 	uint32_t compared = 0;
 
 	while ((fact = *link) && compared < VF_FACTS_COMPARED) {
@@ -159,7 +158,7 @@ static void look(struct vf_order *order, struct vf_fact_generation *g, uint32_t 
 		else
 			compared++;
 		if (fact->spent) {
-			unlink_fact(g, bucket, link);
+			unlink_fact(chain, link);
 			continue;
 		}
 		if (is_of_later_end(order, fact, event)) {
@@ -209,11 +208,11 @@ static bool is_of_same_object(const struct vf_fact *fact, const struct vf_fact *
  * The object of this fact has got the name: what is known of another that had it before is not of
  * what comes now.  Some is left where inotify counted several events as one.
  */
-static void supersede(struct vf_order *order, struct vf_fact *arrival, uint32_t bucket)
+static void supersede(struct vf_order *order, struct vf_fact *arrival, uint64_t key)
 {
 	arrival->past = false;
 	for (unsigned int i = 0; i < 2; i++) {
-		struct vf_fact *fact = order->generations[i].first[bucket];
+		struct vf_fact *fact = vf_fact_chain(&order->generations[i], key)->first;
 
 		for (uint32_t n = 0; fact && n < VF_FACTS_COMPARED; fact = fact->next) {
 			if (!vf_fact_is_about(fact, arrival->nodeid, arrival->name,
@@ -226,14 +225,14 @@ static void supersede(struct vf_order *order, struct vf_fact *arrival, uint32_t 
 	}
 }
 
-void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint32_t bucket)
+void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint64_t key)
 {
 	vf_fact_set_said(order, fact, event);
 	fact->repeated = fact->used & event;
 	fact->used |= event;
 	fact->picked = ++order->picks;
 	if (event & ARRIVALS)
-		supersede(order, fact, bucket);
+		supersede(order, fact, key);
 }
 
 /*
@@ -257,13 +256,13 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 {
 	uint64_t event = change->mask & VF_ORDER_EVENTS, nodeid = vf_fact_place(change);
 	uint64_t key = vf_name_hash(nodeid, change->name, change->namelen);
-	uint32_t bucket = vf_fact_bucket(key);
 	struct candidates c = {.any = NULL};
 	struct vf_fact *fact;
 	bool is_repeat;
 
-	look(order, &order->generations[order->young ^ 1], bucket, nodeid, change, event, &c);
-	look(order, &order->generations[order->young], bucket, nodeid, change, event, &c);
+	for (unsigned int i = 0; i < 2; i++)
+		look(order, vf_fact_chain(&order->generations[order->young ^ 1 ^ i], key), nodeid,
+		     change, event, &c);
 	if (c.current && !(c.current->used & DEPARTURES) && (c.current->mask & event) &&
 	    (!(event & ARRIVALS) || !(c.current->used & event)))
 		fact = c.current;
@@ -291,7 +290,7 @@ struct vf_fact *vf_fact_pick(struct vf_order *order, const struct vf_change *cha
 	if (fact && !is_repeat && !fact->own && (fact->used & event & VF_ORDER_HALVES))
 		vf_facts_note_repeat(order, key, event);
 	if (fact)
-		vf_fact_use(order, fact, event, bucket);
+		vf_fact_use(order, fact, event, key);
 	return fact;
 }
 
@@ -307,24 +306,25 @@ struct vf_fact *vf_fact_pick_second(struct vf_order *order, const struct vf_chan
 	vf_facts_note_early(order, key, event, false);
 	if (first->repeated && !first->own)
 		vf_facts_note_repeat(order, key, event);
-	vf_fact_use(order, first->second, event, vf_fact_bucket(key));
+	vf_fact_use(order, first->second, event, key);
 	return first->second;
 }
 
 struct vf_fact *vf_fact_pick_told(struct vf_order *order, const struct vf_change *change)
 {
 	uint64_t nodeid = vf_fact_place(change);
-	uint32_t bucket = vf_fact_bucket(vf_name_hash(nodeid, change->name, change->namelen));
+	uint64_t key = vf_name_hash(nodeid, change->name, change->namelen);
 
 	for (unsigned int i = 0; i < 2; i++) {
-		struct vf_fact *fact = order->generations[order->young ^ 1 ^ i].first[bucket];
+		struct vf_fact_generation *g = &order->generations[order->young ^ 1 ^ i];
+		struct vf_fact *fact = vf_fact_chain(g, key)->first;
 
 		for (; fact; fact = fact->next) {
 			if (!fact->told ||
 			    !vf_fact_is_about(fact, nodeid, change->name, change->namelen))
 				continue;
 			fact->told = false;
-			vf_fact_use(order, fact, change->mask & VF_ORDER_HALVES, bucket);
+			vf_fact_use(order, fact, change->mask & VF_ORDER_HALVES, key);
 			return fact;
 		}
 	}
