@@ -18,6 +18,7 @@
 #include "events.h"
 #include "fanotify_move.h"
 #include "file.h"
+#include "inotify_reader.h"
 #include "marker.h"
 #include "order.h"
 #include "own_changes.h"
@@ -79,6 +80,12 @@ static bool is_worth(struct vf_events *events, const struct pace *pace, uint64_t
 	return n * WINDOW_NS / passed_ns >= naps[which].per_window;
 }
 
+/* Is there something to do that no descriptor tells of? */
+static bool is_more(const struct vf_events *events)
+{
+	return events->again || vf_inotify_has_backlog(events);
+}
+
 static void pace(struct vf_events *events, struct pace *pace)
 {
 	uint64_t received = atomic_load(&events->received);
@@ -100,7 +107,7 @@ static void pace(struct vf_events *events, struct pace *pace)
 		pace->since_ns += passed_ns;
 		pace->in_window = pace->elsewhere_in_window = 0;
 	}
-	if (all_dropped && pace->nap < N_NAPS)
+	if (all_dropped && pace->nap < N_NAPS && !is_more(events))
 		nap(events, pace->nap);
 }
 
@@ -143,7 +150,7 @@ static void *events_main(void *arg)
 	if (unshare(CLONE_FS) || fchdir(events->share->config.proc_fd_dir))
 		vf_events_source_failed(events, "the thread for events cannot start", errno);
 	for (;;) {
-		int n = epoll_wait(events->epoll_fd, &ready, 1, events->again ? 0 : wait_ms);
+		int n = epoll_wait(events->epoll_fd, &ready, 1, is_more(events) ? 0 : wait_ms);
 
 		if (n < 0)
 			continue; /* EINTR */
@@ -316,6 +323,7 @@ void vf_events_free(struct vf_events *events)
 		close(events->stop_fd);
 	pthread_mutex_destroy(&events->marker_lock);
 	pthread_mutex_destroy(&events->busy);
+	vf_backlog_clear(&events->backlog);
 	free(events->buffer);
 	free(events);
 }

@@ -206,6 +206,10 @@ struct vf_events {
 	bool is_marked;
 	int marker_error; /* the last that people were told of */
 	uint8_t *buffer;  /* the source's, VF_SOURCE_BUFFER bytes, 8-byte aligned */
+	struct vf_backlog {
+		struct vf_backlog_chunk *first, *last, *spare;
+		uint32_t n;
+	} backlog; /* of inotify's records; inotify_backlog.c */
 	/* From the first watch by inotify on; NULL: own changes are told apart otherwise. */
 	struct vf_own_changes *_Atomic own_changes;
 	/* Counted by the source's thread; the outbox counts what follows. */

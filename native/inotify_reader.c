@@ -11,6 +11,8 @@
 #define MAX_BETWEEN 512u
 /* Records that are looked at for halves that have no other, between two reads: each for each. */
 #define MAX_LOOKED (4u << 20)
+/* Records that are taken before the host's queue is looked after: a fraction of what it keeps. */
+#define RELIEVED_AFTER 512u
 
 /* ---- renames ---------------------------------------------------------------------- */
 
@@ -87,17 +89,27 @@ static struct inotify_event *second_half(const struct vf_inotify_reader *reader,
 	return NULL;
 }
 
+/* The kernel queues the second half right behind the first, but for what others do. */
+static bool may_have_second(struct vf_inotify_reader *reader, uint32_t cookie)
+{
+	struct vf_walk walk = vf_walk_behind(reader, 0);
+	const struct inotify_event *record;
+	uint32_t n = 0;
+
+	for (; n < MAX_BETWEEN && (record = vf_walk_next(&walk)); n++)
+		if ((record->mask & IN_MOVED_TO) && record->cookie == cookie)
+			return true;
+	return !n || n == MAX_BETWEEN || vf_inotify_is_blind(reader);
+}
+
 bool vf_inotify_half_may_be_missing(struct vf_inotify_reader *reader, uint32_t half,
 				    const struct vf_inode *other_dir, const char *name,
 				    uint32_t namelen)
 {
 	const struct inotify_event *last = vf_record_at(reader, reader->last);
-	struct vf_walk walk = vf_walk_behind(reader, 0);
 
-	/* The kernel queues the second half right behind the first, but for what others do. */
 	if (half & IN_MOVED_FROM)
-		return !vf_walk_next(&walk) ||
-		       second_half(reader, vf_record_at(reader, reader->next)->cookie);
+		return may_have_second(reader, vf_record_at(reader, reader->next)->cookie);
 	if (reader->last == reader->next)
 		return true;
 	return (last->mask & IN_MOVED_FROM) &&
@@ -175,9 +187,12 @@ static uint32_t take_moved_from(struct vf_inotify_reader *reader)
 	uint32_t cookie = vf_record_at(reader, reader->next)->cookie;
 	struct inotify_event *to = second_half(reader, cookie);
 
-	/* It is queued right behind, perhaps since the read. */
-	if (!to && !vf_record_at(reader, reader->end) && vf_records_read_more(reader, 0))
-		to = second_half(reader, cookie);
+	/* It is queued right behind, perhaps since the read, or where there was no more room. */
+	if (!to && (!vf_record_at(reader, reader->end) || !vf_records_have_room(reader))) {
+		vf_records_make_room(reader);
+		if (vf_records_read_more(reader, 0))
+			to = second_half(reader, cookie);
+	}
 	if (!to && reader->joins_renames && reader->waits < MAX_WAITS &&
 	    reader->at + reader->next >= reader->waited)
 		to = wait_for_half(reader, cookie);
@@ -215,7 +230,7 @@ static uint32_t take(struct vf_inotify_reader *reader, const struct inotify_even
 uint32_t vf_inotify_take(struct vf_inotify_reader *reader)
 {
 	const struct inotify_event *record;
-	uint32_t n = 0;
+	uint32_t n = 0, looked = 0;
 
 	for (; (record = vf_record_at(reader, reader->next)); reader->next = reader->end) {
 		reader->end = vf_record_end(reader->next, record);
@@ -223,6 +238,8 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader)
 		if (reader->n_unseen)
 			vf_inotify_tell_unseen(reader);
 		reader->last = reader->next;
+		if (!(++looked % RELIEVED_AFTER))
+			vf_inotify_relieve(reader);
 	}
 	vf_inotify_forget_last(reader);
 	return n;

@@ -76,6 +76,20 @@ struct vf_inotify_reader {
 /* Reads what waits, as much as there is room for: its size in bytes, 0 when nothing waits, or a
  * negative errno. */
 int32_t vf_inotify_fetch(struct vf_inotify_reader *reader);
+/*
+ * Takes what waits out of the host's queue, to be fetched later: to be called when looking at what
+ * was read takes long.  False: there is no room for all of it.
+ */
+bool vf_inotify_relieve(struct vf_inotify_reader *reader);
+/* Does anything wait that was taken out of the host's queue? */
+static inline bool vf_inotify_has_backlog(const struct vf_events *events)
+{
+	return events->backlog.first;
+}
+/* Forgets all that waits, and what was read. */
+void vf_inotify_drop(struct vf_inotify_reader *reader);
+/* What waits, and what it takes. */
+void vf_backlog_clear(struct vf_backlog *backlog);
 /* Calls one(), pair() and overflow() for what was read.  How many events those were. */
 uint32_t vf_inotify_take(struct vf_inotify_reader *reader);
 /* An entry or child event when the record has a name (inode is the directory), else one of the

@@ -7,8 +7,6 @@
 
 /* So long in all, between two fetches, more is waited for: a flood could ask for it each time. */
 #define MAX_IDLE_NS 200000000u
-/* A record fits, and a few more. */
-#define READ_ROOM 4096u
 
 void vf_places_find(struct vf_inotify_reader *reader, int32_t wd, struct vf_places *places)
 {
@@ -42,29 +40,29 @@ struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mou
 
 bool vf_records_have_room(const struct vf_inotify_reader *reader)
 {
-	return VF_SOURCE_BUFFER - reader->size >= READ_ROOM;
+	return VF_SOURCE_BUFFER - reader->size >= VF_READ_ROOM;
 }
 
 bool vf_records_read_more(struct vf_inotify_reader *reader, uint64_t time_ns)
 {
 	/* Nor while somebody waits for all of this. */
-	bool waits =
-	    time_ns && reader->idle_ns < MAX_IDLE_NS && !atomic_load(&reader->events->waiting);
+	bool waits = time_ns && !vf_inotify_has_backlog(reader->events) &&
+		     reader->idle_ns < MAX_IDLE_NS && !atomic_load(&reader->events->waiting);
 	struct timespec time = {.tv_nsec = waits ? (long)time_ns : 0};
 	struct pollfd more = {.fd = reader->fd, .events = POLLIN};
 	uint64_t began_ns = waits ? vf_now_ns() : 0, at;
 	ssize_t n;
-	int ready;
+	bool ready;
 
 	if (!vf_records_have_room(reader))
 		return false;
-	ready = ppoll(&more, 1, &time, NULL);
+	ready = vf_inotify_has_backlog(reader->events) || ppoll(&more, 1, &time, NULL) == 1;
 	if (waits)
 		reader->idle_ns += vf_now_ns() - began_ns;
-	if (ready != 1)
+	if (!ready)
 		return false;
-	n = reader->read(reader, reader->buffer + reader->size, VF_SOURCE_BUFFER - reader->size,
-			 &at);
+	n = vf_inotify_read(reader, reader->buffer + reader->size, VF_SOURCE_BUFFER - reader->size,
+			    &at);
 	if (n <= 0)
 		return false;
 	reader->size += (uint32_t)n;
@@ -108,7 +106,7 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
 	reader->idle_ns = 0;
 	reader->awaited = 0;
 	reader->looked = 0;
-	n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
+	n = vf_inotify_read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
 	reader->waited = reader->at;
 	if (n < 0)
 		return errno == EAGAIN || errno == EINTR ? 0 : -errno;

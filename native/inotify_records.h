@@ -52,6 +52,15 @@ bool vf_places_have(const struct vf_places *places, const struct vf_inode *inode
 /* NULL: it is not there. */
 struct vf_inode *vf_places_on_mount(const struct vf_places *places, uint16_t mount);
 
+/* A record fits, and a few more. */
+#define VF_READ_ROOM 4096u
+/* ---- inotify_backlog.c ---- */
+
+/* reader->read() behind what waits. */
+ssize_t vf_inotify_read(struct vf_inotify_reader *reader, void *buffer, size_t size, uint64_t *at);
+
+/* ---- inotify_records.c ---- */
+
 /* Is there room for more? */
 bool vf_records_have_room(const struct vf_inotify_reader *reader);
 /* Reads behind what there is, if something comes in that time. */

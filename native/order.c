@@ -143,6 +143,12 @@ static struct vf_fact *untold_half(struct vf_order *order, const struct vf_fact 
 	return NULL;
 }
 
+/* Facts that lie ready take memory, and those that are missing are read when they are needed. */
+static bool is_far_ahead(const struct vf_order *order)
+{
+	return order->n_arenas >= VF_MAX_FACT_ARENAS / 2 && vf_inotify_has_backlog(order->events);
+}
+
 /*
  * inotify counts halves of two renames of one name as one, when nothing stands between them and
  * nobody has read the first; fanotify does not.  But it counts the same rename again as one, so
@@ -159,7 +165,8 @@ static void tell_counted_as_one(struct vf_order *order, const struct inotify_eve
 		return;
 	key = vf_name_hash(told->nodeid, told->name, told->namelen);
 	/* It is there before inotify says so, but that may have been read later. */
-	order->read_facts(order->events);
+	if (!is_far_ahead(order))
+		vf_facts_read(order);
 	while ((untold = untold_half(order, told, event, key)) &&
 	       !vf_order_still_comes(order, told, untold, BEHIND_NS)) {
 		struct vf_change change = vf_fact_change(order, untold);
@@ -176,8 +183,13 @@ static void tell_counted_as_one(struct vf_order *order, const struct inotify_eve
 static ssize_t read_plainly(struct vf_inotify_reader *reader, void *buffer, size_t size,
 			    uint64_t *at)
 {
-	*at = 0;
-	return read(reader->fd, buffer, size);
+	struct vf_order *order = (struct vf_order *)reader;
+	ssize_t n = read(reader->fd, buffer, size);
+
+	*at = order->taken;
+	if (n > 0)
+		order->taken += (uint64_t)n;
+	return n;
 }
 
 /* What inotify said of the object itself, by this same event. */
@@ -340,12 +352,13 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 			vf_inode_put(order->events->share, changes[i].child);
 }
 
+/* What follows was queued while more was lost: it goes, too, at the end of the round. */
 static void overflow(struct vf_inotify_reader *reader)
 {
 	struct vf_order *order = (struct vf_order *)reader;
 
-	vf_facts_tell_all(order);
-	order->behind = true;
+	reader->size = reader->end;
+	order->lost = true;
 }
 
 /* ---- rounds ---------------------------------------------------------------------- */
@@ -355,14 +368,24 @@ static uint64_t age_ns(const struct vf_order *order)
 	return order->reader.now_ns - order->generations[order->young].began_ns;
 }
 
-/* Not while what was read is being looked at. */
-static void give_up(struct vf_order *order)
+static void tell_all_deferred(struct vf_order *order)
 {
-	vf_facts_tell_all(order);
+	vf_facts_tell_deferred(order, &order->older, NULL);
+	vf_facts_tell_deferred(order, &order->newer, NULL);
+}
+
+/*
+ * Everything that was told is right.  What happened since is lost, up to now, and the guest told
+ * so; what happens from now on is right again.  Not while what was read is being looked at.
+ */
+static void begin_anew(struct vf_order *order)
+{
+	/* It had its place behind what was told; and it is not inotify's to lose. */
+	tell_all_deferred(order);
 	vf_order_clear(order);
-	for (uint32_t i = 0; i < MAX_READS && vf_inotify_fetch(&order->reader) > 0; i++)
-		;
-	order->reader.size = 0;
+	vf_inotify_drop(&order->reader);
+	order->full = order->lost = false;
+	order->behind = true;
 	vf_events_report_overflow(order->events);
 }
 
@@ -373,7 +396,12 @@ static void grow_old(struct vf_order *order)
 
 	if ((young->empty && old->empty) || age_ns(order) < GENERATION_NS)
 		return;
-	vf_facts_tell_unsaid(order, old);
+	if (!vf_inotify_relieve(&order->reader))
+		return;
+	young->due = order->taken;
+	young->first_unsaid = young->oldest;
+	if (!old->lost)
+		vf_facts_tell_unsaid(order, old);
 	order->young ^= 1;
 	vf_facts_empty(order, old);
 }
@@ -390,40 +418,64 @@ static bool is_held_up(const struct vf_order *order)
 	return atomic_load(&order->events->waiting);
 }
 
+/* Notes what fanotify says, but a flood elsewhere must not hold up what was read. */
+static void read_all_facts(struct vf_order *order)
+{
+	struct vf_fact_generation *young = &order->generations[order->young];
+	bool more = true;
+
+	for (uint32_t i = 0; more && i < MAX_READS && !is_held_up(order) && !is_far_ahead(order);
+	     i++)
+		more = vf_facts_read(order) && !order->events->drained;
+	if (order->behind) {
+		young->lost = true;
+		order->behind = more;
+	}
+}
+
+static bool is_all_said(struct vf_fact_generation *g)
+{
+	while (g->first_unsaid && !vf_fact_is_unsaid(g->first_unsaid))
+		g->first_unsaid = g->first_unsaid->later;
+	return !g->first_unsaid;
+}
+
+/* May the older facts go?  Not while inotify may say more of what they are about. */
+static bool is_through(struct vf_order *order)
+{
+	struct vf_fact_generation *old = &order->generations[order->young ^ 1];
+
+	if (old->due > order->reader.at + order->reader.size &&
+	    !(is_far_ahead(order) && is_all_said(old)))
+		return false;
+	return !order->older.first || age_ns(order) >= MAX_GENERATION_NS;
+}
+
 /* False: inotify cannot be read. */
 static bool read_once(struct vf_order *order)
 {
 	int32_t n = vf_inotify_fetch(&order->reader);
-	bool more = true;
 
 	if (n < 0) {
-		vf_facts_tell_all(order);
+		tell_all_deferred(order);
 		vf_order_clear(order);
 		vf_events_source_failed(order->events, "reading inotify", -n);
 		return false;
 	}
 	order->waits = 0;
-	for (uint32_t i = 0; more && i < MAX_READS && !is_held_up(order); i++)
-		more = order->read_facts(order->events) && !order->events->drained;
+	read_all_facts(order);
 	vf_inotify_take(&order->reader);
-	if (order->behind) {
-		vf_facts_tell_all(order);
-		order->behind = more;
-	}
 	/* These came before inotify was read, and are not behind anything that it said. */
 	vf_facts_tell_deferred(order, &order->older, NULL);
 	order->older = order->newer;
 	if (!order->older.first)
 		vf_fact_list_clear(&order->older);
 	vf_fact_list_clear(&order->newer);
-	if (order->full) {
-		order->full = false;
-		give_up(order);
+	if (order->full || order->lost) {
+		begin_anew(order);
 		return false;
 	}
-	/* There may be more of inotify's that these facts are about. */
-	if ((uint32_t)n < VF_SOURCE_BUFFER / 2 &&
-	    (!order->older.first || age_ns(order) >= MAX_GENERATION_NS))
+	if (is_through(order))
 		grow_old(order);
 	return true;
 }

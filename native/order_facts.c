@@ -2,8 +2,6 @@
 /* Where facts are kept: by name, in generations, and those that are deferred in lists. */
 #include "order_facts.h"
 
-/* Beyond this much memory order is given up for once, and the guest told of a loss. */
-#define MAX_ARENAS 256u
 /* Whoever makes a change may be held up between telling inotify and telling fanotify. */
 #define EARLY_NS 100000000u
 /* For so long where it is known that a fact is still to come. */
@@ -63,10 +61,11 @@ void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g)
 		free(g->chains);
 	set_chains(g, g->few, VF_FACT_CHAINS);
 	g->n = 0;
-	g->oldest = NULL;
+	g->oldest = g->first_unsaid = NULL;
 	g->newest = &g->oldest;
 	g->began_ns = order->reader.now_ns;
 	g->empty = true;
+	g->lost = false;
 }
 
 static void *allocate(struct vf_order *order, struct vf_fact_generation *g, uint32_t size)
@@ -78,7 +77,8 @@ static void *allocate(struct vf_order *order, struct vf_fact_generation *g, uint
 		arena = order->spare;
 		order->spare = NULL;
 		if (!arena)
-			arena = order->n_arenas < MAX_ARENAS ? malloc(sizeof(*arena)) : NULL;
+			arena =
+			    order->n_arenas < VF_MAX_FACT_ARENAS ? malloc(sizeof(*arena)) : NULL;
 		if (!arena)
 			return NULL;
 		order->n_arenas++;

@@ -22,6 +22,8 @@
 /* So many facts of one name are compared, besides those that are used up. */
 #define VF_FACTS_COMPARED 64u
 #define VF_FACT_ARENA_SIZE (256u * 1024)
+/* Beyond this much memory facts are forgotten, and the guest is told of a loss. */
+#define VF_MAX_FACT_ARENAS 256u
 #define VF_N_BEGUN 1024u
 #define VF_N_EARLY 2048u
 #define VF_N_TOLD 256u
@@ -95,9 +97,13 @@ struct vf_fact_generation {
 	uint32_t n_chains;				   /* a power of two */
 	uint32_t n;
 	struct vf_fact *oldest, **newest;
+	struct vf_fact *first_unsaid; /* of the older generation: none before it is */
 	struct vf_fact_arena *arenas;
 	uint64_t began_ns;
+	/* The place in inotify's stream up to which it says what these facts are about. */
+	uint64_t due;
 	bool empty;
+	bool lost; /* of some of them inotify's records were lost */
 };
 
 struct vf_order {
@@ -117,8 +123,10 @@ struct vf_order {
 	uint32_t unsaid; /* facts to be reported that inotify has not said anything of yet */
 	uint32_t n_arenas;
 	uint32_t waits; /* how often facts were waited for in this round */
-	bool behind;	/* inotify lost something, and fanotify may not have said all of it */
-	bool full;	/* no memory for a fact: order is given up at the end of the round */
+	uint64_t taken; /* bytes, from the host's queue of inotify's */
+	bool lost;	/* inotify's queue was full: what follows is forgotten after the round */
+	bool full;	/* no memory for a fact: likewise */
+	bool behind;	/* after either, fanotify may still say what happened before */
 	struct vf_fact_arena *spare;
 	struct vf_fact_generation generations[2];
 	unsigned int young; /* which of them */
@@ -207,6 +215,8 @@ static inline struct vf_begun *vf_begun_slot(struct vf_order *order, uint64_t no
 
 /* ---- order_note.c: what fanotify says ---- */
 
+/* Notes what one read of fanotify has to say; false: nothing. */
+bool vf_facts_read(struct vf_order *order);
 /* What of the events of this inode, and of the names in it, inotify tells. */
 uint64_t vf_order_bits(const struct vf_order *order, const struct vf_inode *inode);
 
@@ -253,8 +263,6 @@ struct vf_change vf_fact_change(struct vf_order *order, const struct vf_fact *fa
 void vf_fact_put_change(struct vf_order *order, const struct vf_change *change);
 /* All of it, with its other half. */
 void vf_fact_tell(struct vf_order *order, struct vf_fact *fact);
-/* What inotify has lost, in the order of fanotify, which loses none. */
-void vf_facts_tell_all(struct vf_order *order);
 /* What of a list came before that fact (NULL: all). */
 void vf_facts_tell_deferred(struct vf_order *order, struct vf_fact_list *list,
 			    const struct vf_fact *until);

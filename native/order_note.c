@@ -2,6 +2,15 @@
 /* What fanotify says of what inotify tells, as facts; order.h has the reason. */
 #include "order_facts.h"
 
+bool vf_facts_read(struct vf_order *order)
+{
+	bool any = order->read_facts(order->events);
+	/* To look at as much as there was room for takes a while, and inotify's queue is short. */
+	if (any && !order->events->drained)
+		vf_inotify_relieve(&order->reader);
+	return any;
+}
+
 /* What of the events of this inode, and of the names in it, inotify tells. */
 uint64_t vf_order_bits(const struct vf_order *order, const struct vf_inode *inode)
 {

@@ -361,14 +361,14 @@ struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_c
 
 	/* One that was used is taken for another only when that is not there. */
 	if (last != VF_FACT_UNUSED && (change->mask & VF_ORDER_HALVES))
-		order->read_facts(order->events);
+		vf_facts_read(order);
 	fact = pick_or_late(order, change, last);
 	for (uint32_t reads = 0; !fact && last != VF_FACT_ANY_LAST; reads++) {
-		if (reads == MAX_READS || !order->read_facts(order->events)) {
+		if (reads == MAX_READS || !vf_facts_read(order)) {
 			long ns = (long)waits_ns[order->waits++];
 
 			nanosleep(&(struct timespec){.tv_nsec = ns}, NULL);
-			order->read_facts(order->events);
+			vf_facts_read(order);
 			reads = 0;
 		}
 		last = choice(order);

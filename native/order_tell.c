@@ -1,7 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/*
- * What is told by fanotify's facts alone: what inotify lost or never says, and what is deferred.
- */
+/* What is told by fanotify's facts alone: what inotify never says, and what is deferred. */
 #include "order_facts.h"
 
 /* So long fanotify's record of what happened before a watch may be read after that began. */
@@ -60,19 +58,6 @@ void vf_fact_tell(struct vf_order *order, struct vf_fact *fact)
 	}
 	vf_fact_put_change(order, &changes[0]);
 	vf_fact_set_silent(order, fact);
-}
-
-/* What inotify has lost, in the order of fanotify, which loses none. */
-void vf_facts_tell_all(struct vf_order *order)
-{
-	for (unsigned int i = 0; i < 2; i++) {
-		/* The older ones first. */
-		struct vf_fact_generation *g = &order->generations[order->young ^ 1 ^ i];
-
-		for (struct vf_fact *fact = g->oldest; fact; fact = fact->later)
-			if (!fact->silent)
-				vf_fact_tell(order, fact);
-	}
 }
 
 /* ---- in its turn ---------------------------------------------------------------- */
@@ -144,10 +129,7 @@ static bool is_from_before(struct vf_order *order, const struct vf_fact *fact)
 	       !(fact->mask & VF_ORDER_EVENTS & ~VF_ORDER_CHILD_EVENTS & ~fact->used & ~fact->said);
 }
 
-/*
- * What inotify should have said by now, and did not: the host's queue of it had no room, say, while
- * fanotify's had. Late, but not lost.
- */
+/* What inotify should have said by now, and did not: late, but not lost. */
 void vf_facts_tell_unsaid(struct vf_order *order, const struct vf_fact_generation *g)
 {
 	for (struct vf_fact *fact = g->oldest; fact && order->unsaid; fact = fact->later) {
