@@ -727,6 +727,105 @@ static void halves_without_another_take_a_moment(struct guest *g)
 	free(reader.buffer);
 }
 
+/* ---- what is taken out of the host's queue early ----------------------------------- */
+
+/* More than is kept, of records of all sizes. */
+#define STREAM_RECORDS 300000u
+
+static struct stream {
+	struct vf_inotify_reader reader; /* first */
+	uint64_t place;
+	uint32_t next, limit;
+} stream;
+
+static uint32_t length_of(uint32_t number)
+{
+	return number % 17 * 16;
+}
+
+static ssize_t read_stream(struct vf_inotify_reader *reader, void *buffer, size_t size,
+			   uint64_t *at)
+{
+	struct stream *s = (struct stream *)reader;
+	uint8_t *to = buffer;
+
+	*at = s->place;
+	while (s->next < s->limit) {
+		struct inotify_event record = {
+		    .wd = 1, .mask = IN_CREATE, .cookie = s->next, .len = length_of(s->next)};
+
+		if (size < sizeof(record) + record.len)
+			break;
+		memcpy(to, &record, sizeof(record));
+		memset(to + sizeof(record), 0, record.len);
+		to += sizeof(record) + record.len;
+		size -= sizeof(record) + record.len;
+		s->place += sizeof(record) + record.len;
+		s->next++;
+	}
+	if (to != buffer)
+		return to - (uint8_t *)buffer;
+	errno = EAGAIN;
+	return -1;
+}
+
+/* Whole records, each once, each at its place. */
+static void fetch_all(struct stream *s, uint32_t *number, uint64_t *place)
+{
+	while (vf_inotify_fetch(&s->reader) > 0) {
+		CHECK_EQ(s->reader.at, *place);
+		for (uint32_t at = 0; at < s->reader.size;) {
+			const struct inotify_event *record = (void *)(s->reader.buffer + at);
+
+			CHECK(s->reader.size - at >= sizeof(*record));
+			CHECK_EQ(record->cookie, *number);
+			CHECK_EQ(record->len, length_of(*number));
+			at += (uint32_t)sizeof(*record) + record->len;
+			CHECK(at <= s->reader.size);
+			++*number;
+		}
+		*place += s->reader.size;
+	}
+}
+
+static void what_is_taken_out_early_comes_in_order(void)
+{
+	static struct vf_events events;
+	uint32_t number = 0;
+	uint64_t place = 0;
+
+	stream.reader.events = &events;
+	stream.reader.read = read_stream;
+	stream.reader.buffer = aligned_alloc(64, VF_SOURCE_BUFFER);
+	CHECK(stream.reader.buffer);
+	/* Little by little, with and without room in what is there already. */
+	while (stream.limit < STREAM_RECORDS / 3) {
+		stream.limit += 1 + stream.limit / 3;
+		CHECK(vf_inotify_relieve(&stream.reader));
+		CHECK_EQ(stream.next, stream.limit);
+	}
+	CHECK(vf_inotify_has_backlog(&events));
+	stream.limit += 1000;
+	fetch_all(&stream, &number, &place);
+	CHECK_EQ(number, stream.limit);
+	CHECK(!vf_inotify_has_backlog(&events));
+	/* It is bounded; what is not taken out is not lost. */
+	stream.limit += STREAM_RECORDS;
+	CHECK(!vf_inotify_relieve(&stream.reader));
+	CHECK(stream.next < stream.limit);
+	fetch_all(&stream, &number, &place);
+	CHECK_EQ(number, stream.limit);
+	stream.limit += 100;
+	CHECK(vf_inotify_relieve(&stream.reader));
+	stream.limit += 100;
+	vf_inotify_drop(&stream.reader);
+	CHECK_EQ(stream.next, stream.limit);
+	CHECK_EQ(vf_inotify_fetch(&stream.reader), 0);
+	vf_backlog_clear(&events.backlog);
+	free(stream.reader.buffer);
+	printf("%s ok\n", __func__);
+}
+
 int main(void)
 {
 	set_up();
@@ -746,6 +845,7 @@ int main(void)
 	RUN_ALL(many_at_once_are_told_apart);
 	RUN(what_happens_while_a_watch_is_renewed_is_told, VF_HANDLES_NEVER, 5000);
 	RUN(halves_without_another_take_a_moment, VF_HANDLES_NEVER, 5000);
+	what_is_taken_out_early_comes_in_order();
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
 }

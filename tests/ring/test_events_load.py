@@ -25,7 +25,7 @@ from tests.ring.control import event_counters
 from tests.ring.event_sources import FILESYSTEM_MARK, SOURCES, Source, start_share
 from tests.ring.events import EventGuest
 from tests.ring.share import Share
-from tests.server import awaited
+from tests.server import awaited, held_up
 from vhostfs.frontend.fsnotify import OVERFLOW, Element, ElementFlag, Event
 
 pytestmark = pytest.mark.usefixtures("ours")
@@ -270,6 +270,37 @@ def test_what_finds_no_room_is_announced_once_behind_what_waited(
         os.mknod(share.path / f"d/after {turn}")
         assert guest.told() == [f"CREATE d[after {turn}]"]
     assert event_counters(share)["overflows"] == 3
+
+
+def test_what_the_host_has_no_room_for_is_announced_where_it_is_lost(
+    make_share: MakeShare, source: Source
+) -> None:
+    """The server cannot run for so long that inotify's queue overflows on the host: fanotify's does not."""
+    kept = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    share = start_share(make_share, source, private=True)
+    (share.path / "d").mkdir()
+    guest = EventGuest(share, poison=False)
+    guest.watch("d")
+    for turn in range(2):
+        names = [f"{turn}-{i}" for i in range(kept + 1000)]
+        with held_up(share.server.pids()[0]):
+            for name in names:
+                os.mknod(share.path / "d" / name)
+        waited, _ = guest.notifications.until(lambda element: element == OVERFLOW)
+        told = [element.name.decode() for element in waited]
+        assert told == names[: len(told)]
+        assert kept <= len(told) < len(names), "a few may be read before the server stops"
+        assert guest.told() == []
+        os.mknod(share.path / f"d/after {turn}")
+        os.rename(share.path / f"d/after {turn}", share.path / f"d/{turn}")
+        (share.path / f"d/{names[-1]}").unlink()
+        assert [line.partition("]")[0] for line in guest.told()] == [
+            f"CREATE d[after {turn}",
+            f"MOVED_FROM d[after {turn}",
+            f"MOVED_TO d[{turn}",
+            f"DELETE d[{names[-1]}",
+        ]
+    assert event_counters(share)["host_overflows"] == 2
 
 
 def test_a_rename_is_told_whole_or_not_at_all(make_share: MakeShare) -> None:
