@@ -83,7 +83,7 @@ static bool is_worth(struct vf_events *events, const struct pace *pace, uint64_t
 /* Is there something to do that no descriptor tells of? */
 static bool is_more(const struct vf_events *events)
 {
-	return events->again || vf_inotify_has_backlog(events);
+	return events->again || (vf_inotify_has_backlog(events) && !atomic_load(&events->failed));
 }
 
 static void pace(struct vf_events *events, struct pace *pace)

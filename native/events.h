@@ -133,7 +133,7 @@ enum vf_wd {
 };
 
 struct vf_source_ops {
-	/* Reads what waits and reports it; called when the descriptor is readable. */
+	/* Reads what waits and reports it; called when there is something, perhaps. */
 	void (*read)(struct vf_events *events);
 	/*
 	 * The guest's wish for this inode went from old_mask to new_mask (0: none); makes the host

@@ -6,13 +6,14 @@
  * records is looked at, on a machine where all processors are taken, more than that can happen.
  */
 #include <stdlib.h>
+#include <sys/ioctl.h>
 
 #include "inotify_records.h"
 
 /* 32 MB: some hundred thousand records. */
 #define MAX_CHUNKS 128u
-/* Reads until a queue should be empty: so many of its longest records fit, twice. */
-#define MAX_READS 40u
+/* Where own changes are told apart by when they were made, of which so many are not remembered. */
+#define MAX_CHUNKS_OF_SOURCE 8u
 
 struct vf_backlog_chunk {
 	struct vf_backlog_chunk *next;
@@ -49,11 +50,11 @@ void vf_backlog_clear(struct vf_backlog *backlog)
 }
 
 /* An empty one that is not in the list. */
-static struct vf_backlog_chunk *new_chunk(struct vf_backlog *backlog)
+static struct vf_backlog_chunk *new_chunk(struct vf_backlog *backlog, uint32_t max)
 {
 	struct vf_backlog_chunk *chunk = backlog->spare;
 
-	if (backlog->n == MAX_CHUNKS)
+	if (backlog->n >= max)
 		return NULL;
 	backlog->spare = NULL;
 	if (!chunk)
@@ -75,9 +76,10 @@ static void add_chunk(struct vf_backlog *backlog, struct vf_backlog_chunk *chunk
 	backlog->n++;
 }
 
-bool vf_inotify_relieve(struct vf_inotify_reader *reader)
+void vf_inotify_relieve(struct vf_inotify_reader *reader)
 {
 	struct vf_backlog *backlog = &reader->events->backlog;
+	uint32_t max = reader->which == VF_WD_SOURCE ? MAX_CHUNKS_OF_SOURCE : MAX_CHUNKS;
 
 	for (;;) {
 		struct vf_backlog_chunk *chunk = backlog->last;
@@ -87,15 +89,15 @@ bool vf_inotify_relieve(struct vf_inotify_reader *reader)
 		ssize_t n;
 
 		if (is_new)
-			chunk = new_chunk(backlog);
+			chunk = new_chunk(backlog, max);
 		if (!chunk)
-			return false;
+			return;
 		room = VF_SOURCE_BUFFER - chunk->size;
 		n = reader->read(reader, chunk->bytes + chunk->size, room, &at);
 		if (n <= 0) {
 			if (is_new)
 				put_chunk(backlog, chunk);
-			return true;
+			return;
 		}
 		if (is_new) {
 			chunk->at = at;
@@ -103,7 +105,7 @@ bool vf_inotify_relieve(struct vf_inotify_reader *reader)
 		}
 		chunk->size += (uint32_t)n;
 		if ((uint32_t)n + VF_READ_ROOM <= room)
-			return true;
+			return;
 	}
 }
 
@@ -140,14 +142,22 @@ ssize_t vf_inotify_read(struct vf_inotify_reader *reader, void *buffer, size_t s
 	return n;
 }
 
+uint32_t vf_inotify_waiting(const struct vf_inotify_reader *reader)
+{
+	int bytes;
+
+	return ioctl(reader->fd, FIONREAD, &bytes) ? 0 : (uint32_t)bytes;
+}
+
 void vf_inotify_drop(struct vf_inotify_reader *reader)
 {
+	int64_t left = vf_inotify_waiting(reader);
+	ssize_t n = 1;
 	uint64_t at;
 
 	vf_backlog_clear(&reader->events->backlog);
-	for (uint32_t i = 0; i < MAX_READS; i++)
-		if (reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &at) <= 0)
-			break;
+	for (; left > 0 && n > 0; left -= n)
+		n = reader->read(reader, reader->buffer, VF_SOURCE_BUFFER, &at);
 	reader->size = reader->next = reader->end = reader->last = 0;
 	reader->n_unseen = 0;
 }

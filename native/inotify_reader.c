@@ -7,6 +7,8 @@
 #define SECOND_HALF_NS 10000000u
 /* Of such waits, each for all that was read before it, between two reads. */
 #define MAX_WAITS 8u
+/* So often records are moved to make room for more, between two fetches. */
+#define MAX_MOVES 4u
 /* The halves of a rename are looked for this far apart. */
 #define MAX_BETWEEN 512u
 /* Records that are looked at for halves that have no other, between two reads: each for each. */
@@ -76,17 +78,19 @@ bool vf_inotify_is_blind(const struct vf_inotify_reader *reader)
  * The record of the same rename's other half.  What others did in its directory before it is
  * overtaken: the rename had happened when its first half was told.
  */
-static struct inotify_event *second_half(const struct vf_inotify_reader *reader, uint32_t cookie)
+static struct inotify_event *second_half(const struct vf_inotify_reader *reader, uint32_t cookie,
+					 bool *cut_short)
 {
-	struct inotify_event *record;
-	uint32_t at = reader->end;
+	struct inotify_event *record = NULL;
+	uint32_t at = reader->end, n;
 
-	for (uint32_t n = 0; n < MAX_BETWEEN && (record = vf_record_at(reader, at)); n++) {
+	for (n = 0; n < MAX_BETWEEN && (record = vf_record_at(reader, at)); n++) {
 		if ((record->mask & IN_MOVED_TO) && record->cookie == cookie)
-			return record;
+			break;
 		at = vf_record_end(at, record);
 	}
-	return NULL;
+	*cut_short = n < MAX_BETWEEN && !record;
+	return n < MAX_BETWEEN ? record : NULL;
 }
 
 /* The kernel queues the second half right behind the first, but for what others do. */
@@ -167,6 +171,7 @@ static struct inotify_event *wait_for_half(struct vf_inotify_reader *reader, uin
 	uint64_t deadline_ns = vf_now_ns() + SECOND_HALF_NS, waited = reader->at + reader->size,
 		 now;
 	struct inotify_event *to = NULL;
+	bool cut_short;
 
 	/* Not kept waiting: what was told already, and who ends the session. */
 	vf_outbox_flush(reader->events->outbox);
@@ -175,7 +180,7 @@ static struct inotify_event *wait_for_half(struct vf_inotify_reader *reader, uin
 		vf_records_make_room(reader);
 		if (!vf_records_read_more(reader, deadline_ns - now))
 			break;
-		to = second_half(reader, cookie);
+		to = second_half(reader, cookie, &cut_short);
 	}
 	reader->waited = waited;
 	return to;
@@ -185,13 +190,14 @@ static struct inotify_event *wait_for_half(struct vf_inotify_reader *reader, uin
 static uint32_t take_moved_from(struct vf_inotify_reader *reader)
 {
 	uint32_t cookie = vf_record_at(reader, reader->next)->cookie;
-	struct inotify_event *to = second_half(reader, cookie);
+	bool cut_short;
+	struct inotify_event *to = second_half(reader, cookie, &cut_short);
 
 	/* It is queued right behind, perhaps since the read, or where there was no more room. */
-	if (!to && (!vf_record_at(reader, reader->end) || !vf_records_have_room(reader))) {
+	if (cut_short && (vf_records_have_room(reader) || reader->moves++ < MAX_MOVES)) {
 		vf_records_make_room(reader);
 		if (vf_records_read_more(reader, 0))
-			to = second_half(reader, cookie);
+			to = second_half(reader, cookie, &cut_short);
 	}
 	if (!to && reader->joins_renames && reader->waits < MAX_WAITS &&
 	    reader->at + reader->next >= reader->waited)

@@ -30,10 +30,11 @@ struct vf_inotify_reader {
 	uint32_t last;			    /* the record before it; next: none is left there */
 	const struct inotify_event *second; /* the other half of the record at hand; else NULL */
 	uint32_t waits;			    /* for second halves, since the first read */
+	uint32_t moves;			    /* of records, to make room for such, likewise */
 	uint64_t idle_ns;		    /* time waited for anything, likewise */
 	uint32_t looked; /* records looked at for the other halves of later ones, likewise */
 	uint64_t waited; /* what came before this place of the stream was waited for long enough */
-	uint64_t at;	 /* where in the instance's stream it began, if read() counts that */
+	uint64_t at;	 /* where in the instance's stream it began */
 	uint64_t now_ns; /* CLOCK_MONOTONIC, when it was read */
 	/* Directories that moved and then went where nothing told of it: from where on to say so.
 	 */
@@ -77,18 +78,20 @@ struct vf_inotify_reader {
  * negative errno. */
 int32_t vf_inotify_fetch(struct vf_inotify_reader *reader);
 /*
- * Takes what waits out of the host's queue, to be fetched later: to be called when looking at what
- * was read takes long.  False: there is no room for all of it.
+ * Takes what waits out of the host's queue, as far as there is room, to be fetched later: to be
+ * called when looking at what was read takes long.
  */
-bool vf_inotify_relieve(struct vf_inotify_reader *reader);
+void vf_inotify_relieve(struct vf_inotify_reader *reader);
 /* Does anything wait that was taken out of the host's queue? */
 static inline bool vf_inotify_has_backlog(const struct vf_events *events)
 {
 	return events->backlog.first;
 }
-/* Forgets all that waits, and what was read. */
+/* Bytes in the host's queue. */
+uint32_t vf_inotify_waiting(const struct vf_inotify_reader *reader);
+/* Forgets all that waits, there and in the host's queue, and what was read. */
 void vf_inotify_drop(struct vf_inotify_reader *reader);
-/* What waits, and what it takes. */
+/* Forgets what was taken out of the host's queue, and frees the memory for it. */
 void vf_backlog_clear(struct vf_backlog *backlog);
 /* Calls one(), pair() and overflow() for what was read.  How many events those were. */
 uint32_t vf_inotify_take(struct vf_inotify_reader *reader);
@@ -120,7 +123,7 @@ bool vf_inotify_half_may_be_missing(struct vf_inotify_reader *reader, uint32_t h
 
 /*
  * Does anything follow that happened to this directory, which the guest watches, or in it, while it
- * had a name?  Reads all that there is.
+ * had a name?  Reads all that there is room for.
  */
 bool vf_inotify_lives_on(struct vf_inotify_reader *reader, const struct vf_inode *dir);
 

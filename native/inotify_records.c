@@ -102,11 +102,12 @@ int32_t vf_inotify_fetch(struct vf_inotify_reader *reader)
 
 	reader->now_ns = vf_now_ns();
 	reader->size = reader->next = reader->end = reader->last = 0;
-	reader->waits = 0;
+	reader->waits = reader->moves = 0;
 	reader->idle_ns = 0;
 	reader->awaited = 0;
 	reader->looked = 0;
-	n = vf_inotify_read(reader, reader->buffer, VF_SOURCE_BUFFER, &reader->at);
+	/* The rest is room for what is looked for behind it. */
+	n = vf_inotify_read(reader, reader->buffer, VF_SOURCE_BUFFER / 2, &reader->at);
 	reader->waited = reader->at;
 	if (n < 0)
 		return errno == EAGAIN || errno == EINTR ? 0 : -errno;

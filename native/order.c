@@ -20,6 +20,10 @@
 #define BEHIND_NS 1000000
 /* Of fanotify, in one round: a flood elsewhere must not hold up what was read. */
 #define MAX_READS 32u
+/* fanotify says what happened before a loss so long after it at most. */
+#define BEHIND_LOSS_NS 100000000u
+/* When inotify has said so many of the younger facts it is through with the older ones. */
+#define MANY_YOUNG 8192u
 
 /* ---- what inotify says ------------------------------------------------------------ */
 
@@ -143,12 +147,6 @@ static struct vf_fact *untold_half(struct vf_order *order, const struct vf_fact 
 	return NULL;
 }
 
-/* Facts that lie ready take memory, and those that are missing are read when they are needed. */
-static bool is_far_ahead(const struct vf_order *order)
-{
-	return order->n_arenas >= VF_MAX_FACT_ARENAS / 2 && vf_inotify_has_backlog(order->events);
-}
-
 /*
  * inotify counts halves of two renames of one name as one, when nothing stands between them and
  * nobody has read the first; fanotify does not.  But it counts the same rename again as one, so
@@ -165,7 +163,7 @@ static void tell_counted_as_one(struct vf_order *order, const struct inotify_eve
 		return;
 	key = vf_name_hash(told->nodeid, told->name, told->namelen);
 	/* It is there before inotify says so, but that may have been read later. */
-	if (!is_far_ahead(order))
+	if (!vf_facts_are_ahead(order))
 		vf_facts_read(order);
 	while ((untold = untold_half(order, told, event, key)) &&
 	       !vf_order_still_comes(order, told, untold, BEHIND_NS)) {
@@ -201,6 +199,12 @@ static struct vf_fact *use_own_fact(struct vf_order *order, struct vf_inode *ino
 						   : NULL;
 }
 
+/* The session may have ended meanwhile; and what could not be noted is not guessed. */
+static bool is_over(const struct vf_order *order)
+{
+	return order->full || !atomic_load(&order->events->flags);
+}
+
 static struct vf_inode *child_of(struct vf_inotify_reader *reader,
 				 const struct inotify_event *record, struct vf_inode *dir,
 				 bool *certain)
@@ -211,7 +215,7 @@ static struct vf_inode *child_of(struct vf_inotify_reader *reader,
 
 	order->fact = NULL;
 	*certain = false;
-	if (!atomic_load(&order->events->flags))
+	if (is_over(order))
 		return NULL;
 	if (!(change.mask & VF_FS_ISDIR)) {
 		order->fact = complete(order, &change);
@@ -253,7 +257,7 @@ static void take_removal(struct vf_inotify_reader *reader, const struct inotify_
 	struct vf_fact *fact;
 
 	(void)record;
-	if (!atomic_load(&order->events->flags))
+	if (is_over(order))
 		return;
 	fact = complete(order, &change);
 	report(order, &change, 1, vf_fact_is_silent(fact));
@@ -269,8 +273,7 @@ static void take_one(struct vf_inotify_reader *reader, const struct inotify_even
 	struct vf_fact *fact = order->fact;
 	bool told = was_told(order, record), another;
 
-	/* The session may have ended meanwhile. */
-	if (!(change.mask & VF_ORDER_EVENTS) || !atomic_load(&order->events->flags))
+	if (!(change.mask & VF_ORDER_EVENTS) || is_over(order))
 		return;
 	/* The host is asked for it because of directories there; no fact of the name is of this. */
 	if (change.dir && (change.mask & VF_FS_DELETE) &&
@@ -333,6 +336,8 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 	struct vf_fact *facts[2];
 	bool joined;
 
+	if (is_over(order))
+		return;
 	/* As its facts are: the host may still tell of more than the guest watches there. */
 	joined = (vf_order_bits(order, from_dir) & VF_FS_MOVED_FROM) &&
 		 (vf_order_bits(order, to_dir) & VF_FS_MOVED_TO);
@@ -352,7 +357,7 @@ static void take_pair(struct vf_inotify_reader *reader, const struct inotify_eve
 			vf_inode_put(order->events->share, changes[i].child);
 }
 
-/* What follows was queued while more was lost: it goes, too, at the end of the round. */
+/* What follows was queued since, perhaps while more was lost: it goes, too, after the round. */
 static void overflow(struct vf_inotify_reader *reader)
 {
 	struct vf_order *order = (struct vf_order *)reader;
@@ -368,6 +373,11 @@ static uint64_t age_ns(const struct vf_order *order)
 	return order->reader.now_ns - order->generations[order->young].began_ns;
 }
 
+static bool is_held_up(const struct vf_order *order)
+{
+	return atomic_load(&order->events->waiting);
+}
+
 static void tell_all_deferred(struct vf_order *order)
 {
 	vf_facts_tell_deferred(order, &order->older, NULL);
@@ -380,12 +390,19 @@ static void tell_all_deferred(struct vf_order *order)
  */
 static void begin_anew(struct vf_order *order)
 {
-	/* It had its place behind what was told; and it is not inotify's to lose. */
+	bool more = true;
+
+	/* It has its place behind what was told, and is not inotify's to lose. */
+	tell_all_deferred(order);
+	vf_order_clear(order);
+	/* inotify is told first: what is noted here is about what it has, or had. */
+	for (uint32_t i = 0; more && i < MAX_READS && !is_held_up(order); i++)
+		more = vf_facts_read(order) && !order->events->drained;
 	tell_all_deferred(order);
 	vf_order_clear(order);
 	vf_inotify_drop(&order->reader);
 	order->full = order->lost = false;
-	order->behind = true;
+	order->behind_until_ns = vf_now_ns() + BEHIND_LOSS_NS;
 	vf_events_report_overflow(order->events);
 }
 
@@ -396,13 +413,13 @@ static void grow_old(struct vf_order *order)
 
 	if ((young->empty && old->empty) || age_ns(order) < GENERATION_NS)
 		return;
-	if (!vf_inotify_relieve(&order->reader))
-		return;
-	young->due = order->taken;
-	young->first_unsaid = young->oldest;
-	if (!old->lost)
+	young->due = order->taken + vf_inotify_waiting(&order->reader);
+	if (old->lost)
+		vf_facts_forget(order, old);
+	else
 		vf_facts_tell_unsaid(order, old);
 	order->young ^= 1;
+	order->used_young = 0;
 	vf_facts_empty(order, old);
 }
 
@@ -413,45 +430,34 @@ int32_t vf_order_wait_ms(const struct vf_order *order)
 	return order && order->unsaid ? (int32_t)(GENERATION_NS / 1000000) + 1 : -1;
 }
 
-static bool is_held_up(const struct vf_order *order)
-{
-	return atomic_load(&order->events->waiting);
-}
-
 /* Notes what fanotify says, but a flood elsewhere must not hold up what was read. */
 static void read_all_facts(struct vf_order *order)
 {
-	struct vf_fact_generation *young = &order->generations[order->young];
 	bool more = true;
 
-	for (uint32_t i = 0; more && i < MAX_READS && !is_held_up(order) && !is_far_ahead(order);
-	     i++)
-		more = vf_facts_read(order) && !order->events->drained;
-	if (order->behind) {
-		young->lost = true;
-		order->behind = more;
-	}
-}
-
-static bool is_all_said(struct vf_fact_generation *g)
-{
-	while (g->first_unsaid && !vf_fact_is_unsaid(g->first_unsaid))
-		g->first_unsaid = g->first_unsaid->later;
-	return !g->first_unsaid;
+	for (uint32_t i = 0; more && i < MAX_READS; i++)
+		more = !is_held_up(order) && !vf_facts_are_ahead(order) && vf_facts_read(order) &&
+		       !order->events->drained;
+	if (order->reader.now_ns >= order->behind_until_ns)
+		return;
+	order->generations[order->young].lost = true;
+	if (more)
+		order->behind_until_ns = order->reader.now_ns + BEHIND_LOSS_NS;
 }
 
 /* May the older facts go?  Not while inotify may say more of what they are about. */
 static bool is_through(struct vf_order *order)
 {
-	struct vf_fact_generation *old = &order->generations[order->young ^ 1];
+	const struct vf_fact_generation *old = &order->generations[order->young ^ 1];
+	/* It says something again only now and then, and there are too many of them. */
+	bool enough = order->n_arenas >= VF_MAX_FACT_ARENAS / 2 && order->used_young >= MANY_YOUNG;
 
-	if (old->due > order->reader.at + order->reader.size &&
-	    !(is_far_ahead(order) && is_all_said(old)))
+	if (!enough && old->due > order->reader.at + order->reader.size)
 		return false;
 	return !order->older.first || age_ns(order) >= MAX_GENERATION_NS;
 }
 
-/* False: inotify cannot be read. */
+/* False: there is nothing to go on with. */
 static bool read_once(struct vf_order *order)
 {
 	int32_t n = vf_inotify_fetch(&order->reader);
@@ -551,6 +557,8 @@ void vf_order_clear(struct vf_order *order)
 	vf_facts_empty(order, &order->generations[0]);
 	vf_facts_empty(order, &order->generations[1]);
 	order->unsaid = 0;
+	order->at_fact = order->noted;
+	order->used_young = 0;
 	vf_fact_list_clear(&order->older);
 	vf_fact_list_clear(&order->newer);
 }

@@ -183,7 +183,8 @@ static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint6
 	wd = number_of(order, fact->nodeid, bits);
 	/* One as far as the other. */
 	vf_records_read_more(&order->reader, 0);
-	for (uint32_t i = 0; i < MAX_READS && vf_facts_read(order); i++)
+	for (uint32_t i = 0; i < MAX_READS && !vf_facts_are_ahead(order) && vf_facts_read(order);
+	     i++)
 		;
 	side->n = wd < 0
 		      ? 0

@@ -61,11 +61,17 @@ void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g)
 		free(g->chains);
 	set_chains(g, g->few, VF_FACT_CHAINS);
 	g->n = 0;
-	g->oldest = g->first_unsaid = NULL;
+	g->oldest = NULL;
 	g->newest = &g->oldest;
 	g->began_ns = order->reader.now_ns;
 	g->empty = true;
 	g->lost = false;
+}
+
+void vf_facts_forget(struct vf_order *order, const struct vf_fact_generation *g)
+{
+	for (struct vf_fact *fact = g->oldest; fact && order->unsaid; fact = fact->later)
+		vf_fact_set_silent(order, fact);
 }
 
 static void *allocate(struct vf_order *order, struct vf_fact_generation *g, uint32_t size)
@@ -216,11 +222,12 @@ struct vf_fact *vf_fact_add(struct vf_order *order, const struct vf_change *chan
 
 	if (!fact)
 		return NULL;
+	fact->nth = g->last = ++order->noted;
 	fact->nodeid = vf_fact_place(change);
 	fact->itself = !change->dir;
 	fact->own = fact->silent = own;
 	fact->said = said_early(order, key, mask);
-	if (g->n++ == g->n_chains)
+	if (++g->n > g->n_chains && g->n_chains < VF_MAX_FACT_CHAINS)
 		lengthen(g);
 	append(vf_fact_chain(g, key), fact);
 	*g->newest = fact;

@@ -2,9 +2,9 @@
 /*
  * Facts: what fanotify said, until inotify says the same; only for order_*.c and order.c.
  *
- * Facts live in two generations: the younger becomes the older one after a while, when all that
- * inotify had was read, and then the older goes.  What inotify has not said by then is told all
- * the same, late.
+ * Facts live in two generations: the younger becomes the older one after a while, when inotify has
+ * said what the older ones are about, and then those go.  What inotify has not said by then is told
+ * all the same, late.
  */
 #ifndef VHOSTFS_ORDER_FACTS_H
 #define VHOSTFS_ORDER_FACTS_H
@@ -19,6 +19,7 @@
 
 /* Chains of facts in a generation, to begin with; as many as facts when there are more. */
 #define VF_FACT_CHAINS 2048u
+#define VF_MAX_FACT_CHAINS 131072u
 /* So many facts of one name are compared, besides those that are used up. */
 #define VF_FACTS_COMPARED 64u
 #define VF_FACT_ARENA_SIZE (256u * 1024)
@@ -44,6 +45,7 @@ struct vf_fact {
 	uint64_t said;
 	uint64_t picked; /* when it was last used; 0: not yet */
 	uint64_t number; /* in the order of fanotify */
+	uint64_t nth;	 /* likewise, of those that are inotify's to tell */
 	int32_t pid;
 	bool own;      /* our own doing */
 	bool silent;   /* that, or reported already */
@@ -97,11 +99,11 @@ struct vf_fact_generation {
 	uint32_t n_chains;				   /* a power of two */
 	uint32_t n;
 	struct vf_fact *oldest, **newest;
-	struct vf_fact *first_unsaid; /* of the older generation: none before it is */
 	struct vf_fact_arena *arenas;
 	uint64_t began_ns;
 	/* The place in inotify's stream up to which it says what these facts are about. */
 	uint64_t due;
+	uint64_t last; /* which of all was the last of them */
 	bool empty;
 	bool lost; /* of some of them inotify's records were lost */
 };
@@ -114,6 +116,9 @@ struct vf_order {
 	struct vf_events *events;
 	bool (*read_facts)(struct vf_events *events);
 	uint64_t picks, facts;
+	uint64_t noted;			   /* of the facts, those that are inotify's to tell */
+	uint64_t at_fact;		   /* which of these it told last for the first time */
+	uint32_t used_young;		   /* how many of the younger generation */
 	struct vf_early early[VF_N_EARLY]; /* by key */
 	struct vf_fact *told_late;	   /* in the place of a fact that went when it was told */
 	struct vf_begun begun[VF_N_BEGUN]; /* by nodeid */
@@ -126,7 +131,8 @@ struct vf_order {
 	uint64_t taken; /* bytes, from the host's queue of inotify's */
 	bool lost;	/* inotify's queue was full: what follows is forgotten after the round */
 	bool full;	/* no memory for a fact: likewise */
-	bool behind;	/* after either, fanotify may still say what happened before */
+	/* So long fanotify may still say what happened before either. */
+	uint64_t behind_until_ns;
 	struct vf_fact_arena *spare;
 	struct vf_fact_generation generations[2];
 	unsigned int young; /* which of them */
@@ -149,7 +155,9 @@ void vf_facts_note_repeat(struct vf_order *order, uint64_t key, uint64_t event);
 void vf_facts_note_late(struct vf_order *order, const struct vf_fact *fact);
 /* Was this told like that not long ago, and has inotify said it only now? */
 bool vf_facts_take_late(struct vf_order *order, const struct vf_change *change);
-/* The generation's facts are forgotten. */
+/* They are not to be told. */
+void vf_facts_forget(struct vf_order *order, const struct vf_fact_generation *g);
+/* The generation's facts are forgotten, and what was to be told of them was. */
 void vf_facts_empty(struct vf_order *order, struct vf_fact_generation *g);
 
 /* Where the facts of a key are, which is vf_name_hash() of a name in a directory, or of an object.
@@ -215,6 +223,11 @@ static inline struct vf_begun *vf_begun_slot(struct vf_order *order, uint64_t no
 
 /* ---- order_note.c: what fanotify says ---- */
 
+/*
+ * Are so many facts there that what inotify says next is about one of them?  They take memory, and
+ * more can be read when it is needed.
+ */
+bool vf_facts_are_ahead(const struct vf_order *order);
 /* Notes what one read of fanotify has to say; false: nothing. */
 bool vf_facts_read(struct vf_order *order);
 /* What of the events of this inode, and of the names in it, inotify tells. */

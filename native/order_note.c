@@ -2,6 +2,14 @@
 /* What fanotify says of what inotify tells, as facts; order.h has the reason. */
 #include "order_facts.h"
 
+/* Facts that fit into one buffer of fanotify's, some times over. */
+#define AHEAD 32768u
+
+bool vf_facts_are_ahead(const struct vf_order *order)
+{
+	return order->n_arenas >= VF_MAX_FACT_ARENAS / 2 && order->noted - order->at_fact >= AHEAD;
+}
+
 bool vf_facts_read(struct vf_order *order)
 {
 	bool any = order->read_facts(order->events);

@@ -24,6 +24,8 @@ static const uint32_t waits_ns[] = {50000, 50000, 50000, 50000, 400000, 1600000,
 #define N_SHORT 4u
 /* Of what is read meanwhile about other things, before a wait. */
 #define MAX_READS 32u
+/* The same, when it should have been there long since. */
+#define MAX_READS_AHEAD 2u
 
 /*
  * May an event like one of this fact, which was told, be one that came by another name, or of
@@ -225,9 +227,19 @@ static void supersede(struct vf_order *order, struct vf_fact *arrival, uint64_t 
 	}
 }
 
+/* How far inotify has got in what fanotify says. */
+static void note_use(struct vf_order *order, const struct vf_fact *fact)
+{
+	if (fact->used)
+		return;
+	order->at_fact = fact->nth;
+	order->used_young += fact->nth > order->generations[order->young ^ 1].last;
+}
+
 void vf_fact_use(struct vf_order *order, struct vf_fact *fact, uint64_t event, uint64_t key)
 {
 	vf_fact_set_said(order, fact, event);
+	note_use(order, fact);
 	fact->repeated = fact->used & event;
 	fact->used |= event;
 	fact->picked = ++order->picks;
@@ -348,6 +360,9 @@ static struct vf_fact *pick_or_late(struct vf_order *order, const struct vf_chan
 	if (last != VF_FACT_ANY_LAST)
 		return vf_fact_pick(order, change, last);
 	fact = vf_fact_pick(order, change, VF_FACT_ANY);
+	/* Not all that fanotify has need have been read. */
+	for (uint32_t i = 0; !fact && i < MAX_READS_AHEAD && vf_facts_read(order); i++)
+		fact = vf_fact_pick(order, change, VF_FACT_ANY);
 	if (fact)
 		return fact;
 	return vf_facts_take_late(order, change) ? order->told_late
@@ -360,10 +375,13 @@ struct vf_fact *vf_fact_pick_patiently(struct vf_order *order, const struct vf_c
 	struct vf_fact *fact;
 
 	/* One that was used is taken for another only when that is not there. */
-	if (last != VF_FACT_UNUSED && (change->mask & VF_ORDER_HALVES))
+	if (last != VF_FACT_UNUSED && (change->mask & VF_ORDER_HALVES) &&
+	    !vf_facts_are_ahead(order))
 		vf_facts_read(order);
 	fact = pick_or_late(order, change, last);
 	for (uint32_t reads = 0; !fact && last != VF_FACT_ANY_LAST; reads++) {
+		if (reads == MAX_READS_AHEAD && vf_facts_are_ahead(order))
+			return pick_or_late(order, change, VF_FACT_ANY_LAST);
 		if (reads == MAX_READS || !vf_facts_read(order)) {
 			long ns = (long)waits_ns[order->waits++];
 

