@@ -57,12 +57,13 @@ uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64
 		uint32_t namelen = (uint32_t)strnlen(record->name, record->len);
 
 		reader->looked++;
-		if (record->wd == wd && (record->mask & VF_FS_ENTRY_EVENTS) &&
+		if (record->wd == wd && (record->mask & VF_INOTIFY_ORDERED) &&
 		    record != reader->second)
 			entries[n++] = (struct vf_entry){
 			    .key = vf_name_hash(nodeid, record->name, namelen),
-			    .events = record->mask & (uint32_t)VF_FS_ENTRY_EVENTS,
-			    .is_dir = record->mask & IN_ISDIR,
+			    .events = record->mask & (uint32_t)VF_INOTIFY_ORDERED,
+			    /* inotify does not say so of self events. */
+			    .is_dir = !record->len || (record->mask & IN_ISDIR),
 			    .joined = is_joined(reader, at, record, before),
 			};
 	}

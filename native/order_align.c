@@ -2,8 +2,9 @@
 /*
  * Which of what both say of one directory belongs together, where neither says everything: inotify
  * counts an event as one with the same right before it, fanotify with the same at any time before,
- * as long as nobody has read that.  Names of one directory come and go in the same order for both,
- * so what is still to come is laid side by side, such that as much as possible fits.
+ * as long as nobody has read that.  Names of one directory come and go, and it moves, in the same
+ * order for both, so what is still to come is laid side by side, such that as much as possible
+ * fits.
  */
 #include "inotify_records.h"
 #include "order_facts.h"
@@ -54,10 +55,9 @@ static uint32_t facts_behind(const struct vf_order *order, const struct vf_fact 
 		fact = next_fact(order, fact);
 		if (!fact)
 			break;
-		events = fact->mask & VF_FS_ENTRY_EVENTS & bits;
+		events = fact->mask & bits & (fact->itself ? VF_FS_MOVE_SELF : VF_FS_ENTRY_EVENTS);
 		/* Of what was used in part nobody knows where the rest belongs. */
-		if (!events || (events & fact->used) || fact->nodeid != which->nodeid ||
-		    fact->itself)
+		if (!events || (events & fact->used) || fact->nodeid != which->nodeid)
 			continue;
 		if (fact == which)
 			place = side->n;

@@ -799,6 +799,22 @@ _TEXTS = {
         rename d/a d/b
         rename d/b u/c
     """,
+    "names that come to a directory, which moves in between": """
+        mkdir d
+        mkdir u
+        mkdir v
+        mkdir d/n
+        mknod d/n/c
+        mknod u/a
+        mknod u/b
+        watch n d/n ALL
+        rename d/n/c d/n/a
+        rename u/a d/n/a
+        rename d/n v/n
+        rename u/b v/n/a
+        rename v/n d/n
+        unlink d/n/a
+    """,
     "a directory that moved and is removed, with a file open that was in it": """
         mkdir d
         mkdir u
