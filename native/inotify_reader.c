@@ -45,6 +45,21 @@ static bool is_joined(struct vf_inotify_reader *reader, uint32_t at,
 	       (behind && behind->cookie == record->cookie) || !is_alone(reader, record);
 }
 
+/* Of what happens to a name again and again fanotify says at most the first. */
+static bool is_again(struct vf_entry *entries, uint32_t n, const struct vf_entry *next)
+{
+	if (next->events & ~VF_FS_CHILD_EVENTS)
+		return false;
+	for (uint32_t i = 0; i < n; i++)
+		if (entries[i].key == next->key && (entries[i].events & next->events))
+			return true;
+	/* And all that happens to it in a row is one entry. */
+	if (!n || entries[n - 1].key != next->key || (entries[n - 1].events & ~VF_FS_CHILD_EVENTS))
+		return false;
+	entries[n - 1].events |= next->events;
+	return true;
+}
+
 uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t nodeid,
 			    struct vf_entry *entries, uint32_t max)
 {
@@ -57,15 +72,17 @@ uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64
 		uint32_t namelen = (uint32_t)strnlen(record->name, record->len);
 
 		reader->looked++;
-		if (record->wd == wd && (record->mask & VF_INOTIFY_ORDERED) &&
-		    record != reader->second)
-			entries[n++] = (struct vf_entry){
-			    .key = vf_name_hash(nodeid, record->name, namelen),
-			    .events = record->mask & (uint32_t)VF_INOTIFY_ORDERED,
-			    /* inotify does not say so of self events. */
-			    .is_dir = !record->len || (record->mask & IN_ISDIR),
-			    .joined = is_joined(reader, at, record, before),
-			};
+		if (record->wd != wd || !(record->mask & VF_INOTIFY_ORDERED) ||
+		    record == reader->second)
+			continue;
+		entries[n] = (struct vf_entry){
+		    .key = vf_name_hash(nodeid, record->name, namelen),
+		    .events = record->mask & (uint32_t)VF_INOTIFY_ORDERED,
+		    /* inotify does not say so of self events. */
+		    .is_dir = !record->len || (record->mask & IN_ISDIR),
+		    .joined = is_joined(reader, at, record, before),
+		};
+		n += !is_again(entries, n, &entries[n]);
 	}
 	return n;
 }

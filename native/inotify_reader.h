@@ -100,8 +100,8 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader);
 struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
 				   const struct inotify_event *record, struct vf_inode *inode,
 				   struct vf_inode *child);
-/* Of what happens in a directory, and to it, what shows the order best. */
-#define VF_INOTIFY_ORDERED (VF_FS_ENTRY_EVENTS | VF_FS_MOVE_SELF)
+/* Of what happens in a directory, and to it, what shows the order. */
+#define VF_INOTIFY_ORDERED (VF_FS_ENTRY_EVENTS | VF_FS_CHILD_EVENTS | VF_FS_MOVE_SELF)
 /* What follows of one directory's watch: an event of a name in it, or its own (without a name). */
 struct vf_entry {
 	uint64_t key; /* vf_name_hash() */

@@ -11,6 +11,8 @@
 
 /* So much of either is looked at: what is further away changes little. */
 #define WINDOW 32u
+/* Of inotify, which sums up less. */
+#define RECORDS (2 * WINDOW)
 /* So many facts are passed in search of those of one directory. */
 #define MAX_WALKED 512u
 /* Of fanotify, at a time. */
@@ -19,6 +21,9 @@
 /* Points for two that belong together, and for halves of which one side has not seen the other. */
 #define FITS 8u
 #define MAY_FIT 4u
+/* And for what happens often and to one name again and again, of which either counts much as one.
+ */
+#define SHOWS_WHERE 5u
 /*
  * For a record that is left without a fact, but repeats what was told (or would be, by the facts
  * that are left out); or that repeats another one here, which is likelier.
@@ -29,10 +34,10 @@
 #define ASKED 1u
 
 struct side {
-	struct vf_entry entries[WINDOW];
+	struct vf_entry entries[RECORDS];
 	uint32_t n;
 	uint32_t asked, asked_end; /* of facts: those that are asked about */
-	uint16_t repeats[WINDOW];  /* of records: points if they repeat something */
+	uint16_t repeats[RECORDS]; /* of records: points if they repeat something */
 };
 
 static const struct vf_fact *next_fact(const struct vf_order *order, const struct vf_fact *fact)
@@ -55,7 +60,9 @@ static uint32_t facts_behind(const struct vf_order *order, const struct vf_fact 
 		fact = next_fact(order, fact);
 		if (!fact)
 			break;
-		events = fact->mask & bits & (fact->itself ? VF_FS_MOVE_SELF : VF_FS_ENTRY_EVENTS);
+		events =
+		    fact->mask & bits &
+		    (VF_FS_CHILD_EVENTS | (fact->itself ? VF_FS_MOVE_SELF : VF_FS_ENTRY_EVENTS));
 		/* Of what was used in part nobody knows where the rest belongs. */
 		if (!events || (events & fact->used) || fact->nodeid != which->nodeid)
 			continue;
@@ -77,6 +84,8 @@ static uint16_t points(const struct vf_entry *fact, const struct vf_entry *recor
 
 	if (fact->key != record->key || fact->is_dir != record->is_dir || !events)
 		return 0;
+	if (!(events & VF_FS_ENTRY_EVENTS))
+		return SHOWS_WHERE;
 	return (events & VF_ORDER_HALVES) && record->joined && !fact->joined ? MAY_FIT : FITS;
 }
 
@@ -96,7 +105,7 @@ static uint16_t alone(const struct side *facts, const struct side *records, uint
 static uint32_t best(const struct side *facts, const struct side *records, uint32_t first,
 		     uint32_t end)
 {
-	uint16_t row[WINDOW + 1] = {0}, lone[WINDOW];
+	uint16_t row[RECORDS + 1] = {0}, lone[RECORDS];
 
 	for (uint32_t r = 0; r < records->n; r++) {
 		lone[r] = alone(facts, records, r, first, end);
@@ -186,9 +195,9 @@ static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint6
 	for (uint32_t i = 0; i < MAX_READS && !vf_facts_are_ahead(order) && vf_facts_read(order);
 	     i++)
 		;
-	side->n = wd < 0
-		      ? 0
-		      : vf_inotify_entries(&order->reader, wd, fact->nodeid, side->entries, WINDOW);
+	side->n =
+	    wd < 0 ? 0
+		   : vf_inotify_entries(&order->reader, wd, fact->nodeid, side->entries, RECORDS);
 	find_repeats(order, fact->nodeid, side);
 	return side->n;
 }

@@ -81,8 +81,18 @@ MIXES = {
         ("file",),
         few=True,
     ),
+    "writes": Mix(
+        {
+            **{"file": 5, "unlink": 3, "link": 1, "rename": 12, "exchange": 4, "chain": 2},
+            **{"write": 8, "chmod": 5, "list": 2, "read": 1},
+        },
+        (0.04, 0.01, 0.0),
+        ("file", "file", "mkdir"),
+        few=True,
+    ),
 }
-"""By name: everything; or few names of directories, or of files, that come, go and wander at full speed."""
+"""By name: everything; or few names of directories, of files, or of both and what is done to them meanwhile,
+that come, go and wander at full speed."""
 _ON_FILES = frozenset(("write", "rewrite", "truncate", "allocate", "mapwrite", "read"))
 _ANYTHING = frozenset(("chmod", "chown", "utime", "atime", "mtime", "setxattr", "rmxattr"))
 
