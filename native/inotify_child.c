@@ -53,7 +53,9 @@ static struct inotify_event *own_record_at(struct vf_inotify_reader *reader, uin
 {
 	struct inotify_event *own = vf_record_at(reader, at);
 
-	if (!own || own->len || ((own->mask ^ record->mask) & (VF_INOTIFY_EVENTS | IN_ISDIR)))
+	/* Nothing is in itself. */
+	if (!own || own->len || own->wd == record->wd ||
+	    ((own->mask ^ record->mask) & (VF_INOTIFY_EVENTS | IN_ISDIR)))
 		return NULL;
 	vf_places_find(reader, own->wd, objects);
 	if (objects->n && (record->mask & IN_ISDIR) &&

@@ -799,6 +799,35 @@ _TEXTS = {
         rename d/a d/b
         rename d/b u/c
     """,
+    "a directory that moved changes after one in it": """
+        mkdir d
+        mkdir u
+        mkdir d/n
+        mkdir d/n/b
+        watch n d/n ALL
+        rename d/n u/b
+        chmod u/b/b
+        chmod u/b
+        chmod u/b/b
+        chmod u/b
+        list u/b/b
+        list u/b
+    """,
+    "names that come to a directory, and others are written to between": """
+        mkdir d
+        mkdir u
+        mkdir d/n
+        mknod d/n/c
+        mknod d/n/x
+        mknod u/a
+        mknod u/b
+        watch n d/n ALL
+        rename d/n/c d/n/a
+        rename u/a d/n/a
+        write d/n/x
+        rename u/b d/n/a
+        unlink d/n/a
+    """,
     "names that come to a directory, which moves in between": """
         mkdir d
         mkdir u
