@@ -83,8 +83,16 @@ MIXES = {
     ),
     "writes": Mix(
         {
-            **{"file": 5, "unlink": 3, "link": 1, "rename": 12, "exchange": 4, "chain": 2},
-            **{"write": 8, "chmod": 5, "list": 2, "read": 1},
+            "file": 5,
+            "unlink": 3,
+            "link": 1,
+            "rename": 12,
+            "exchange": 4,
+            "chain": 2,
+            "write": 8,
+            "chmod": 5,
+            "list": 2,
+            "read": 1,
         },
         (0.04, 0.01, 0.0),
         ("file", "file", "mkdir"),

@@ -801,17 +801,19 @@ _TEXTS = {
     """,
     "a directory that moved changes after one in it": """
         mkdir d
-        mkdir u
+        mkdir e
         mkdir d/n
-        mkdir d/n/b
+        mkdir d/b
+        file d/n/b
         watch n d/n ALL
-        rename d/n u/b
-        chmod u/b/b
-        chmod u/b
-        chmod u/b/b
-        chmod u/b
-        list u/b/b
-        list u/b
+        exchange d/b d/n/b
+        exchange d/b d/n
+        exchange d/b e
+        rename e d/b/b
+        chmod d/b/b/b
+        chmod d/b/b
+        chmod d/b/b/b
+        chmod d/b/b
     """,
     "names that come to a directory, and others are written to between": """
         mkdir d
