@@ -60,8 +60,8 @@ static bool is_again(struct vf_entry *entries, uint32_t n, const struct vf_entry
 	return true;
 }
 
-uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t nodeid,
-			    struct vf_entry *entries, uint32_t max)
+uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t events,
+			    uint64_t nodeid, struct vf_entry *entries, uint32_t max)
 {
 	const struct inotify_event *record, *before = NULL;
 	uint32_t n = 0;
@@ -72,12 +72,11 @@ uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64
 		uint32_t namelen = (uint32_t)strnlen(record->name, record->len);
 
 		reader->looked++;
-		if (record->wd != wd || !(record->mask & VF_INOTIFY_ORDERED) ||
-		    record == reader->second)
+		if (record->wd != wd || !(record->mask & events) || record == reader->second)
 			continue;
 		entries[n] = (struct vf_entry){
 		    .key = vf_name_hash(nodeid, record->name, namelen),
-		    .events = record->mask & (uint32_t)VF_INOTIFY_ORDERED,
+		    .events = record->mask & (uint32_t)events,
 		    /* inotify does not say so of self events. */
 		    .is_dir = !record->len || (record->mask & IN_ISDIR),
 		    .joined = is_joined(reader, at, record, before),

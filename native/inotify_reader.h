@@ -100,8 +100,6 @@ uint32_t vf_inotify_take(struct vf_inotify_reader *reader);
 struct vf_change vf_inotify_change(const struct vf_inotify_reader *reader,
 				   const struct inotify_event *record, struct vf_inode *inode,
 				   struct vf_inode *child);
-/* Of what happens in a directory, and to it, what shows the order. */
-#define VF_INOTIFY_ORDERED (VF_FS_ENTRY_EVENTS | VF_FS_CHILD_EVENTS | VF_FS_MOVE_SELF)
 /* What follows of one directory's watch: an event of a name in it, or its own (without a name). */
 struct vf_entry {
 	uint64_t key; /* vf_name_hash() */
@@ -109,9 +107,10 @@ struct vf_entry {
 	bool is_dir;
 	bool joined; /* half of a rename whose other half is there as well */
 };
-/* As many as there are in what was read and not taken, up to max; nodeid: the directory's. */
-uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t nodeid,
-			    struct vf_entry *entries, uint32_t max);
+/* Of these events as many as there are in what was read and not taken, up to max; nodeid: the
+ * directory's. */
+uint32_t vf_inotify_entries(struct vf_inotify_reader *reader, int32_t wd, uint64_t events,
+			    uint64_t nodeid, struct vf_entry *entries, uint32_t max);
 /* Does more follow than can be looked at? */
 bool vf_inotify_is_blind(const struct vf_inotify_reader *reader);
 /*

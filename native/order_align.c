@@ -11,8 +11,15 @@
 
 /* So much of either is looked at: what is further away changes little. */
 #define WINDOW 32u
+/*
+ * When inotify counts two as one nothing stands between them that it says; but whoever did it may
+ * have told fanotify later than others, who were on another processor.
+ */
+#define NEAR 2u
 /* Of inotify, which sums up less. */
 #define RECORDS (2 * WINDOW)
+/* What shows most of the order: fanotify counts few of them as one. */
+#define ENTRIES (VF_FS_ENTRY_EVENTS | VF_FS_MOVE_SELF)
 /* So many facts are passed in search of those of one directory. */
 #define MAX_WALKED 512u
 /* Of fanotify, at a time. */
@@ -60,9 +67,9 @@ static uint32_t facts_behind(const struct vf_order *order, const struct vf_fact 
 		fact = next_fact(order, fact);
 		if (!fact)
 			break;
-		events =
-		    fact->mask & bits &
-		    (VF_FS_CHILD_EVENTS | (fact->itself ? VF_FS_MOVE_SELF : VF_FS_ENTRY_EVENTS));
+		events = fact->mask & bits & (fact->itself ? VF_FS_MOVE_SELF : VF_FS_ENTRY_EVENTS);
+		if (!events)
+			events = fact->mask & bits & VF_FS_CHILD_EVENTS;
 		/* Of what was used in part nobody knows where the rest belongs. */
 		if (!events || (events & fact->used) || fact->nodeid != which->nodeid)
 			continue;
@@ -183,21 +190,22 @@ static void find_repeats(const struct vf_order *order, uint64_t nodeid, struct s
 	}
 }
 
-static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint64_t *bits,
-		       struct side *side)
+static bool records_of(struct vf_order *order, const struct vf_fact *fact, uint64_t events,
+		       uint64_t *bits, struct side *side)
 {
 	int32_t wd;
 
 	*bits = 0;
 	wd = number_of(order, fact->nodeid, bits);
+	*bits &= events;
 	/* One as far as the other. */
 	vf_records_read_more(&order->reader, 0);
 	for (uint32_t i = 0; i < MAX_READS && !vf_facts_are_ahead(order) && vf_facts_read(order);
 	     i++)
 		;
-	side->n =
-	    wd < 0 ? 0
-		   : vf_inotify_entries(&order->reader, wd, fact->nodeid, side->entries, RECORDS);
+	side->n = wd < 0 ? 0
+			 : vf_inotify_entries(&order->reader, wd, events, fact->nodeid,
+					      side->entries, RECORDS);
 	find_repeats(order, fact->nodeid, side);
 	return side->n;
 }
@@ -209,7 +217,7 @@ bool vf_order_is_repeat(struct vf_order *order, const struct vf_fact *repeated,
 	uint32_t place;
 	uint64_t bits;
 
-	if (fact->number < repeated->number || !records_of(order, fact, &bits, &records))
+	if (fact->number < repeated->number || !records_of(order, fact, ENTRIES, &bits, &records))
 		return false;
 	place = facts_behind(order, repeated, fact, bits, &facts);
 	return place < WINDOW &&
@@ -224,10 +232,10 @@ bool vf_order_still_comes(struct vf_order *order, const struct vf_fact *told,
 	uint32_t place, end, all;
 
 	do {
-		records_of(order, fact, &bits, &records);
+		records_of(order, fact, ENTRIES | VF_FS_CHILD_EVENTS, &bits, &records);
 		place = end = facts_behind(order, told, fact, bits, &facts);
 		/* Too far behind to be counted as one with what is at hand. */
-		if (place == WINDOW)
+		if (place > NEAR)
 			return true;
 		/* Of several that are alike inotify may say one. */
 		while (end < facts.n && is_same(&facts.entries[end], &facts.entries[place]))

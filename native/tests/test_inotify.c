@@ -720,7 +720,7 @@ static void halves_without_another_take_a_moment(struct guest *g)
 	}
 	for (uint32_t at = 0; at < reader.size; at += record_size) {
 		reader.end = at + record_size;
-		n = vf_inotify_entries(&reader, 1, 1, entries, 64);
+		n = vf_inotify_entries(&reader, 1, VF_FS_ENTRY_EVENTS, 1, entries, 64);
 		CHECK(at || (n == 64 && !entries[0].joined));
 	}
 	CHECK(vf_now_ns() - began_ns < 10000000000);
