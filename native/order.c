@@ -378,6 +378,18 @@ static bool is_held_up(const struct vf_order *order)
 	return atomic_load(&order->events->waiting);
 }
 
+/* Notes what fanotify says, but a flood elsewhere must not hold up what was read.  True: there may
+ * be more. */
+static bool read_all_facts(struct vf_order *order)
+{
+	bool more = true;
+
+	for (uint32_t i = 0; more && i < MAX_READS; i++)
+		more = !is_held_up(order) && !vf_facts_are_ahead(order) && vf_facts_read(order) &&
+		       !order->events->drained;
+	return more;
+}
+
 static void tell_all_deferred(struct vf_order *order)
 {
 	vf_facts_tell_deferred(order, &order->older, NULL);
@@ -390,14 +402,11 @@ static void tell_all_deferred(struct vf_order *order)
  */
 static void begin_anew(struct vf_order *order)
 {
-	bool more = true;
-
 	/* It has its place behind what was told, and is not inotify's to lose. */
 	tell_all_deferred(order);
 	vf_order_clear(order);
 	/* inotify is told first: what is noted here is about what it has, or had. */
-	for (uint32_t i = 0; more && i < MAX_READS && !is_held_up(order); i++)
-		more = vf_facts_read(order) && !order->events->drained;
+	read_all_facts(order);
 	tell_all_deferred(order);
 	vf_order_clear(order);
 	vf_inotify_drop(&order->reader);
@@ -430,14 +439,10 @@ int32_t vf_order_wait_ms(const struct vf_order *order)
 	return order && order->unsaid ? (int32_t)(GENERATION_NS / 1000000) + 1 : -1;
 }
 
-/* Notes what fanotify says, but a flood elsewhere must not hold up what was read. */
-static void read_all_facts(struct vf_order *order)
+static void note_facts(struct vf_order *order)
 {
-	bool more = true;
+	bool more = read_all_facts(order);
 
-	for (uint32_t i = 0; more && i < MAX_READS; i++)
-		more = !is_held_up(order) && !vf_facts_are_ahead(order) && vf_facts_read(order) &&
-		       !order->events->drained;
 	if (order->reader.now_ns >= order->behind_until_ns)
 		return;
 	order->generations[order->young].lost = true;
@@ -469,7 +474,7 @@ static bool read_once(struct vf_order *order)
 		return false;
 	}
 	order->waits = 0;
-	read_all_facts(order);
+	note_facts(order);
 	vf_inotify_take(&order->reader);
 	/* These came before inotify was read, and are not behind anything that it said. */
 	vf_facts_tell_deferred(order, &order->older, NULL);
