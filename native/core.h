@@ -47,6 +47,16 @@ static inline uint64_t vf_now_ns(void)
 	return vf_clock_ns(CLOCK_MONOTONIC);
 }
 
+/* In a loop that waits for another thread. */
+static inline void vf_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ __volatile__("yield");
+#endif
+}
+
 #define vf_container_of(ptr, type, member) ((type *)((char *)(ptr)-offsetof(type, member)))
 
 /* ---- requests ----------------------------------------------------------- */
@@ -60,6 +70,16 @@ static inline uint64_t vf_now_ns(void)
 
 struct vf_queue;
 struct vf_mem;
+struct vf_thread;
+
+/* Work that another thread may take over, but need not; see pool.c. */
+struct vf_offer {
+	void (*run)(struct vf_thread *t, struct vf_offer *offer);
+	const void *owner; /* who may have to take it back */
+	/* pool.c */
+	struct vf_offer *next;
+	uint64_t offered_ns;
+};
 
 /* One FUSE request.  Memory that the guest can write is reached only through in[] and out[]. */
 struct vf_req {
@@ -67,6 +87,7 @@ struct vf_req {
 	struct vf_queue *queue;
 	struct vf_mem *mem; /* keeps the pages behind in[] and out[] mapped */
 	struct vf_req *next;
+	struct vf_offer offer;
 	struct iovec *in;  /* device-readable, after what was copied into header and args */
 	struct iovec *out; /* device-writable, fuse_out_header included */
 	uint32_t n_in, n_out;
@@ -74,6 +95,7 @@ struct vf_req {
 	uint32_t in_size;	    /* bytes left in in[] (WRITE and IOCTL payload) */
 	uint32_t out_size;	    /* bytes in out[] */
 	uint16_t head;
+	bool alone;    /* nothing is in the ring behind it */
 	bool in_place; /* the reply's payload already lies in out[] behind 16 bytes */
 	struct fuse_in_header header; /* private copy */
 	uint8_t *args;		      /* private copy of what follows the header, 8-byte aligned */
@@ -169,6 +191,7 @@ enum vf_op_flags {
 	VF_OP_NO_SESSION = 4, /* allowed before FUSE_INIT */
 	VF_OP_UPCALL = 8,     /* decided in Python */
 	VF_OP_QUICK = 16,     /* hardly ever has to wait: see vf_is_quick() */
+	VF_OP_COPIES = 32,    /* where its answer is large, to write that is all its work */
 };
 struct vf_op_entry {
 	vf_op run;
@@ -180,6 +203,8 @@ extern const uint32_t vf_n_ops;
 int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r);
 /* May answers to requests before this one be told of together with its own, in any case? */
 bool vf_is_quick(const struct vf_req *r);
+/* Is a large answer of it nothing but data that is copied, in any order with others? */
+bool vf_only_copies(const struct vf_req *r);
 
 #define VF_DECLARE_OP(name) int32_t vf_op_##name(struct vf_thread *t, struct vf_req *r)
 /* op_names.c: names in directories */
@@ -271,6 +296,13 @@ void vf_thread_leave(struct vf_thread *t);
 struct vf_pool *vf_pool_new(struct vf_share *share, uint32_t n_threads, int *error);
 void vf_pool_free(struct vf_pool *pool);
 void vf_pool_submit(struct vf_pool *pool, struct vf_req *r);
+/*
+ * For a thread that has time.  False: nobody would have, it is the caller's.  An offer that is not
+ * begun its owner must take back, sooner or later.
+ */
+bool vf_pool_offer(struct vf_pool *pool, struct vf_offer *offer);
+/* The first of the owner's offers that nobody has begun, which is the caller's again; or NULL. */
+struct vf_offer *vf_pool_take_back(struct vf_pool *pool, const void *owner);
 
 /* upcall.c */
 struct vf_upcalls *vf_upcalls_new(int *error);

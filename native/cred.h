@@ -30,6 +30,14 @@ void vf_cred_umask(struct vf_thread *t, uint32_t mask);
  * nothing changes. */
 int vf_cred_drop_fsetid(struct vf_thread *t);
 int vf_cred_need_fsetid(struct vf_thread *t);
+/*
+ * As an operation needs it.  It stays as it is until another operation of this thread needs it
+ * otherwise, since a row of writes by one user is the common case.
+ */
+static inline int vf_cred_set_fsetid(struct vf_thread *t, bool kill_suidgid)
+{
+	return kill_suidgid ? vf_cred_drop_fsetid(t) : vf_cred_need_fsetid(t);
+}
 
 /* idmap.c: one id of the guest to the host's; -EPERM: a forbid rule. And back. */
 int vf_map_id(const struct vf_id_rule *rules, uint32_t n_rules, uint32_t guest_id,

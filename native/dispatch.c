@@ -28,7 +28,7 @@ const struct vf_op_entry vf_ops[] = {
     [FUSE_STATFS] = {vf_op_statfs, VF_OP_QUICK},
     [FUSE_SYNCFS] = {vf_op_syncfs, VF_OP_SLOW},
     [FUSE_OPEN] = {vf_op_open, 0},
-    [FUSE_READ] = {vf_op_read, VF_OP_QUICK},
+    [FUSE_READ] = {vf_op_read, VF_OP_QUICK | VF_OP_COPIES},
     [FUSE_WRITE] = {vf_op_write, VF_OP_MODIFY | VF_OP_QUICK},
     [FUSE_FLUSH] = {vf_op_flush, 0},
     [FUSE_RELEASE] = {vf_op_release, 0},
@@ -78,6 +78,11 @@ static const struct vf_op_entry *find_op(uint32_t opcode)
 bool vf_is_quick(const struct vf_req *r)
 {
 	return find_op(r->header.opcode)->flags & VF_OP_QUICK;
+}
+
+bool vf_only_copies(const struct vf_req *r)
+{
+	return find_op(r->header.opcode)->flags & VF_OP_COPIES;
 }
 
 /* Tells the source of host events, where it needs that, what the operation does. */

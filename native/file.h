@@ -34,6 +34,9 @@ int vf_file_fd(const struct vf_file *file);
 /* The same, only of this kind. */
 struct vf_file *vf_file_get_kind(struct vf_share *share, uint64_t nodeid, uint64_t fh,
 				 bool directory);
+/* The smallest unit in which a page cache fails or waits. */
+#define VF_FS_PAGE 4096u
+
 enum vf_file_kind {
 	VF_REGULAR,
 	VF_DIRECTORY,

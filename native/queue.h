@@ -34,6 +34,7 @@ struct vf_queue {
 	pthread_cond_t idle;
 	int call_fd, err_fd;
 	uint32_t taken;	      /* chains taken, ever (wraps); the thread's own */
+	uint64_t offered_ns;  /* when something was offered to the pool; 0: none is left there */
 	struct vf_req *ready; /* for the next chain, or NULL; the thread's own */
 	uint32_t finished;    /* chains returned, ever (wraps); under lock */
 	struct vf_req *spare; /* requests that ended elsewhere, to use again */

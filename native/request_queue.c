@@ -24,6 +24,13 @@
  */
 #define PROMPT_ROW 32u
 #define PROMPT_NS 50000u
+/*
+ * Worth to be offered to another thread is what leaves this one so many bytes to copy meanwhile:
+ * a processor takes as long to wake up.
+ */
+#define WORTH_OFFERING 262144u
+/* So long nobody need have begun it while this thread has other requests to answer. */
+#define OFFER_NS 300000u
 
 /* With the queue's lock. */
 static void call_if_needed(struct vf_queue *q)
@@ -151,6 +158,52 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 	return result;
 }
 
+/* Is it worth it that another thread answers this one, which then answers what is behind it? */
+static bool may_offer(const struct vf_queue *q, struct vf_req *r)
+{
+	uint32_t n_behind;
+
+	r->alone = false;
+	if (r->out_size < MUCH_DATA || !q->device->share->pool || !vf_only_copies(r))
+		return false;
+	n_behind = vf_ring_n_available(&q->ring);
+	r->alone = !n_behind;
+	return (uint64_t)r->out_size * n_behind >= WORTH_OFFERING;
+}
+
+static void run_offered(struct vf_thread *t, struct vf_offer *offer)
+{
+	vf_req_run_in_pool(t, vf_container_of(offer, struct vf_req, offer));
+}
+
+static bool offer(struct vf_queue *q, struct vf_req *r)
+{
+	r->offer.run = run_offered;
+	r->offer.owner = q;
+	if (!vf_pool_offer(q->device->share->pool, &r->offer))
+		return false;
+	if (!q->offered_ns)
+		q->offered_ns = vf_now_ns();
+	return true;
+}
+
+/* Answers one that was offered in vain; false: there is none. */
+static bool answer_offered(struct vf_queue *q, struct vf_thread *t, uint64_t now_ns)
+{
+	struct vf_offer *offer = vf_pool_take_back(q->device->share->pool, q);
+
+	q->offered_ns = offer ? now_ns : 0;
+	if (offer)
+		offer->run(t, offer);
+	return offer;
+}
+
+/* Something was offered: is it this thread's turn now? */
+static bool has_waited(const struct vf_queue *q, uint64_t now_ns)
+{
+	return now_ns - q->offered_ns >= OFFER_NS || !vf_ring_has_work(&q->ring);
+}
+
 /* Answers what is available; 0, or negative when the ring is broken. */
 static int drain(struct vf_queue *q, struct vf_thread *t)
 {
@@ -163,6 +216,12 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		int32_t result;
 		int error;
 
+		if (q->offered_ns) {
+			uint64_t now_ns = vf_now_ns();
+
+			if (has_waited(q, now_ns) && answer_offered(q, t, now_ns))
+				continue;
+		}
 		if (!r)
 			r = new_request(q);
 		if (!r) {
@@ -184,6 +243,8 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		}
 		if (error) {
 			finish(r, error, NULL, false);
+		} else if (may_offer(q, r) && offer(q, r)) {
+			ended = false;
 		} else {
 			result = vf_is_quick(r) ? vf_dispatch(t, r) : dispatch_unsure(q, t, r);
 			ended = conclude(t, r, result, false);
@@ -191,21 +252,14 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		if (!ended)
 			r = NULL;
 	}
+	while (q->offered_ns)
+		answer_offered(q, t, vf_now_ns());
 	q->ready = r;
 	tell(q);
 	if (taken < 0)
 		vf_faults_add(&q->device->faults, (int32_t)q->index, "queue %u stopped: %s",
 			      q->index, why);
 	return taken < 0 ? taken : 0;
-}
-
-static inline void relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-	__builtin_ia32_pause();
-#elif defined(__aarch64__)
-	__asm__ __volatile__("yield");
-#endif
 }
 
 /* The ring is empty, and kicks are not asked for.  True: something is there. */
@@ -221,7 +275,7 @@ static bool wait_awake(struct vf_queue *q, struct vf_polling *polling)
 				vf_polling_hit(polling);
 				return true;
 			}
-			relax();
+			vf_relax();
 		}
 	} while (!atomic_load_explicit(&q->stopping, memory_order_relaxed) &&
 		 vf_polling_goes_on(polling, budget_ns, &last_ns));

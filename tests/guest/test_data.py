@@ -86,6 +86,16 @@ def test_fio_reads_back_what_it_wrote(place_on: MakePlace, tag: str, jobs: str) 
     assert "verify" not in done.error_text
 
 
+def test_large_reads_of_several_processes_are_right(place_on: MakePlace) -> None:
+    place = place_on("share")
+    content = random.Random(3).randbytes(8 * MIB + 12345)
+    (place.host / "file").write_bytes(content)
+    read = "dd if=file bs=4M iflag=direct status=none | sha256sum"
+    place.sh(f"for i in 1 2 3 4; do ({read}) > sum$i & done; wait")
+    sums = [(place.host / f"sum{i}").read_text().split()[0] for i in range(1, 5)]
+    assert sums == [sha256(content)] * 4
+
+
 def test_two_guest_processes_and_the_host_share_a_mapping(place_on: MakePlace) -> None:
     place = place_on("share")
     (place.host / "file").write_bytes(bytes(MIB))
