@@ -79,6 +79,7 @@ struct vf_offer {
 	/* pool.c */
 	struct vf_offer *next;
 	uint64_t offered_ns;
+	bool to_idle; /* a thread was there that had nothing to do */
 };
 
 /* One FUSE request.  Memory that the guest can write is reached only through in[] and out[]. */
@@ -301,15 +302,19 @@ void vf_pool_submit(struct vf_pool *pool, struct vf_req *r);
  * begun its owner must take back, sooner or later.
  */
 bool vf_pool_offer(struct vf_pool *pool, struct vf_offer *offer);
-/* The first of the owner's offers that nobody has begun, which is the caller's again; or NULL. */
-struct vf_offer *vf_pool_take_back(struct vf_pool *pool, const void *owner);
+/*
+ * The first of the owner's offers that nobody has begun and that was made before then, which is
+ * the caller's again; or NULL.
+ */
+struct vf_offer *vf_pool_take_back(struct vf_pool *pool, const void *owner, uint64_t before_ns);
 
 /* upcall.c */
 struct vf_upcalls *vf_upcalls_new(int *error);
 void vf_upcalls_free(struct vf_upcalls *upcalls);
 void vf_upcalls_submit(struct vf_upcalls *upcalls, struct vf_req *r);
 
-/* request_queue.c: runs a request on a thread that is not its queue's. */
+/* request_queue.c: runs a request that its queue's thread has put aside, for the pool or another.
+ */
 void vf_req_run_in_pool(struct vf_thread *t, struct vf_req *r);
 
 /* coherent.c: what the guest may keep for as long as it likes. */

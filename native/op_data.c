@@ -150,7 +150,8 @@ static void wait_for(struct rest *rest)
 		;
 }
 
-static int32_t read_split(const struct vf_req *r, int fd, uint64_t offset, size_t size, int flags)
+static __attribute__((noinline)) int32_t read_split(const struct vf_req *r, int fd, uint64_t offset,
+						    size_t size, int flags)
 {
 	struct vf_pool *pool = r->share->pool;
 	struct rest rest = {.r = r, .fd = fd, .flags = flags, .offset = offset, .to = size};
@@ -165,7 +166,7 @@ static int32_t read_split(const struct vf_req *r, int fd, uint64_t offset, size_
 	if (!vf_pool_offer(pool, &rest.offer))
 		rest.from = size;
 	result = read_part(r, fd, offset, 0, rest.from, flags);
-	if (rest.from < size && !vf_pool_take_back(pool, &rest))
+	if (rest.from < size && !vf_pool_take_back(pool, &rest, UINT64_MAX))
 		wait_for(&rest);
 	else if (rest.from < size && result == (int32_t)rest.from)
 		read_rest(NULL, &rest.offer);
@@ -178,7 +179,7 @@ static int32_t read_split(const struct vf_req *r, int fd, uint64_t offset, size_
 static int32_t read_to_guest(const struct vf_thread *t, const struct vf_req *r, int fd,
 			     uint64_t offset, size_t size, int flags)
 {
-	if (r->alone && size >= WORTH_SPLITTING && r->share->pool && !t->may_block)
+	if (size >= WORTH_SPLITTING && r->alone && r->share->pool && !t->may_block)
 		return read_split(r, fd, offset, size, flags);
 	return read_part(r, fd, offset, 0, size, flags);
 }

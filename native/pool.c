@@ -18,11 +18,13 @@
 /* More copy no faster: memory is what they wait for. */
 #define MAX_HELPERS 3u
 /*
- * From the offer to the beginning, and from there to the end of one whose thread lost its
- * processor: longer than this says that others want the processors.  To wake an idle one takes up
- * to 25 us, and who is ahead copies 1 MiB in 250.
+ * From the offer to an idle thread to the beginning, and from there to the end of one whose thread
+ * lost its processor: longer than this says that others want the processors.  To wake an idle one
+ * takes up to 25 us, to copy 1 MiB 250.
  */
 #define LATE_NS 600000u
+/* The same where the thread does not know: a virtual processor may be taken away as a whole. */
+#define TOO_LONG_NS 2400000u
 #define MIN_PENALTY_NS 100000000u
 #define MAX_PENALTY_NS 800000000u
 
@@ -46,10 +48,9 @@ struct vf_pool {
 /* With the lock. */
 static void wake_one(struct vf_pool *pool)
 {
-	if (pool->woken < pool->idle) {
+	if (pool->woken < pool->idle)
 		pool->woken++;
-		pthread_cond_signal(&pool->work);
-	}
+	pthread_cond_signal(&pool->work);
 }
 
 /* ---- what is offered ---------------------------------------------------- */
@@ -88,15 +89,19 @@ static void help(struct vf_pool *pool, struct vf_thread *t)
 {
 	struct vf_offer *offer = take_offer(pool, &pool->offers);
 	uint64_t begun_ns = vf_now_ns(), ended_ns;
-	bool late = begun_ns - offer->offered_ns > LATE_NS;
+	bool late = offer->to_idle && begun_ns - offer->offered_ns > LATE_NS;
 	long switches;
 
 	pool->helping++;
 	pthread_mutex_unlock(&pool->lock);
 	switches = n_switches();
+	/* What would have to wait for storage goes the way of all that has to. */
+	t->may_block = false;
 	offer->run(t, offer);
+	t->may_block = true;
 	ended_ns = vf_now_ns();
-	late = late || (ended_ns - begun_ns > LATE_NS && n_switches() != switches);
+	late = late || ended_ns - begun_ns > TOO_LONG_NS ||
+	       (ended_ns - begun_ns > LATE_NS && n_switches() != switches);
 	pthread_mutex_lock(&pool->lock);
 	pool->helping--;
 	if (late)
@@ -107,35 +112,39 @@ static void help(struct vf_pool *pool, struct vf_thread *t)
 
 bool vf_pool_offer(struct vf_pool *pool, struct vf_offer *offer)
 {
-	bool taken;
+	bool taken, to_idle;
 
 	offer->offered_ns = vf_now_ns();
 	offer->next = NULL;
 	pthread_mutex_lock(&pool->lock);
-	taken = pool->n_offers < pool->max_helpers && offer->offered_ns >= pool->off_until_ns;
+	to_idle = pool->helping + pool->woken < pool->max_helpers && pool->woken < pool->idle;
+	offer->to_idle = to_idle;
+	taken = pool->n_offers < pool->max_helpers && offer->offered_ns >= pool->off_until_ns &&
+		(to_idle || pool->helping || pool->woken);
 	if (taken) {
 		*pool->last_offer = offer;
 		pool->last_offer = &offer->next;
 		pool->n_offers++;
-		if (pool->helping + pool->woken < pool->max_helpers)
+		if (to_idle)
 			wake_one(pool);
 	}
 	pthread_mutex_unlock(&pool->lock);
 	return taken;
 }
 
-struct vf_offer *vf_pool_take_back(struct vf_pool *pool, const void *owner)
+struct vf_offer *vf_pool_take_back(struct vf_pool *pool, const void *owner, uint64_t before_ns)
 {
 	struct vf_offer **at, *offer = NULL;
 
 	pthread_mutex_lock(&pool->lock);
-	for (at = &pool->offers; *at && (*at)->owner != owner; at = &(*at)->next)
-		;
+	for (at = &pool->offers; *at; at = &(*at)->next)
+		if ((*at)->owner == owner && (*at)->offered_ns < before_ns)
+			break;
 	if (*at) {
 		uint64_t now_ns = vf_now_ns();
 
 		offer = take_offer(pool, at);
-		if (now_ns - offer->offered_ns > LATE_NS)
+		if (offer->to_idle && now_ns - offer->offered_ns > LATE_NS)
 			stay_off(pool, now_ns);
 	}
 	pthread_mutex_unlock(&pool->lock);

@@ -140,24 +140,6 @@ static bool has_untold(struct vf_queue *q)
 	return any;
 }
 
-/* vf_dispatch(), for a request that may have to wait. */
-static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct vf_req *r)
-{
-	bool trusted = q->prompt >= PROMPT_ROW && !t->may_block;
-	uint64_t begun_ns;
-	int32_t result;
-
-	if (!(trusted ? has_untold(q) : tell(q)))
-		return vf_dispatch(t, r);
-	begun_ns = vf_now_ns();
-	result = vf_dispatch(t, r);
-	if (vf_now_ns() - begun_ns > PROMPT_NS)
-		q->prompt = 0;
-	else if (q->prompt < PROMPT_ROW)
-		q->prompt++;
-	return result;
-}
-
 /* Is it worth it that another thread answers this one, which then answers what is behind it? */
 static bool may_offer(const struct vf_queue *q, struct vf_req *r)
 {
@@ -176,7 +158,7 @@ static void run_offered(struct vf_thread *t, struct vf_offer *offer)
 	vf_req_run_in_pool(t, vf_container_of(offer, struct vf_req, offer));
 }
 
-static bool offer(struct vf_queue *q, struct vf_req *r)
+static bool offer_to_pool(struct vf_queue *q, struct vf_req *r)
 {
 	r->offer.run = run_offered;
 	r->offer.owner = q;
@@ -187,21 +169,48 @@ static bool offer(struct vf_queue *q, struct vf_req *r)
 	return true;
 }
 
-/* Answers one that was offered in vain; false: there is none. */
-static bool answer_offered(struct vf_queue *q, struct vf_thread *t, uint64_t now_ns)
+/* Answers what was offered before then and nobody has begun. */
+static void answer_offered(struct vf_queue *q, struct vf_thread *t, uint64_t before_ns)
 {
-	struct vf_offer *offer = vf_pool_take_back(q->device->share->pool, q);
+	struct vf_offer *offer;
 
-	q->offered_ns = offer ? now_ns : 0;
-	if (offer)
+	while ((offer = vf_pool_take_back(q->device->share->pool, q, before_ns)))
 		offer->run(t, offer);
-	return offer;
 }
 
-/* Something was offered: is it this thread's turn now? */
-static bool has_waited(const struct vf_queue *q, uint64_t now_ns)
+/* Something was offered: answers what is now this thread's own to answer. */
+static void see_to_offered(struct vf_queue *q, struct vf_thread *t, bool all)
 {
-	return now_ns - q->offered_ns >= OFFER_NS || !vf_ring_has_work(&q->ring);
+	uint64_t now_ns = all ? 0 : vf_now_ns();
+
+	if (all) {
+		answer_offered(q, t, UINT64_MAX);
+		q->offered_ns = 0;
+	} else if (now_ns - q->offered_ns >= OFFER_NS) {
+		answer_offered(q, t, now_ns - OFFER_NS);
+		q->offered_ns = now_ns;
+	}
+}
+
+/* vf_dispatch(), for a request that may have to wait. */
+static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct vf_req *r)
+{
+	bool trusted = q->prompt >= PROMPT_ROW && !t->may_block;
+	uint64_t begun_ns;
+	int32_t result;
+
+	/* Nor does what was offered wait for it. */
+	if (q->offered_ns && !trusted)
+		see_to_offered(q, t, true);
+	if (!(trusted ? has_untold(q) : tell(q)))
+		return vf_dispatch(t, r);
+	begun_ns = vf_now_ns();
+	result = vf_dispatch(t, r);
+	if (vf_now_ns() - begun_ns > PROMPT_NS)
+		q->prompt = 0;
+	else if (q->prompt < PROMPT_ROW)
+		q->prompt++;
+	return result;
 }
 
 /* Answers what is available; 0, or negative when the ring is broken. */
@@ -216,12 +225,8 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		int32_t result;
 		int error;
 
-		if (q->offered_ns) {
-			uint64_t now_ns = vf_now_ns();
-
-			if (has_waited(q, now_ns) && answer_offered(q, t, now_ns))
-				continue;
-		}
+		if (q->offered_ns)
+			see_to_offered(q, t, !vf_ring_has_work(&q->ring));
 		if (!r)
 			r = new_request(q);
 		if (!r) {
@@ -243,7 +248,7 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		}
 		if (error) {
 			finish(r, error, NULL, false);
-		} else if (may_offer(q, r) && offer(q, r)) {
+		} else if (may_offer(q, r) && offer_to_pool(q, r)) {
 			ended = false;
 		} else {
 			result = vf_is_quick(r) ? vf_dispatch(t, r) : dispatch_unsure(q, t, r);
@@ -252,8 +257,8 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		if (!ended)
 			r = NULL;
 	}
-	while (q->offered_ns)
-		answer_offered(q, t, vf_now_ns());
+	if (q->offered_ns)
+		see_to_offered(q, t, true);
 	q->ready = r;
 	tell(q);
 	if (taken < 0)
@@ -301,6 +306,8 @@ void *vf_request_queue_main(void *arg)
 		return NULL;
 	}
 	vf_polling_init(&polling);
+	/* On the hiprio queue nothing is waited for, so nothing is gained: FORGET has no answer. */
+	polling.possible = polling.possible && q->index;
 	while (!atomic_load(&q->stopping)) {
 		vf_ring_disable_kicks(&q->ring);
 		if (drain(q, &t) < 0) {

@@ -119,23 +119,45 @@ def test_a_guest_that_goes_away_amid_them_leaves_nothing(share: Share, file: Lar
     assert share.serves()
 
 
-def pool_ns(share: Share) -> int:
-    """Processor time of the server's pool threads."""
+def bytes_read(share: Share, thread: str) -> int:
+    """What the server's threads of that name have read, from /proc/PID/task/TID/io."""
     tasks = [task for pid in share.server.pids() for task in Path(f"/proc/{pid}/task").iterdir()]
-    pool = [task for task in tasks if (task / "comm").read_text() == "vhostfs-pool\n"]
-    assert pool
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in pool)
+    of_name = [task for task in tasks if (task / "comm").read_text() == f"{thread}\n"]
+    assert of_name
+    return sum(int((task / "io").read_text().split()[1]) for task in of_name)
 
 
-@pytest.mark.usefixtures("ours")
-@pytest.mark.parametrize(("depth", "size"), [(1, MIB), (8, 128 * KIB), (8, MIB)])
-def test_threads_of_the_pool_copy_too(make_share: MakeShare, depth: int, size: int) -> None:
+@pytest.fixture
+def watched(make_share: MakeShare) -> Share:
+    """A share of which it can be seen which thread reads; skipped where a second one gains nothing."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two processors: with one nothing is gained by a second thread")
     share = make_share("--thread-pool-size=4", private=True)
     file = LargeFile(share, share.mount())
-    before_ns, ends = pool_ns(share), time.monotonic() + HANG_S
-    # Beside other work they may do so seldom: some milliseconds are enough to see it.
-    while pool_ns(share) - before_ns < 2_000_000:
-        assert time.monotonic() < ends, "the pool's threads do nothing"
+    # A file system without RWF_NOWAIT, and all READs would go there in any case.
+    for _ in range(10):
+        file.read(0, 4 * PAGE)
+    assert bytes_read(share, "vhostfs-pool") < PAGE
+    share.unmount()
+    return share
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize(
+    ("depth", "size", "least"),
+    # Of one alone a part; of several more than the part of the one that is the last.
+    [(1, MIB, MIB // 8), (8, 128 * KIB, 256 * KIB), (8, MIB, 2 * MIB)],
+    ids=["one", "many", "many large"],
+)
+def test_threads_of_the_pool_copy_too(watched: Share, depth: int, size: int, least: int) -> None:
+    file = LargeFile(watched, watched.mount())
+    ends, in_pool = time.monotonic() + HANG_S, 0
+    # Beside other work that may be seldom.
+    while in_pool < least:
+        assert time.monotonic() < ends, f"of {depth * size} bytes the pool's threads read {in_pool}"
+        before = bytes_read(watched, "vhostfs-pool"), bytes_read(watched, "vhostfs-vq1")
         file.assert_right([(at * size, size) for at in range(depth)])
+        in_pool = bytes_read(watched, "vhostfs-pool") - before[0]
+        in_queue = bytes_read(watched, "vhostfs-vq1") - before[1]
+        assert depth * size <= in_pool + in_queue < depth * size + 16 * PAGE
+        assert in_queue

@@ -126,6 +126,31 @@ def test_an_answer_does_not_wait_for_a_slow_request_behind_it(share: Share, stor
     fs.session.submit(op.forget(slow.wait().nodeid, 1)).wait()
 
 
+@pytest.mark.parametrize("busy", [0, POOL_THREADS], ids=["idle threads", "busy threads"])
+def test_large_reads_do_not_wait_for_a_slow_request_behind_them(
+    share: Share, storage: SlowStorage, busy: int
+) -> None:
+    size = 128 << 10
+    (share.path / "large").write_bytes(os.urandom(8 * size))
+    fs = share.mount()
+    slow = Slow(fs)
+    held = [slow.read() for _ in range(busy)]
+    storage.await_held(busy)
+    large, disk = fs.lookup(fs.root, "large").nodeid, fs.walk("disk").nodeid
+    fh = fs.session.call(op.open_(large)).fh
+    reads = [fs.session.submit(op.read(large, fh, size, i * size), publish=False) for i in range(8)]
+    stuck = fs.session.submit(op.lookup(disk, "stuck"), publish=False)
+    stuck.queue.publish(*(one.head for one in reads), stuck.head)
+    storage.await_held(1)
+    assert b"".join(one.wait() for one in reads) == (share.path / "large").read_bytes()
+    assert not stuck.done
+    assert not any(one.done for one in held)
+    storage.release()
+    fs.session.submit(op.forget(stuck.wait().nodeid, 1)).wait()
+    assert [one.wait() for one in held] == [CONTENT] * busy
+    slow.close()
+
+
 WANTS_EVERY_INTERRUPT = Machine(features=Feature.VERSION_1 | Feature.INDIRECT_DESC)
 LOOKUPS = 64
 
