@@ -67,7 +67,6 @@ vf_device *vf_device_new(vf_share *share, uint32_t max_queues, int *error)
 	device->share = share;
 	device->max_queues = max_queues;
 	pthread_mutex_init(&device->lock, NULL);
-	pthread_mutex_init(&device->hiprio_lock, NULL);
 	return device;
 }
 
@@ -79,7 +78,6 @@ void vf_device_free(vf_device *device)
 		vf_queue_stop(device, i);
 	vf_mem_put(device->mem);
 	vf_faults_destroy(&device->faults);
-	pthread_mutex_destroy(&device->hiprio_lock);
 	pthread_mutex_destroy(&device->lock);
 	free(device);
 }
@@ -228,8 +226,6 @@ int vf_queue_start(vf_device *device, const struct vf_queue_config *config)
 	error = vf_ring_init(&q->ring, device->mem, config);
 	if (!error)
 		error = queue_open_fds(q, config);
-	if (config->role == VF_QUEUE_HIPRIO)
-		main = vf_hiprio_queue_main;
 	if (!error && config->role == VF_QUEUE_NOTIFICATION) {
 		main = vf_notify_queue_main;
 		error = vf_notifier_attach(q);

@@ -28,7 +28,6 @@ struct vf_queue {
 	pthread_t thread;
 	int kick_fd, stop_fd, epoll_fd;
 	atomic_bool stopping;
-	bool broken;		      /* the ring is of no use any more; the thread's own */
 	struct vf_notifier *notifier; /* of a notification queue, else NULL */
 
 	pthread_mutex_t lock;
@@ -49,11 +48,6 @@ struct vf_device {
 	pthread_mutex_t lock;
 	struct vf_mem *mem;
 	atomic_uint mem_version;
-	/* hiprio.c */
-	pthread_mutex_t hiprio_lock;	  /* the available side of the hiprio queue */
-	struct vf_queue *hiprio;	  /* under it: while its thread runs, else NULL */
-	atomic_bool lent;		  /* changed under it: another thread sees to that queue */
-	_Atomic(struct vf_queue *) awake; /* whose thread that would be, or NULL */
 	uint32_t max_queues;
 	struct vf_queue *queues[];
 };
@@ -70,24 +64,6 @@ void vf_queue_signal_error(struct vf_queue *q);
 
 /* ---- request_queue.c ---- */
 void *vf_request_queue_main(void *queue);
-/* What the thread of a queue of requests does first; false: it cannot, and has been told to stop.
- */
-bool vf_queue_enter(struct vf_queue *q, struct vf_thread *t);
-/*
- * Answers what is available, but no more than limit.  Negative, and q->broken: the ring is of no
- * use any more.  For the hiprio queue with device->hiprio_lock.
- */
-int vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit);
-
-/* ---- hiprio.c ---- */
-void *vf_hiprio_queue_main(void *queue);
-/* The request queue's thread waits awake, or goes on: it could see to the hiprio queue, too. */
-void vf_hiprio_awake(struct vf_queue *q);
-/* Answers what is on the hiprio queue if that is for this queue's thread; true: there was
- * something. */
-bool vf_hiprio_serve(struct vf_queue *q, struct vf_thread *t);
-/* The request queue's thread is going to sleep, or may have to wait: it can no longer do so. */
-void vf_hiprio_asleep(struct vf_queue *q, struct vf_thread *t);
 
 /* ---- notify_queue.c ---- */
 /* Makes q->notifier and gives it to the share's outbox; -EBUSY: another queue has it. */

@@ -29,8 +29,6 @@
  * a processor takes as long to wake up.
  */
 #define WORTH_OFFERING 262144u
-/* After so many requests in a row the thread looks at the hiprio queue, where that is its to do. */
-#define SEE_TO_HIPRIO 16u
 /* So long nobody need have begun it while this thread has other requests to answer. */
 #define OFFER_NS 300000u
 
@@ -201,12 +199,9 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 	uint64_t begun_ns;
 	int32_t result;
 
-	/* Nor does what was offered wait for it, or the hiprio queue. */
-	if (!trusted) {
-		if (q->offered_ns)
-			see_to_offered(q, t, true);
-		vf_hiprio_asleep(q, t);
-	}
+	/* Nor does what was offered wait for it. */
+	if (q->offered_ns && !trusted)
+		see_to_offered(q, t, true);
 	if (!(trusted ? has_untold(q) : tell(q)))
 		return vf_dispatch(t, r);
 	begun_ns = vf_now_ns();
@@ -218,21 +213,20 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 	return result;
 }
 
-int vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit)
+/* Answers what is available; 0, or negative when the ring is broken. */
+static int drain(struct vf_queue *q, struct vf_thread *t)
 {
 	const char *why = "out of memory";
 	struct vf_req *r = q->ready;
 	int taken = 0;
 
-	while (limit-- && !atomic_load_explicit(&q->stopping, memory_order_relaxed)) {
+	while (!atomic_load_explicit(&q->stopping, memory_order_relaxed)) {
 		bool ended = true;
 		int32_t result;
 		int error;
 
 		if (q->offered_ns)
 			see_to_offered(q, t, !vf_ring_has_work(&q->ring));
-		if (!(q->taken % SEE_TO_HIPRIO))
-			vf_hiprio_serve(q, t);
 		if (!r)
 			r = new_request(q);
 		if (!r) {
@@ -267,26 +261,20 @@ int vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit)
 		see_to_offered(q, t, true);
 	q->ready = r;
 	tell(q);
-	q->broken = taken < 0;
-	if (q->broken)
+	if (taken < 0)
 		vf_faults_add(&q->device->faults, (int32_t)q->index, "queue %u stopped: %s",
 			      q->index, why);
 	return taken < 0 ? taken : 0;
 }
 
 /* The ring is empty, and kicks are not asked for.  True: something is there. */
-static bool wait_awake(struct vf_queue *q, struct vf_thread *t, struct vf_polling *polling)
+static bool wait_awake(struct vf_queue *q, struct vf_polling *polling)
 {
 	uint64_t budget_ns = vf_polling_begin(polling), last_ns = 0;
 
 	if (!budget_ns)
 		return false;
-	vf_hiprio_awake(q);
 	do {
-		if (vf_hiprio_serve(q, t)) {
-			vf_polling_hit(polling);
-			return true;
-		}
 		for (int i = 0; i < 8; i++) {
 			if (vf_ring_has_work(&q->ring)) {
 				vf_polling_hit(polling);
@@ -299,53 +287,42 @@ static bool wait_awake(struct vf_queue *q, struct vf_thread *t, struct vf_pollin
 	return false;
 }
 
-bool vf_queue_enter(struct vf_queue *q, struct vf_thread *t)
+void *vf_request_queue_main(void *arg)
 {
+	struct vf_queue *q = arg;
 	struct vf_share *share = q->device->share;
+	struct vf_thread t = {.may_block = !share->config.pool_threads};
+	struct epoll_event events[2];
+	struct vf_polling polling;
 	char name[16];
-	int error;
 
-	memset(t, 0, sizeof(*t));
-	t->may_block = !share->config.pool_threads;
 	snprintf(name, sizeof(name), "vhostfs-vq%u", q->index);
-	error = vf_thread_enter(t, share, name);
+	int error = vf_thread_enter(&t, share, name);
+
 	if (error) {
 		vf_faults_add(&q->device->faults, (int32_t)q->index,
 			      "queue %u: its thread cannot start: %s", q->index, strerror(-error));
 		vf_queue_wait_for_stop(q);
-	}
-	return !error;
-}
-
-void *vf_request_queue_main(void *arg)
-{
-	struct vf_queue *q = arg;
-	struct vf_thread t;
-	struct epoll_event events[2];
-	struct vf_polling polling;
-
-	if (!vf_queue_enter(q, &t))
 		return NULL;
+	}
 	vf_polling_init(&polling);
+	/* On the hiprio queue nothing is waited for, so nothing is gained: FORGET has no answer. */
+	polling.possible = polling.possible && q->index;
 	while (!atomic_load(&q->stopping)) {
 		vf_ring_disable_kicks(&q->ring);
-		if (vf_queue_drain(q, &t, UINT32_MAX) < 0) {
+		if (drain(q, &t) < 0) {
 			/* Only a reset helps; the front end learns it by the error descriptor. */
 			vf_queue_signal_error(q);
 			vf_queue_wait_for_stop(q);
 			break;
 		}
-		if (wait_awake(q, &t, &polling))
-			continue;
-		vf_hiprio_asleep(q, &t);
-		if (vf_ring_enable_kicks(&q->ring))
+		if (wait_awake(q, &polling) || vf_ring_enable_kicks(&q->ring))
 			continue;
 		/* Edge-triggered: the kick descriptor need not be read. */
 		if (epoll_wait(q->epoll_fd, events, 2, -1) < 0 && errno != EINTR)
 			break;
 		vf_polling_slept(&polling);
 	}
-	vf_hiprio_asleep(q, &t);
 	vf_thread_leave(&t);
 	return NULL;
 }

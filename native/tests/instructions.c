@@ -77,9 +77,9 @@ static uint32_t add_pages(struct vring_desc *table, uint32_t n, uint32_t bytes, 
 }
 
 /* Puts a request into the ring as Linux does; data_in and data_out are bytes of whole pages. */
-static uint8_t *make_available(struct machine *m, uint32_t slot, uint32_t opcode, uint64_t nodeid,
-			       const void *args, uint32_t size, uint32_t reply, uint32_t data_in,
-			       uint32_t data_out)
+static uint8_t *offer(struct machine *m, uint32_t slot, uint32_t opcode, uint64_t nodeid,
+		      const void *args, uint32_t size, uint32_t reply, uint32_t data_in,
+		      uint32_t data_out)
 {
 	struct vring_desc *table = (void *)(m->memory + AT_TABLES + slot * SLOT);
 	struct vring_desc *desc = (void *)(m->memory + AT_DESC);
@@ -118,14 +118,14 @@ static uint8_t *make_available(struct machine *m, uint32_t slot, uint32_t opcode
 /* What is counted. */
 static __attribute__((noinline)) void served(struct machine *m)
 {
-	CHECK_EQ(vf_queue_drain(m->queue, &m->thread, UINT32_MAX), 0);
+	CHECK_EQ(drain(m->queue, &m->thread), 0);
 }
 
 /* One request alone; its reply's payload. */
 static void *ask(struct machine *m, uint32_t opcode, uint64_t nodeid, const void *args,
 		 uint32_t size, uint32_t reply, int error)
 {
-	uint8_t *out = make_available(m, 0, opcode, nodeid, args, size, reply, 0, 0);
+	uint8_t *out = offer(m, 0, opcode, nodeid, args, size, reply, 0, 0);
 
 	served(m);
 	if (opcode != FUSE_FORGET)
@@ -143,8 +143,8 @@ static void do_getattr(struct machine *m)
 static void do_getattr_batch(struct machine *m)
 {
 	for (uint32_t i = 0; i < DEPTH; i++)
-		make_available(m, i, FUSE_GETATTR, 1, &(struct fuse_getattr_in){0}, 16,
-			       sizeof(struct fuse_attr_out), 0, 0);
+		offer(m, i, FUSE_GETATTR, 1, &(struct fuse_getattr_in){0}, 16,
+		      sizeof(struct fuse_attr_out), 0, 0);
 	served(m);
 }
 
@@ -207,7 +207,7 @@ static void read_from(struct machine *m, uint32_t size)
 {
 	struct fuse_read_in in = {.fh = held_fh, .size = size};
 	struct fuse_out_header *out =
-	    (void *)make_available(m, 0, FUSE_READ, held, &in, sizeof(in), 0, 0, size);
+	    (void *)offer(m, 0, FUSE_READ, held, &in, sizeof(in), 0, 0, size);
 
 	served(m);
 	CHECK_EQ(out->len, 16 + size);
@@ -227,7 +227,7 @@ static void write_to(struct machine *m, uint64_t nodeid, uint64_t fh, uint32_t s
 {
 	struct fuse_write_in in = {.fh = fh, .size = size};
 	struct fuse_out_header *out =
-	    (void *)make_available(m, 0, FUSE_WRITE, nodeid, &in, sizeof(in), 8, size, 0);
+	    (void *)offer(m, 0, FUSE_WRITE, nodeid, &in, sizeof(in), 8, size, 0);
 
 	served(m);
 	CHECK_EQ(out->error, 0);

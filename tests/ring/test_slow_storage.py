@@ -151,25 +151,6 @@ def test_large_reads_do_not_wait_for_a_slow_request_behind_them(
     slow.close()
 
 
-def test_a_request_that_blocks_its_queue_does_not_hold_up_the_hiprio_queue(
-    share: Share, storage: SlowStorage
-) -> None:
-    """Nor where that queue's thread sees to both, and has no reason to think that it will be long."""
-    fs = share.mount()
-    disk = fs.walk("disk").nodeid
-    node = fs.lookup(fs.root, "file").nodeid
-    for _ in range(300):
-        fs.lookup(fs.root, "file")
-        fs.session.submit(op.forget(node, 1)).wait()
-    stuck = fs.session.submit(op.lookup(disk, "stuck"))
-    storage.await_held(1)
-    for _ in range(20):
-        fs.session.submit(op.forget(node, 0)).wait()
-    assert not stuck.done
-    storage.release()
-    fs.session.submit(op.forget(stuck.wait().nodeid, 1)).wait()
-
-
 WANTS_EVERY_INTERRUPT = Machine(features=Feature.VERSION_1 | Feature.INDIRECT_DESC)
 LOOKUPS = 64
 
