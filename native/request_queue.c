@@ -199,8 +199,8 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 	uint64_t begun_ns;
 	int32_t result;
 
-	/* Nor does what was offered wait for it. */
-	if (q->offered_ns && !trusted)
+	/* What was offered may have been taken by nobody: it does not wait for this one. */
+	if (q->offered_ns)
 		see_to_offered(q, t, true);
 	if (!(trusted ? has_untold(q) : tell(q)))
 		return vf_dispatch(t, r);

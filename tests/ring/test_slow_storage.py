@@ -126,10 +126,15 @@ def test_an_answer_does_not_wait_for_a_slow_request_behind_it(share: Share, stor
     fs.session.submit(op.forget(slow.wait().nodeid, 1)).wait()
 
 
-@pytest.mark.parametrize("busy", [0, POOL_THREADS], ids=["idle threads", "busy threads"])
+@pytest.mark.parametrize(
+    ("busy", "one_more"),
+    [(0, False), (POOL_THREADS, False), (POOL_THREADS - 1, True)],
+    ids=["idle threads", "busy threads", "the last thread is woken"],
+)
 def test_large_reads_do_not_wait_for_a_slow_request_behind_them(
-    share: Share, storage: SlowStorage, busy: int
+    share: Share, storage: SlowStorage, busy: int, one_more: bool
 ) -> None:
+    """one_more: a thread is on its way, but what it finds first is another slow request."""
     size = 128 << 10
     (share.path / "large").write_bytes(os.urandom(8 * size))
     fs = share.mount()
@@ -138,16 +143,18 @@ def test_large_reads_do_not_wait_for_a_slow_request_behind_them(
     storage.await_held(busy)
     large, disk = fs.lookup(fs.root, "large").nodeid, fs.walk("disk").nodeid
     fh = fs.session.call(op.open_(large)).fh
+    if one_more:
+        held.append(fs.session.submit(op.read(slow.nodeid, slow.fh, len(CONTENT)), publish=False))
     reads = [fs.session.submit(op.read(large, fh, size, i * size), publish=False) for i in range(8)]
     stuck = fs.session.submit(op.lookup(disk, "stuck"), publish=False)
-    stuck.queue.publish(*(one.head for one in reads), stuck.head)
-    storage.await_held(1)
+    stuck.queue.publish(*(one.head for one in [*held[busy:], *reads]), stuck.head)
+    storage.await_held(1 + one_more)
     assert b"".join(one.wait() for one in reads) == (share.path / "large").read_bytes()
     assert not stuck.done
     assert not any(one.done for one in held)
     storage.release()
     fs.session.submit(op.forget(stuck.wait().nodeid, 1)).wait()
-    assert [one.wait() for one in held] == [CONTENT] * busy
+    assert [one.wait() for one in held] == [CONTENT] * len(held)
     slow.close()
 
 
