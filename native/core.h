@@ -79,7 +79,6 @@ struct vf_offer {
 	/* pool.c */
 	struct vf_offer *next;
 	uint64_t offered_ns;
-	bool to_idle; /* a thread was there that had nothing to do */
 };
 
 /* One FUSE request.  Memory that the guest can write is reached only through in[] and out[]. */

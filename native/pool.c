@@ -18,14 +18,13 @@
 /* More copy no faster: memory is what they wait for. */
 #define MAX_HELPERS 3u
 /*
- * From the offer to an idle thread to the beginning, and from there to the end of one whose thread
- * lost its processor: longer than this says that others want the processors.  To wake an idle one
- * takes up to 25 us, to copy 1 MiB 250.
+ * Longer than this for one whose thread lost its processor meanwhile says that others want the
+ * processors.  To copy 1 MiB takes up to 250 us.
  */
 #define LATE_NS 600000u
 /* The same where the thread does not know: a virtual processor may be taken away as a whole. */
 #define TOO_LONG_NS 2400000u
-#define MIN_PENALTY_NS 100000000u
+#define MIN_PENALTY_NS 5000000u
 #define MAX_PENALTY_NS 800000000u
 
 struct vf_pool {
@@ -89,8 +88,8 @@ static void help(struct vf_pool *pool, struct vf_thread *t)
 {
 	struct vf_offer *offer = take_offer(pool, &pool->offers);
 	uint64_t begun_ns = vf_now_ns(), ended_ns;
-	bool late = offer->to_idle && begun_ns - offer->offered_ns > LATE_NS;
 	long switches;
+	bool late;
 
 	pool->helping++;
 	pthread_mutex_unlock(&pool->lock);
@@ -100,7 +99,7 @@ static void help(struct vf_pool *pool, struct vf_thread *t)
 	offer->run(t, offer);
 	t->may_block = true;
 	ended_ns = vf_now_ns();
-	late = late || ended_ns - begun_ns > TOO_LONG_NS ||
+	late = ended_ns - begun_ns > TOO_LONG_NS ||
 	       (ended_ns - begun_ns > LATE_NS && n_switches() != switches);
 	pthread_mutex_lock(&pool->lock);
 	pool->helping--;
@@ -118,7 +117,6 @@ bool vf_pool_offer(struct vf_pool *pool, struct vf_offer *offer)
 	offer->next = NULL;
 	pthread_mutex_lock(&pool->lock);
 	to_idle = pool->helping + pool->woken < pool->max_helpers && pool->woken < pool->idle;
-	offer->to_idle = to_idle;
 	taken = pool->n_offers < pool->max_helpers && offer->offered_ns >= pool->off_until_ns &&
 		(to_idle || pool->helping || pool->woken);
 	if (taken) {
@@ -140,13 +138,8 @@ struct vf_offer *vf_pool_take_back(struct vf_pool *pool, const void *owner, uint
 	for (at = &pool->offers; *at; at = &(*at)->next)
 		if ((*at)->owner == owner && (*at)->offered_ns < before_ns)
 			break;
-	if (*at) {
-		uint64_t now_ns = vf_now_ns();
-
+	if (*at)
 		offer = take_offer(pool, at);
-		if (offer->to_idle && now_ns - offer->offered_ns > LATE_NS)
-			stay_off(pool, now_ns);
-	}
 	pthread_mutex_unlock(&pool->lock);
 	return offer;
 }
