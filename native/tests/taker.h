@@ -61,6 +61,7 @@ static void taker_attach(struct vf_events *events)
 static void settle(struct vf_events *events)
 {
 	int waiting, of_order;
+	bool taken_out;
 
 	for (;;) {
 		of_order = 0;
@@ -68,8 +69,10 @@ static void settle(struct vf_events *events)
 		if (events->config.order_fd >= 0)
 			CHECK_EQ(ioctl(events->config.order_fd, FIONREAD, &of_order), 0);
 		pthread_mutex_lock(&events->busy);
+		/* Out of inotify's queue, and still to be looked at. */
+		taken_out = events->backlog.first;
 		pthread_mutex_unlock(&events->busy);
-		if (!waiting && !of_order)
+		if (!waiting && !of_order && !taken_out)
 			return;
 		sched_yield();
 	}
