@@ -40,6 +40,9 @@ struct vf_pool {
 	uint32_t woken;	      /* of these, told that there is some */
 	uint64_t off_until_ns, penalty_ns;
 	bool stopping;
+	pthread_cond_t started; /* all threads, or an error */
+	uint32_t n_started;
+	int error;
 	uint32_t n_threads;
 	pthread_t threads[];
 };
@@ -150,11 +153,14 @@ static void *pool_main(void *arg)
 {
 	struct vf_pool *pool = arg;
 	struct vf_thread t = {.may_block = true};
+	int error = vf_thread_enter(&t, pool->share, "vhostfs-pool");
 
-	if (vf_thread_enter(&t, pool->share, "vhostfs-pool"))
-		return NULL;
 	pthread_mutex_lock(&pool->lock);
-	for (;;) {
+	pool->n_started++;
+	if (error)
+		pool->error = error;
+	pthread_cond_signal(&pool->started);
+	while (!error) {
 		if (pool->first) {
 			struct vf_req *r = pool->first;
 
@@ -177,7 +183,8 @@ static void *pool_main(void *arg)
 		}
 	}
 	pthread_mutex_unlock(&pool->lock);
-	vf_thread_leave(&t);
+	if (!error)
+		vf_thread_leave(&t);
 	return NULL;
 }
 
@@ -198,25 +205,33 @@ struct vf_pool *vf_pool_new(struct vf_share *share, uint32_t n_threads, int *err
 {
 	struct vf_pool *pool = calloc(1, sizeof(*pool) + n_threads * sizeof(pool->threads[0]));
 
-	if (!pool) {
-		*error = -ENOMEM;
+	*error = -ENOMEM;
+	if (!pool)
 		return NULL;
-	}
+	*error = 0;
 	pool->share = share;
 	pthread_mutex_init(&pool->lock, NULL);
 	pthread_cond_init(&pool->work, NULL);
+	pthread_cond_init(&pool->started, NULL);
 	pool->last = &pool->first;
 	pool->last_offer = &pool->offers;
 	pool->max_helpers = find_max_helpers(n_threads);
 	pool->penalty_ns = MIN_PENALTY_NS;
-	for (; pool->n_threads < n_threads; pool->n_threads++) {
+	while (pool->n_threads < n_threads && !*error) {
 		*error = -pthread_create(&pool->threads[pool->n_threads], NULL, pool_main, pool);
-		if (*error) {
-			vf_pool_free(pool);
-			return NULL;
-		}
+		if (!*error)
+			pool->n_threads++;
 	}
-	return pool;
+	pthread_mutex_lock(&pool->lock);
+	while (pool->n_started < pool->n_threads)
+		pthread_cond_wait(&pool->started, &pool->lock);
+	if (!*error)
+		*error = pool->error;
+	pthread_mutex_unlock(&pool->lock);
+	if (!*error)
+		return pool;
+	vf_pool_free(pool);
+	return NULL;
 }
 
 void vf_pool_free(struct vf_pool *pool)
@@ -230,6 +245,7 @@ void vf_pool_free(struct vf_pool *pool)
 	for (uint32_t i = 0; i < pool->n_threads; i++)
 		pthread_join(pool->threads[i], NULL);
 	pthread_cond_destroy(&pool->work);
+	pthread_cond_destroy(&pool->started);
 	pthread_mutex_destroy(&pool->lock);
 	free(pool);
 }

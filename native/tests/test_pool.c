@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What is offered to the pool's threads: each is run once, by them or by its owner. */
 #include <sched.h>
+#include <seccomp.h>
 #include <semaphore.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include "share.h"
@@ -271,6 +273,26 @@ static void the_end(struct guest *g)
 	}
 }
 
+/* As in a sandbox that forbids what each thread has to do first. */
+static void a_thread_that_cannot_start_is_an_error(struct guest *g)
+{
+	pid_t child = fork();
+	int status, error = 0;
+
+	CHECK(child >= 0);
+	if (!child) {
+		scmp_filter_ctx filter = seccomp_init(SCMP_ACT_ALLOW);
+
+		CHECK_EQ(seccomp_rule_add(filter, SCMP_ACT_ERRNO(EPERM), SCMP_SYS(unshare), 0), 0);
+		CHECK_EQ(seccomp_load(filter), 0);
+		CHECK(!vf_pool_new(g->share, N_THREADS, &error));
+		CHECK_EQ(error, -EPERM);
+		_exit(0);
+	}
+	CHECK_EQ(waitpid(child, &status, 0), child);
+	CHECK_EQ(status, 0);
+}
+
 int main(void)
 {
 	cpu_set_t allowed;
@@ -290,6 +312,7 @@ int main(void)
 	RUN(what_nobody_begins_is_its_owners, VF_HANDLES_NEVER, 5000);
 	RUN(one_that_lasts_ends_it_for_a_while, VF_HANDLES_NEVER, 5000);
 	RUN(the_end, VF_HANDLES_NEVER, 5000);
+	RUN(a_thread_that_cannot_start_is_an_error, VF_HANDLES_NEVER, 5000);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
 }
