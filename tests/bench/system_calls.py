@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/system-calls: how many system calls each server makes for an operation of the yardstick.
+"""scripts/system-calls: how many system calls each server makes for an operation of scripts/bench.
 
 Must not know how requests are laid out (ring_load.py). What else the machine does hardly changes counts.
 Specification: docs/performance.md, "System calls"; perf-stat(1), --control.
