@@ -11,7 +11,6 @@
 
 #include "cred.h"
 #include "file.h"
-#include "inode.h"
 #include "proc_name.h"
 
 #ifndef RWF_NOAPPEND
@@ -176,10 +175,11 @@ static __attribute__((noinline)) int32_t read_split(const struct vf_req *r, int 
 	return rest.result < 0 ? rest.result : result + rest.result;
 }
 
-static int32_t read_to_guest(const struct vf_thread *t, const struct vf_req *r, int fd,
-			     uint64_t offset, size_t size, int flags)
+/* Where nothing may be waited for: where there is a pool, that is. */
+static int32_t read_to_guest(const struct vf_req *r, int fd, uint64_t offset, size_t size,
+			     int flags)
 {
-	if (size >= WORTH_SPLITTING && r->alone && r->share->pool && !t->may_block)
+	if (size >= WORTH_SPLITTING && r->alone)
 		return read_split(r, fd, offset, size, flags);
 	return read_part(r, fd, offset, 0, size, flags);
 }
@@ -203,11 +203,11 @@ static int32_t read_now(const struct vf_thread *t, const struct vf_req *r, struc
 	int32_t result;
 
 	if (t->may_block)
-		return read_to_guest(t, r, fd, offset, size, 0);
+		return read_part(r, fd, offset, 0, size, 0);
 	if (vf_file_flags(file) & O_DIRECT) /* RWF_NOWAIT does not keep it from waiting */
 		return VF_TO_POOL;
 	if (vf_file_wait_mode(file) == VF_WAIT_UNKNOWN) {
-		result = read_to_guest(t, r, fd, offset, size, RWF_NOWAIT);
+		result = read_to_guest(r, fd, offset, size, RWF_NOWAIT);
 		if (result == -EAGAIN)
 			return VF_TO_POOL;
 		if (result != -EOPNOTSUPP)
@@ -216,7 +216,7 @@ static int32_t read_now(const struct vf_thread *t, const struct vf_req *r, struc
 	}
 	if (vf_file_wait_mode(file) == VF_WAIT_ALWAYS)
 		return VF_TO_POOL;
-	return read_to_guest(t, r, fd, offset, size, 0);
+	return read_to_guest(r, fd, offset, size, 0);
 }
 
 int32_t vf_op_read(struct vf_thread *t, struct vf_req *r)

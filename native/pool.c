@@ -7,7 +7,8 @@
  * data with others behind them, which copy on another processor while the
  * queue's own thread copies what follows.  Nobody has to take an offer: what
  * no thread here has begun the queue's thread takes back when it has nothing
- * else to do.  Nor is anything offered for a while when that was no help.
+ * else to do.  Nor is any taken for a while when a thread lost its processor
+ * amid one.
  */
 #include <sched.h>
 #include <stdio.h>
@@ -57,7 +58,7 @@ static void wake_one(struct vf_pool *pool)
 
 /* ---- what is offered ---------------------------------------------------- */
 
-/* With the lock: an offer was taken late, or for long. */
+/* With the lock: the thread of an offer lost its processor. */
 static void stay_off(struct vf_pool *pool, uint64_t now_ns)
 {
 	if (now_ns < pool->off_until_ns)

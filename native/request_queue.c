@@ -146,7 +146,7 @@ static bool may_offer(const struct vf_queue *q, struct vf_req *r)
 	uint32_t n_behind;
 
 	r->alone = false;
-	if (r->out_size < MUCH_DATA || !q->device->share->pool || !vf_only_copies(r))
+	if (r->out_size < MUCH_DATA || !vf_only_copies(r))
 		return false;
 	n_behind = vf_ring_n_available(&q->ring);
 	r->alone = !n_behind;
@@ -178,15 +178,27 @@ static void answer_offered(struct vf_queue *q, struct vf_thread *t, uint64_t bef
 		offer->run(t, offer);
 }
 
-/* Something was offered: answers what is now this thread's own to answer. */
-static void see_to_offered(struct vf_queue *q, struct vf_thread *t, bool all)
+static void answer_all_offered(struct vf_queue *q, struct vf_thread *t)
 {
-	uint64_t now_ns = all ? 0 : vf_now_ns();
+	if (!q->offered_ns)
+		return;
+	answer_offered(q, t, UINT64_MAX);
+	q->offered_ns = 0;
+}
 
-	if (all) {
-		answer_offered(q, t, UINT64_MAX);
-		q->offered_ns = 0;
-	} else if (now_ns - q->offered_ns >= OFFER_NS) {
+/* Answers what was offered and is now this thread's own to answer. */
+static void see_to_offered(struct vf_queue *q, struct vf_thread *t)
+{
+	uint64_t now_ns;
+
+	if (!q->offered_ns)
+		return;
+	if (!vf_ring_has_work(&q->ring)) {
+		answer_all_offered(q, t);
+		return;
+	}
+	now_ns = vf_now_ns();
+	if (now_ns - q->offered_ns >= OFFER_NS) {
 		answer_offered(q, t, now_ns - OFFER_NS);
 		q->offered_ns = now_ns;
 	}
@@ -200,8 +212,7 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 	int32_t result;
 
 	/* What was offered may have been taken by nobody: it does not wait for this one. */
-	if (q->offered_ns)
-		see_to_offered(q, t, true);
+	answer_all_offered(q, t);
 	if (!(trusted ? has_untold(q) : tell(q)))
 		return vf_dispatch(t, r);
 	begun_ns = vf_now_ns();
@@ -225,8 +236,7 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		int32_t result;
 		int error;
 
-		if (q->offered_ns)
-			see_to_offered(q, t, !vf_ring_has_work(&q->ring));
+		see_to_offered(q, t);
 		if (!r)
 			r = new_request(q);
 		if (!r) {
@@ -257,8 +267,7 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 		if (!ended)
 			r = NULL;
 	}
-	if (q->offered_ns)
-		see_to_offered(q, t, true);
+	answer_all_offered(q, t);
 	q->ready = r;
 	tell(q);
 	if (taken < 0)
@@ -293,7 +302,7 @@ void *vf_request_queue_main(void *arg)
 	struct vf_share *share = q->device->share;
 	struct vf_thread t = {.may_block = !share->config.pool_threads};
 	struct epoll_event events[2];
-	struct vf_polling polling;
+	struct vf_polling polling = {.possible = false};
 	char name[16];
 
 	snprintf(name, sizeof(name), "vhostfs-vq%u", q->index);
@@ -305,9 +314,9 @@ void *vf_request_queue_main(void *arg)
 		vf_queue_wait_for_stop(q);
 		return NULL;
 	}
-	vf_polling_init(&polling);
 	/* On the hiprio queue nothing is waited for, so nothing is gained: FORGET has no answer. */
-	polling.possible = polling.possible && q->index;
+	if (q->index)
+		vf_polling_init(&polling);
 	while (!atomic_load(&q->stopping)) {
 		vf_ring_disable_kicks(&q->ring);
 		if (drain(q, &t) < 0) {

@@ -214,6 +214,13 @@ class ServerProcess:
                     targets.append(os.readlink(f"{base}/{name}"))
         return sorted(targets)
 
+    def tasks(self, name: str) -> list[Path]:
+        """/proc/PID/task/TID of the threads whose names begin so; there must be one."""
+        tasks = [task for pid in self.pids() for task in Path(f"/proc/{pid}/task").iterdir()]
+        named = [task for task in tasks if (task / "comm").read_text().startswith(name)]
+        assert named, f"no thread of the server is called {name}"
+        return named
+
     def threads(self) -> int:
         return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.pids())
 

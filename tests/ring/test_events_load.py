@@ -70,14 +70,9 @@ def turns_ns(thread: int) -> int:
 def test_the_thread_that_reads_events_asks_for_short_turns(make_share: MakeShare) -> None:
     """So that it need not wait until a busy thread is through with its own; Linux 6.12."""
     share = start_share(make_share, SOURCES[0])
-    [thread] = [
-        int(task.name)
-        for pid in share.server.pids()
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        if (task / "comm").read_text() == "events\n"
-    ]
+    [task] = share.server.tasks("events\n")
     kernel = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
-    assert turns_ns(thread) == (100_000 if kernel >= (6, 12) else 0)
+    assert turns_ns(int(task.name)) == (100_000 if kernel >= (6, 12) else 0)
 
 
 def test_an_event_is_there_at_once(share: Share, source: Source) -> None:

@@ -10,7 +10,6 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -122,10 +121,8 @@ def test_a_guest_that_goes_away_amid_them_leaves_nothing(share: Share, file: Lar
 
 def bytes_read(share: Share, thread: str) -> int:
     """What the server's threads of that name have read, from /proc/PID/task/TID/io."""
-    tasks = [task for pid in share.server.pids() for task in Path(f"/proc/{pid}/task").iterdir()]
-    of_name = [task for task in tasks if (task / "comm").read_text() == f"{thread}\n"]
-    assert of_name
-    return sum(int((task / "io").read_text().split()[1]) for task in of_name)
+    tasks = share.server.tasks(f"{thread}\n")
+    return sum(int((task / "io").read_text().split()[1]) for task in tasks)
 
 
 @pytest.fixture
