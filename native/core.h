@@ -296,6 +296,8 @@ void vf_thread_leave(struct vf_thread *t);
 struct vf_pool *vf_pool_new(struct vf_share *share, uint32_t n_threads, int *error);
 void vf_pool_free(struct vf_pool *pool);
 void vf_pool_submit(struct vf_pool *pool, struct vf_req *r);
+/* Closes a descriptor, sooner or later, where that takes long: by one of the threads if it can. */
+void vf_pool_close(struct vf_pool *pool, int fd);
 /*
  * For a thread that has time.  False: nobody would have, it is the caller's.  An offer that is not
  * begun its owner must take back, sooner or later.

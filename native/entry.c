@@ -85,7 +85,8 @@ enum match {
 struct candidate {
 	uint16_t mount;
 	uint64_t ino;
-	uint32_t seen_at;	     /* the table's clock before it was looked at */
+	uint32_t seen_at; /* the table's clock before it was looked at */
+	uint64_t blocks;
 	bool pinned;		     /* we hold a descriptor to it, so seen_at does not matter */
 	const struct handle *handle; /* NULL: not asked for yet; size 0: there is none */
 };
@@ -120,6 +121,7 @@ static enum match match_known(struct vf_inode_table *table, struct shard *shard,
 		if (bare && !has_fd && inode_try_ref(i))
 			*bare = i;
 		atomic_store_explicit(&i->hot, 1, memory_order_relaxed);
+		vf_inode_note_blocks(i, c->blocks);
 		found->nodeid = vf_inode_nodeid(i);
 		found->mount = c->mount;
 		found->made = false;
@@ -182,6 +184,7 @@ static struct vf_inode *prepare(struct vf_share *share, int fd, const struct sta
 	inode->ino = sx->stx_ino;
 	inode->type = (uint8_t)(sx->stx_mode >> 12);
 	inode->mount = mount;
+	vf_inode_note_blocks(inode, sx->stx_blocks);
 	if (share->config.handle_mode == VF_HANDLES_MANDATORY)
 		inode_store_handle(inode, &handle);
 	handle_index_prepare(table, inode, fd);
@@ -220,7 +223,7 @@ static int enter(struct vf_share *share, const struct vf_inode *dir, int path_fd
 {
 	struct vf_inode_table *table = share->inodes;
 	uint32_t hash;
-	struct candidate c = {.ino = sx->stx_ino, .pinned = true};
+	struct candidate c = {.ino = sx->stx_ino, .blocks = sx->stx_blocks, .pinned = true};
 	struct vf_inode *inode, *bare = NULL;
 	struct handle handle;
 	struct shard *shard;
@@ -302,6 +305,7 @@ static int known_name(struct vf_share *share, const struct vf_inode *dir, int di
 	if (c.mount == MOUNT_NONE)
 		return -ENFILE;
 	c.ino = sx->stx_ino;
+	c.blocks = sx->stx_blocks;
 	match = match_locked(table, &c, found, NULL);
 	if (match == NEED_HANDLE && !handle_of(dir_fd, name, 0, &handle)) {
 		c.handle = &handle;

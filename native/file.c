@@ -9,6 +9,7 @@
  * closes the descriptor and gives the slot back under a new reuse count.
  */
 #include "file.h"
+#include "inode.h"
 
 #define CHUNK_SLOTS 512u
 #define STATE_OPEN (1u << 31)
@@ -25,6 +26,7 @@ struct vf_file {
 	uint32_t next_free; /* slot + 1; 0 ends the list */
 	bool directory;
 	atomic_uchar wait_mode;
+	atomic_bool large; /* vf_inode_note_large() was called */
 };
 
 struct vf_file_table {
@@ -146,6 +148,7 @@ int vf_file_new(struct vf_share *share, uint64_t nodeid, int fd, int flags, bool
 	file->directory = directory;
 	file->dir = NULL;
 	atomic_store_explicit(&file->wait_mode, VF_WAIT_UNKNOWN, memory_order_relaxed);
+	atomic_store_explicit(&file->large, false, memory_order_relaxed);
 	reuse = atomic_load_explicit(&file->state, memory_order_relaxed) >> 32;
 	/* The reference that STATE_OPEN stands for is not counted in the low bits. */
 	atomic_store_explicit(&file->state, reuse << 32 | STATE_OPEN, memory_order_release);
@@ -261,6 +264,14 @@ int vf_file_fd(const struct vf_file *file)
 int vf_file_flags(const struct vf_file *file)
 {
 	return file->flags;
+}
+
+void vf_file_written(struct vf_share *share, struct vf_file *file, uint64_t end)
+{
+	if (end < VF_LARGE_FILE || atomic_load_explicit(&file->large, memory_order_relaxed))
+		return;
+	atomic_store_explicit(&file->large, true, memory_order_relaxed);
+	vf_inode_note_large(share, file->nodeid);
 }
 
 enum vf_wait_mode vf_file_wait_mode(struct vf_file *file)

@@ -50,6 +50,8 @@ int vf_file_use(struct vf_share *share, uint64_t nodeid, uint64_t fh, enum vf_fi
 		struct vf_file **file);
 /* The open(2) flags that vf_file_new() was given. */
 int vf_file_flags(const struct vf_file *file);
+/* The guest has written or reserved up to there (bytes). */
+void vf_file_written(struct vf_share *share, struct vf_file *file, uint64_t end);
 /*
  * The guest gives the handle up: no lookup finds it any more, and the last vf_file_put() closes
  * it.  The caller holds a reference.  -EBADF: another request did so before.

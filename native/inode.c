@@ -135,6 +135,28 @@ void vf_inode_set_moved(struct vf_inode *inode, bool moved)
 	set_flag(inode, INODE_MOVED, moved);
 }
 
+static void note_large(struct vf_inode *inode)
+{
+	if (inode->type == S_IFREG >> 12 && !(flags_of(inode) & INODE_LARGE))
+		set_flag(inode, INODE_LARGE, true);
+}
+
+void vf_inode_note_large(struct vf_share *share, uint64_t nodeid)
+{
+	struct vf_inode *inode = vf_inode_get(share, nodeid);
+
+	if (!inode)
+		return;
+	note_large(inode);
+	vf_inode_put(share, inode);
+}
+
+void vf_inode_note_blocks(struct vf_inode *inode, uint64_t blocks)
+{
+	if (blocks >= VF_LARGE_FILE / 512)
+		note_large(inode);
+}
+
 int32_t vf_inode_slot(const struct vf_inode *inode)
 {
 	return (int32_t)inode->slot; /* MAX_CHUNKS << CHUNK_BITS of them */

@@ -122,6 +122,15 @@ bool vf_inode_may_have_had_name(struct vf_share *share, struct vf_inode *dir, co
 				const uint64_t *nodeids, uint32_t n);
 /* Takes n from the lookup count; too large an n is cut to what is there. */
 void vf_inode_forget(struct vf_share *share, uint64_t nodeid, uint64_t n);
+/*
+ * To free a file without a name that is smaller than this takes the host some tens of microseconds.
+ * Bytes.
+ */
+#define VF_LARGE_FILE (1u << 20)
+/* This file may have become as large as that. */
+void vf_inode_note_large(struct vf_share *share, uint64_t nodeid);
+/* What the host says of this object: so many blocks of 512 bytes. */
+void vf_inode_note_blocks(struct vf_inode *inode, uint64_t blocks);
 
 /* Closes descriptors that inodes hold until `wanted` were freed; the number freed. Called on
  * EMFILE. */

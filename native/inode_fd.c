@@ -65,6 +65,16 @@ static void disown(struct vf_inode_table *table, int fd)
 	atomic_fetch_sub_explicit(&table->n_fds, 1, memory_order_relaxed);
 }
 
+/* Has no name any more, so that it ends with its last descriptor, and may be large. */
+static bool ends_slowly(const struct vf_inode *inode, int fd)
+{
+	struct statx sx;
+
+	return inode->type == S_IFREG >> 12 && (atomic_load(&inode->flags) & INODE_LARGE) &&
+	       !statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_NLINK, &sx) &&
+	       !sx.stx_nlink;
+}
+
 void inode_drop_fd(struct vf_inode_table *table, struct vf_inode *inode)
 {
 	int fd = atomic_exchange(&inode->fd, -1);
@@ -72,7 +82,10 @@ void inode_drop_fd(struct vf_inode_table *table, struct vf_inode *inode)
 	if (fd < 0)
 		return;
 	disown(table, fd);
-	close(fd);
+	if (table->share->pool && ends_slowly(inode, fd))
+		vf_pool_close(table->share->pool, fd);
+	else
+		close(fd);
 }
 
 /* ---- file handles ------------------------------------------------------- */

@@ -37,6 +37,8 @@
 enum inode_flags {
 	/* The last lookup in this directory met an inode that was known (see entry.c). */
 	INODE_CHILDREN_KNOWN = 1,
+	/* This regular file may have become large; see inode_drop_fd(). */
+	INODE_LARGE = 1,
 	/* Had no link when last looked at, so there may be no way back by handle. */
 	INODE_KEEP_FD = 2,
 	INODE_INDEXED = 4,	/* in the index of handles, or about to be */
@@ -176,7 +178,10 @@ int fd_table_init(struct vf_inode_table *table);
 void fd_table_free(struct vf_inode_table *table);
 /* fd is now this inode's; false: it had one already.  The caller holds a reference, or made it. */
 bool inode_adopt_fd(struct vf_inode_table *table, struct vf_inode *inode, int fd);
-/* The inode is being freed: closes and forgets what it holds. */
+/*
+ * The inode is being freed: closes and forgets what it holds.  To free a large file takes long, so
+ * that is left to the pool.
+ */
 void inode_drop_fd(struct vf_inode_table *table, struct vf_inode *inode);
 /*
  * Room for one more descriptor of an inode; sheds cold ones when the budget is used up.

@@ -83,6 +83,8 @@ static int32_t reply_attr(struct vf_thread *t, const struct vf_req *r, const str
 	vf_split_ns(attr_timeout_ns(t, told), &out->attr_valid, &out->attr_valid_nsec);
 	out->dummy = 0;
 	vf_fill_attr(t->share, &st, &out->attr);
+	if (o->inode)
+		vf_inode_note_blocks(o->inode, (uint64_t)st.st_blocks);
 	return sizeof(*out);
 }
 

@@ -327,6 +327,8 @@ int32_t vf_op_write(struct vf_thread *t, struct vf_req *r)
 	if (!result)
 		result = write_from_guest(r, vf_file_fd(file), in->offset, in->size,
 					  append_flags(r->share, file, in));
+	if (result > 0)
+		vf_file_written(r->share, file, in->offset + (uint64_t)result);
 	vf_file_put(r->share, file);
 	if (result < 0)
 		return result;

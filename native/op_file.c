@@ -175,6 +175,8 @@ int32_t vf_op_fallocate(struct vf_thread *t, struct vf_req *r)
 			     ? -errno
 			     : 0;
 	} while (result == -EINTR);
+	/* Where it fails, too, there may be more than before. */
+	vf_file_written(r->share, file, in->offset + in->length);
 	vf_file_put(r->share, file);
 	return result;
 }
@@ -234,6 +236,8 @@ int32_t vf_op_copy_file_range(struct vf_thread *t, struct vf_req *r)
 						 &to_offset, size, (unsigned int)in->flags);
 			result = copied < 0 ? -errno : 0;
 		} while (result == -EINTR);
+		if (!result)
+			vf_file_written(r->share, to, in->off_out + (uint64_t)copied);
 		vf_file_put(r->share, to);
 	} else if (from) {
 		result = -EBADF;

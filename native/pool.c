@@ -9,6 +9,9 @@
  * no thread here has begun the queue's thread takes back when it has nothing
  * else to do.  Nor is any taken for a while when a thread lost its processor
  * amid one.
+ *
+ * And files to close that the host frees with that, one at a time, when
+ * nothing else is to be done: nobody waits for it.
  */
 #include <sched.h>
 #include <stdio.h>
@@ -28,6 +31,9 @@
 #define MIN_PENALTY_NS 5000000u
 #define MAX_PENALTY_NS 800000000u
 
+/* More are not kept open for it. */
+#define MAX_TO_CLOSE 64u
+
 struct vf_pool {
 	struct vf_share *share;
 	pthread_mutex_t lock;
@@ -40,6 +46,9 @@ struct vf_pool {
 	uint32_t idle;	      /* threads that wait for work */
 	uint32_t woken;	      /* of these, told that there is some */
 	uint64_t off_until_ns, penalty_ns;
+	int to_close[MAX_TO_CLOSE];
+	uint32_t n_to_close;
+	bool closing; /* a thread is at it */
 	bool stopping;
 	pthread_cond_t started; /* all threads, or an error */
 	uint32_t n_started;
@@ -148,6 +157,36 @@ struct vf_offer *vf_pool_take_back(struct vf_pool *pool, const void *owner, uint
 	return offer;
 }
 
+/* ---- what is closed ------------------------------------------------------ */
+
+/* With the lock, which is let go of in between. */
+static void close_one(struct vf_pool *pool)
+{
+	int fd = pool->to_close[--pool->n_to_close];
+
+	pool->closing = true;
+	pthread_mutex_unlock(&pool->lock);
+	close(fd);
+	pthread_mutex_lock(&pool->lock);
+	pool->closing = false;
+}
+
+void vf_pool_close(struct vf_pool *pool, int fd)
+{
+	bool taken;
+
+	pthread_mutex_lock(&pool->lock);
+	taken = pool->n_threads && pool->n_to_close < MAX_TO_CLOSE;
+	if (taken) {
+		pool->to_close[pool->n_to_close++] = fd;
+		if (!pool->closing)
+			wake_one(pool);
+	}
+	pthread_mutex_unlock(&pool->lock);
+	if (!taken)
+		close(fd);
+}
+
 /* ---- the threads -------------------------------------------------------- */
 
 static void *pool_main(void *arg)
@@ -173,6 +212,8 @@ static void *pool_main(void *arg)
 			pthread_mutex_lock(&pool->lock);
 		} else if (pool->offers && pool->helping < pool->max_helpers) {
 			help(pool, &t);
+		} else if (pool->n_to_close && !pool->closing) {
+			close_one(pool);
 		} else if (pool->stopping) {
 			break;
 		} else {

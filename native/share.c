@@ -166,6 +166,7 @@ void vf_share_free(vf_share *share)
 	vf_events_free(share->events);
 	share->events = NULL;
 	vf_pool_free(share->pool);
+	share->pool = NULL;
 	if (share->locks)
 		vf_lock_waiters_free(share->locks);
 	if (share->files)

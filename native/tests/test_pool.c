@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What is offered to the pool's threads: each is run once, by them or by its owner. */
+#include <netinet/in.h>
 #include <sched.h>
 #include <seccomp.h>
 #include <semaphore.h>
@@ -273,6 +274,76 @@ static void the_end(struct guest *g)
 	}
 }
 
+/* A descriptor whose close(2) takes a second: of a socket, with data that nobody reads. */
+static int slow_to_close(int *peer)
+{
+	struct sockaddr_in address = {.sin_family = AF_INET,
+				      .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	socklen_t size = sizeof(address);
+	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	static const char data[1 << 16];
+
+	CHECK_EQ(bind(listener, (struct sockaddr *)&address, size), 0);
+	CHECK_EQ(listen(listener, 1), 0);
+	CHECK_EQ(getsockname(listener, (struct sockaddr *)&address, &size), 0);
+	CHECK_EQ(connect(fd, (struct sockaddr *)&address, size), 0);
+	*peer = accept(listener, NULL, NULL);
+	CHECK(*peer >= 0);
+	close(listener);
+	while (send(fd, data, sizeof(data), MSG_DONTWAIT) > 0)
+		;
+	CHECK_EQ(setsockopt(fd, SOL_SOCKET, SO_LINGER,
+			    &(struct linger){.l_onoff = 1, .l_linger = 1}, sizeof(struct linger)),
+		 0);
+	return fd;
+}
+
+/* However many there are, one thread is at it. */
+static void what_is_slow_to_close_holds_up_nothing(struct guest *g)
+{
+	struct vf_pool *pool = new_pool(g);
+	int peers[N_THREADS + 1];
+	uint64_t begun_ns = vf_now_ns();
+	struct work work;
+
+	for (uint32_t i = 0; i <= N_THREADS; i++)
+		vf_pool_close(pool, slow_to_close(&peers[i]));
+	for (int i = 0; i < 100; i++) {
+		prepare(&work, &work);
+		offer(pool, &work);
+		wait_until_run(&work);
+	}
+	CHECK(vf_now_ns() - begun_ns < 1000000000);
+	vf_pool_free(pool);
+	CHECK(vf_now_ns() - begun_ns > N_THREADS * 1000000000ULL);
+	for (uint32_t i = 0; i <= N_THREADS; i++)
+		close(peers[i]);
+}
+
+/* Also more than are kept open for it, and where there is no thread. */
+static void all_is_closed(struct guest *g)
+{
+	for (int round = 0; round < 20; round++) {
+		int error, fds[2], ends[200];
+		struct vf_pool *pool = vf_pool_new(g->share, round % 2 ? N_THREADS : 0, &error);
+		char c;
+
+		CHECK(pool);
+		for (int i = 0; i < 200; i++) {
+			CHECK_EQ(pipe2(fds, O_CLOEXEC), 0);
+			ends[i] = fds[0];
+			vf_pool_close(pool, fds[1]);
+		}
+		/* The other end is closed, sooner or later. */
+		for (int i = 0; i < 200; i++) {
+			CHECK_EQ(read(ends[i], &c, 1), 0);
+			close(ends[i]);
+		}
+		vf_pool_free(pool);
+	}
+}
+
 /* As in a sandbox that forbids what each thread has to do first. */
 static void a_thread_that_cannot_start_is_an_error(struct guest *g)
 {
@@ -312,6 +383,8 @@ int main(void)
 	RUN(what_nobody_begins_is_its_owners, VF_HANDLES_NEVER, 5000);
 	RUN(one_that_lasts_ends_it_for_a_while, VF_HANDLES_NEVER, 5000);
 	RUN(the_end, VF_HANDLES_NEVER, 5000);
+	RUN(what_is_slow_to_close_holds_up_nothing, VF_HANDLES_NEVER, 5000);
+	RUN(all_is_closed, VF_HANDLES_NEVER, 5000);
 	RUN(a_thread_that_cannot_start_is_an_error, VF_HANDLES_NEVER, 5000);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;
