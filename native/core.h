@@ -192,6 +192,7 @@ enum vf_op_flags {
 	VF_OP_UPCALL = 8,     /* decided in Python */
 	VF_OP_QUICK = 16,     /* hardly ever has to wait: see vf_is_quick() */
 	VF_OP_COPIES = 32,    /* where its answer is large, to write that is all its work */
+	VF_OP_REMOVES = 64,   /* may take an object's last name */
 };
 struct vf_op_entry {
 	vf_op run;
@@ -203,6 +204,8 @@ extern const uint32_t vf_n_ops;
 int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r);
 /* May answers to requests before this one be told of together with its own, in any case? */
 bool vf_is_quick(const struct vf_req *r);
+/* May the FORGET that follows free the object on the host, which takes as long as a removal? */
+bool vf_may_remove(const struct vf_req *r);
 /* Is a large answer of it nothing but data that is copied, in any order with others? */
 bool vf_only_copies(const struct vf_req *r);
 

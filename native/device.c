@@ -37,7 +37,7 @@ void vf_queue_wait_for_stop(struct vf_queue *q)
 	uint64_t count;
 
 	while (!atomic_load(&q->stopping)) {
-		if (read(q->stop_fd, &count, sizeof(count)) < 0 && errno != EINTR)
+		if (read(q->wake_fd, &count, sizeof(count)) < 0 && errno != EINTR)
 			return;
 	}
 }
@@ -67,6 +67,7 @@ vf_device *vf_device_new(vf_share *share, uint32_t max_queues, int *error)
 	device->share = share;
 	device->max_queues = max_queues;
 	pthread_mutex_init(&device->lock, NULL);
+	vf_lending_init(&device->lending);
 	return device;
 }
 
@@ -78,6 +79,7 @@ void vf_device_free(vf_device *device)
 		vf_queue_stop(device, i);
 	vf_mem_put(device->mem);
 	vf_faults_destroy(&device->faults);
+	vf_lending_destroy(&device->lending);
 	pthread_mutex_destroy(&device->lock);
 	free(device);
 }
@@ -156,7 +158,7 @@ static int keep_vf_signal_fd(int fd, int *kept)
 
 static void queue_free(struct vf_queue *q)
 {
-	int fds[] = {q->kick_fd, q->stop_fd, q->epoll_fd, q->call_fd, q->err_fd};
+	int fds[] = {q->kick_fd, q->wake_fd, q->epoll_fd, q->call_fd, q->err_fd};
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
 		if (fds[i] >= 0)
@@ -189,11 +191,11 @@ static int queue_open_fds(struct vf_queue *q, const struct vf_queue_config *conf
 		error = keep_vf_signal_fd(config->err_fd, &q->err_fd);
 	if (error)
 		return error;
-	q->stop_fd = eventfd(0, EFD_CLOEXEC);
+	q->wake_fd = eventfd(0, EFD_CLOEXEC);
 	q->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	if (q->stop_fd < 0 || q->epoll_fd < 0 ||
+	if (q->wake_fd < 0 || q->epoll_fd < 0 ||
 	    epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, q->kick_fd, &event) ||
-	    epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, q->stop_fd, &event))
+	    epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, q->wake_fd, &event))
 		return -errno;
 	return 0;
 }
@@ -217,7 +219,7 @@ int vf_queue_start(vf_device *device, const struct vf_queue_config *config)
 		return -ENOMEM;
 	q->device = device;
 	q->index = config->index;
-	q->kick_fd = q->stop_fd = q->epoll_fd = q->call_fd = q->err_fd = -1;
+	q->kick_fd = q->wake_fd = q->epoll_fd = q->call_fd = q->err_fd = -1;
 	pthread_mutex_init(&q->lock, NULL);
 	pthread_cond_init(&q->idle, NULL);
 	q->ring_mem = vf_mem_get(device->mem);
@@ -226,6 +228,8 @@ int vf_queue_start(vf_device *device, const struct vf_queue_config *config)
 	error = vf_ring_init(&q->ring, device->mem, config);
 	if (!error)
 		error = queue_open_fds(q, config);
+	if (config->role == VF_QUEUE_HIPRIO)
+		main = vf_hiprio_queue_main;
 	if (!error && config->role == VF_QUEUE_NOTIFICATION) {
 		main = vf_notify_queue_main;
 		error = vf_notifier_attach(q);
@@ -250,7 +254,7 @@ int vf_queue_stop(vf_device *device, uint32_t index)
 		return -ENOENT;
 	q = device->queues[index];
 	atomic_store(&q->stopping, true);
-	vf_signal_fd(q->stop_fd);
+	vf_signal_fd(q->wake_fd);
 	pthread_join(q->thread, NULL);
 	vf_notifier_detach(q);
 	vf_lock_waiters_cancel(device->share, q);

@@ -17,10 +17,10 @@ const struct vf_op_entry vf_ops[] = {
     [FUSE_SYMLINK] = {vf_op_symlink, VF_OP_MODIFY},
     [FUSE_MKNOD] = {vf_op_mknod, VF_OP_MODIFY},
     [FUSE_MKDIR] = {vf_op_mkdir, VF_OP_MODIFY},
-    [FUSE_UNLINK] = {vf_op_unlink, VF_OP_MODIFY},
-    [FUSE_RMDIR] = {vf_op_rmdir, VF_OP_MODIFY},
-    [FUSE_RENAME] = {vf_op_rename, VF_OP_MODIFY},
-    [FUSE_RENAME2] = {vf_op_rename2, VF_OP_MODIFY},
+    [FUSE_UNLINK] = {vf_op_unlink, VF_OP_MODIFY | VF_OP_REMOVES},
+    [FUSE_RMDIR] = {vf_op_rmdir, VF_OP_MODIFY | VF_OP_REMOVES},
+    [FUSE_RENAME] = {vf_op_rename, VF_OP_MODIFY | VF_OP_REMOVES},
+    [FUSE_RENAME2] = {vf_op_rename2, VF_OP_MODIFY | VF_OP_REMOVES},
     [FUSE_LINK] = {vf_op_link, VF_OP_MODIFY},
     [FUSE_CREATE] = {vf_op_create, VF_OP_MODIFY},
     [FUSE_TMPFILE] = {vf_op_tmpfile, VF_OP_MODIFY},
@@ -78,6 +78,11 @@ static const struct vf_op_entry *find_op(uint32_t opcode)
 bool vf_is_quick(const struct vf_req *r)
 {
 	return find_op(r->header.opcode)->flags & VF_OP_QUICK;
+}
+
+bool vf_may_remove(const struct vf_req *r)
+{
+	return find_op(r->header.opcode)->flags & VF_OP_REMOVES;
 }
 
 bool vf_only_copies(const struct vf_req *r)

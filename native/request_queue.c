@@ -213,6 +213,11 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 
 	/* What was offered may have been taken by nobody: it does not wait for this one. */
 	answer_all_offered(q, t);
+	/* Nor does the hiprio queue; and the FORGET after a removal is better done meanwhile. */
+	if (!trusted)
+		vf_hiprio_asleep(q);
+	if (vf_may_remove(r))
+		vf_hiprio_give_back(q->device);
 	if (!(trusted ? has_untold(q) : tell(q)))
 		return vf_dispatch(t, r);
 	begun_ns = vf_now_ns();
@@ -224,14 +229,13 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 	return result;
 }
 
-/* Answers what is available; 0, or negative when the ring is broken. */
-static int drain(struct vf_queue *q, struct vf_thread *t)
+int vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit)
 {
 	const char *why = "out of memory";
 	struct vf_req *r = q->ready;
 	int taken = 0;
 
-	while (!atomic_load_explicit(&q->stopping, memory_order_relaxed)) {
+	while (limit-- && !atomic_load_explicit(&q->stopping, memory_order_relaxed)) {
 		bool ended = true;
 		int32_t result;
 		int error;
@@ -270,20 +274,25 @@ static int drain(struct vf_queue *q, struct vf_thread *t)
 	answer_all_offered(q, t);
 	q->ready = r;
 	tell(q);
-	if (taken < 0)
+	q->broken = taken < 0;
+	if (q->broken)
 		vf_faults_add(&q->device->faults, (int32_t)q->index, "queue %u stopped: %s",
 			      q->index, why);
 	return taken < 0 ? taken : 0;
 }
 
 /* The ring is empty, and kicks are not asked for.  True: something is there. */
-static bool wait_awake(struct vf_queue *q, struct vf_polling *polling)
+static bool wait_awake(struct vf_queue *q, struct vf_thread *t, struct vf_polling *polling)
 {
 	uint64_t budget_ns = vf_polling_begin(polling), last_ns = 0;
 
 	if (!budget_ns)
 		return false;
+	if (!t->may_block)
+		vf_hiprio_awake(q);
 	do {
+		if (vf_hiprio_serve(q, t))
+			last_ns = 0;
 		for (int i = 0; i < 8; i++) {
 			if (vf_ring_has_work(&q->ring)) {
 				vf_polling_hit(polling);
@@ -296,42 +305,54 @@ static bool wait_awake(struct vf_queue *q, struct vf_polling *polling)
 	return false;
 }
 
-void *vf_request_queue_main(void *arg)
+bool vf_queue_enter(struct vf_queue *q, struct vf_thread *t)
 {
-	struct vf_queue *q = arg;
 	struct vf_share *share = q->device->share;
-	struct vf_thread t = {.may_block = !share->config.pool_threads};
-	struct epoll_event events[2];
-	struct vf_polling polling = {.possible = false};
 	char name[16];
+	int error;
 
+	memset(t, 0, sizeof(*t));
+	t->may_block = !share->config.pool_threads;
 	snprintf(name, sizeof(name), "vhostfs-vq%u", q->index);
-	int error = vf_thread_enter(&t, share, name);
-
+	error = vf_thread_enter(t, share, name);
 	if (error) {
 		vf_faults_add(&q->device->faults, (int32_t)q->index,
 			      "queue %u: its thread cannot start: %s", q->index, strerror(-error));
 		vf_queue_wait_for_stop(q);
-		return NULL;
 	}
-	/* On the hiprio queue nothing is waited for, so nothing is gained: FORGET has no answer. */
-	if (q->index)
-		vf_polling_init(&polling);
+	return !error;
+}
+
+void *vf_request_queue_main(void *arg)
+{
+	struct vf_queue *q = arg;
+	struct vf_thread t;
+	struct epoll_event events[2];
+	struct vf_polling polling;
+
+	if (!vf_queue_enter(q, &t))
+		return NULL;
+	vf_polling_init(&polling);
 	while (!atomic_load(&q->stopping)) {
 		vf_ring_disable_kicks(&q->ring);
-		if (drain(q, &t) < 0) {
+		if (vf_queue_drain(q, &t, UINT32_MAX) < 0) {
+			vf_hiprio_asleep(q);
 			/* Only a reset helps; the front end learns it by the error descriptor. */
 			vf_queue_signal_error(q);
 			vf_queue_wait_for_stop(q);
 			break;
 		}
-		if (wait_awake(q, &polling) || vf_ring_enable_kicks(&q->ring))
+		if (wait_awake(q, &t, &polling))
+			continue;
+		vf_hiprio_asleep(q);
+		if (vf_ring_enable_kicks(&q->ring))
 			continue;
 		/* Edge-triggered: the kick descriptor need not be read. */
 		if (epoll_wait(q->epoll_fd, events, 2, -1) < 0 && errno != EINTR)
 			break;
 		vf_polling_slept(&polling);
 	}
+	vf_hiprio_asleep(q);
 	vf_thread_leave(&t);
 	return NULL;
 }

@@ -9,7 +9,8 @@
 #include "guest.h"
 
 static char base[] = "/tmp/vhostfs-test-XXXXXX";
-static int host_fd; /* the share's root, for what the host does */
+static int host_fd;	      /* the share's root, for what the host does */
+static uint32_t pool_threads; /* of the next share */
 
 static struct vf_share *open_share(enum vf_handle_mode mode, uint32_t budget)
 {
@@ -20,6 +21,7 @@ static struct vf_share *open_share(enum vf_handle_mode mode, uint32_t budget)
 	    .inode_fd_budget = budget,
 	    .open_budget = 100,
 	    .lock_waiters = 10,
+	    .pool_threads = pool_threads,
 	    .entry_timeout_ns = 1500000000,
 	    .attr_timeout_ns = 1,
 	    .xattr = true,
