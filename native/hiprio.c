@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The hiprio queue (FORGET, INTERRUPT).  It has a thread of its own, so that
- * no other request holds it up.  But while a request queue's thread waits
- * awake for its next request, the queue is lent to that: then the guest need
- * not kick for each FORGET (an exit from its processor), nor this thread be
- * woken for it.  What comes on the hiprio queue keeps nobody awake: where
- * that is all that comes, its own thread has it.
+ * no other request holds it up.  But while a request queue's thread that is
+ * given several requests at once waits awake for the next, the queue is lent
+ * to that: then the guest need not kick for each FORGET (an exit from its
+ * processor), nor this thread be woken for it.  What comes on the hiprio queue
+ * keeps nobody awake: where that is all that comes, its own thread has it.
  *
  * Who was lent the queue may be stuck in a request of its own, so this thread
  * takes it back after some milliseconds, if nobody has before.  In the end of
@@ -14,18 +14,19 @@
  * others, are not waited for, and may hold up a request as UNLINK itself does.
  */
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
 
 #include "queue.h"
 
-/* The least that epoll_wait(2) knows is one; an INTERRUPT may wait as long. */
-#define LOOK_AGAIN_MS 5
+/* An INTERRUPT may wait as long. */
+#define TAKE_BACK_NS 5000000
 /* So many at once keep those on the other's own queue waiting. */
 #define AT_ONCE 16u
 
 void vf_lending_init(struct vf_lending *l)
 {
 	pthread_mutex_init(&l->lock, NULL);
-	l->look_again_ms = LOOK_AGAIN_MS;
+	l->take_back_ns = TAKE_BACK_NS;
 }
 
 void vf_lending_destroy(struct vf_lending *l)
@@ -101,10 +102,42 @@ void vf_hiprio_give_back(struct vf_device *device)
 
 /* ---- its own thread ------------------------------------------------------- */
 
-/* With the lock; true: another thread will look from now on. */
-static bool lend(struct vf_lending *l)
+/*
+ * The queue is taken back when it expires.  To set a timer is expensive: where the queue is given
+ * back and lent again meanwhile it is left running.  Then it expires early, which does no harm.
+ */
+struct timer {
+	int fd; /* -1: there is none, and nothing is lent */
+	bool is_set;
+};
+
+#define TIMER 1u /* what epoll_wait(2) calls it */
+
+static void timer_open(struct timer *timer, const struct vf_queue *q)
 {
-	if (!atomic_load(&l->awake))
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = TIMER};
+
+	timer->is_set = false;
+	timer->fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+	if (timer->fd < 0 || !epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, timer->fd, &event))
+		return;
+	close(timer->fd);
+	timer->fd = -1;
+}
+
+static bool timer_set(struct timer *timer, long ns)
+{
+	struct itimerspec in = {.it_value.tv_nsec = ns};
+
+	if (!timer->is_set && timer->fd >= 0)
+		timer->is_set = !timerfd_settime(timer->fd, 0, &in, NULL);
+	return timer->is_set;
+}
+
+/* With the lock; true: another thread will look from now on. */
+static bool lend(struct vf_lending *l, struct timer *timer)
+{
+	if (!atomic_load(&l->awake) || !timer_set(timer, l->take_back_ns))
 		return false;
 	atomic_store(&l->lent, true);
 	/* Who goes to sleep says so, then looks whether it is lent. */
@@ -114,25 +147,24 @@ static bool lend(struct vf_lending *l)
 	return false;
 }
 
-enum next { AGAIN, SLEEP, SLEEP_SHORTLY, BROKEN };
+enum next { AGAIN, SLEEP, BROKEN };
 
-/* unasked: nobody has woken this thread. */
-static enum next serve_own(struct vf_queue *q, struct vf_thread *t, bool unasked)
+/* expired: the timer has. */
+static enum next serve_own(struct vf_queue *q, struct vf_thread *t, struct timer *timer,
+			   bool expired)
 {
 	struct vf_lending *l = &q->device->lending;
 	enum next next;
 
 	pthread_mutex_lock(&l->lock);
-	atomic_store(&l->lent, false);
-	/* Who is awake may be stuck.  If not, it says so again, and is lent the queue after a kick.
-	 */
-	if (unasked)
+	/* Who is awake may be stuck; if not, it says so again, and is lent it after a kick. */
+	if (atomic_exchange(&l->lent, false) && expired)
 		atomic_store(&l->awake, NULL);
 	vf_ring_disable_kicks(&q->ring);
 	if (q->broken || vf_queue_drain(q, t, UINT32_MAX))
 		next = BROKEN;
-	else if (lend(l))
-		next = SLEEP_SHORTLY;
+	else if (lend(l, timer))
+		next = SLEEP;
 	else
 		next = vf_ring_enable_kicks(&q->ring) ? AGAIN : SLEEP;
 	pthread_mutex_unlock(&l->lock);
@@ -152,17 +184,20 @@ void *vf_hiprio_queue_main(void *arg)
 {
 	struct vf_queue *q = arg;
 	struct vf_lending *l = &q->device->lending;
-	struct epoll_event events[2];
+	struct epoll_event events[3];
+	struct timer timer;
 	struct vf_thread t;
-	bool unasked = false;
+	bool expired = false;
 
 	if (!vf_queue_enter(q, &t))
 		return NULL;
+	timer_open(&timer, q);
 	announce(l, q);
 	while (!atomic_load(&q->stopping)) {
-		enum next next = serve_own(q, &t, unasked);
+		enum next next = serve_own(q, &t, &timer, expired);
 		int n;
 
+		expired = false;
 		if (next == AGAIN)
 			continue;
 		if (next == BROKEN) {
@@ -171,13 +206,18 @@ void *vf_hiprio_queue_main(void *arg)
 			vf_queue_wait_for_stop(q);
 			break;
 		}
-		/* Edge-triggered: neither descriptor need be read. */
-		n = epoll_wait(q->epoll_fd, events, 2, next == SLEEP ? -1 : l->look_again_ms);
+		/* Edge-triggered: no descriptor need be read. */
+		n = epoll_wait(q->epoll_fd, events, 3, -1);
 		if (n < 0 && errno != EINTR)
 			break;
-		unasked = !n;
+		while (n-- > 0)
+			expired |= events[n].data.u32 == TIMER;
+		if (expired)
+			timer.is_set = false;
 	}
 	announce(l, NULL);
+	if (timer.fd >= 0)
+		close(timer.fd);
 	vf_thread_leave(&t);
 	return NULL;
 }

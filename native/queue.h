@@ -36,14 +36,16 @@ struct vf_queue {
 	pthread_mutex_t lock;
 	pthread_cond_t idle;
 	int call_fd, err_fd;
-	uint32_t taken;	      /* chains taken, ever (wraps); the thread's own */
-	uint64_t offered_ns;  /* when something was offered to the pool; 0: none is left there */
-	struct vf_req *ready; /* for the next chain, or NULL; the thread's own */
-	uint32_t finished;    /* chains returned, ever (wraps); under lock */
-	struct vf_req *spare; /* requests that ended elsewhere, to use again */
-	uint32_t uncalled;    /* answers since an interrupt was last thought of */
-	uint32_t prompt;      /* unsure requests in a row that were prompt; the thread's own */
-	bool broken;	      /* the ring is of no use any more; the thread's own */
+	uint32_t taken;	       /* chains taken, ever (wraps); the thread's own */
+	uint64_t offered_ns;   /* when something was offered to the pool; 0: none is left there */
+	struct vf_req *ready;  /* for the next chain, or NULL; the thread's own */
+	uint32_t finished;     /* chains returned, ever (wraps); under lock */
+	struct vf_req *spare;  /* requests that ended elsewhere, to use again */
+	uint32_t uncalled;     /* answers since an interrupt was last thought of */
+	uint32_t prompt;       /* unsure requests in a row that were prompt; the thread's own */
+	uint32_t taken_before; /* when the ring was last empty; the thread's own */
+	uint32_t n_several;    /* see several_at_once(); the thread's own */
+	bool broken;	       /* the ring is of no use any more; the thread's own */
 };
 
 /* hiprio.c: the hiprio queue, lent to the thread of a request queue. */
@@ -52,7 +54,7 @@ struct vf_lending {
 	struct vf_queue *hiprio;	  /* under it: while its thread runs, else NULL */
 	atomic_bool lent;		  /* changed under it: another thread sees to that queue */
 	_Atomic(struct vf_queue *) awake; /* whose thread that would be, or NULL */
-	int look_again_ms;		  /* its own thread does, while it is lent */
+	long take_back_ns;		  /* for no longer than this, under 1 s; 0: for ever */
 };
 
 struct vf_device {

@@ -29,6 +29,8 @@
  * a processor takes as long to wake up.
  */
 #define WORTH_OFFERING 262144u
+/* Such turns, less four for each with one request, before the hiprio queue is asked for. */
+#define MANY 16u
 /* So long nobody need have begun it while this thread has other requests to answer. */
 #define OFFER_NS 300000u
 
@@ -214,10 +216,12 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 	/* What was offered may have been taken by nobody: it does not wait for this one. */
 	answer_all_offered(q, t);
 	/* Nor does the hiprio queue; and the FORGET after a removal is better done meanwhile. */
-	if (!trusted)
-		vf_hiprio_asleep(q);
-	if (vf_may_remove(r))
-		vf_hiprio_give_back(q->device);
+	if (atomic_load_explicit(&q->device->lending.awake, memory_order_relaxed)) {
+		if (!trusted)
+			vf_hiprio_asleep(q);
+		if (vf_may_remove(r))
+			vf_hiprio_give_back(q->device);
+	}
 	if (!(trusted ? has_untold(q) : tell(q)))
 		return vf_dispatch(t, r);
 	begun_ns = vf_now_ns();
@@ -281,6 +285,22 @@ int vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit)
 	return taken < 0 ? taken : 0;
 }
 
+/*
+ * The ring is empty.  Has the guest of late had several requests answered by then?  Where it waits
+ * for each, a thread beside it is woken sooner than it is itself by a thread elsewhere.
+ */
+static bool several_at_once(struct vf_queue *q)
+{
+	uint32_t n = q->taken - q->taken_before;
+
+	q->taken_before = q->taken;
+	if (n > 1 && q->n_several < 2 * MANY)
+		q->n_several++;
+	else if (n == 1)
+		q->n_several -= q->n_several < 4 ? q->n_several : 4;
+	return q->n_several >= MANY;
+}
+
 /* The ring is empty, and kicks are not asked for.  True: something is there. */
 static bool wait_awake(struct vf_queue *q, struct vf_thread *t, struct vf_polling *polling)
 {
@@ -288,8 +308,10 @@ static bool wait_awake(struct vf_queue *q, struct vf_thread *t, struct vf_pollin
 
 	if (!budget_ns)
 		return false;
-	if (!t->may_block)
+	if (several_at_once(q) && !t->may_block)
 		vf_hiprio_awake(q);
+	else
+		vf_hiprio_asleep(q);
 	do {
 		if (vf_hiprio_serve(q, t))
 			last_ns = 0;

@@ -59,7 +59,7 @@ static void open_queue(struct machine *m, struct queue *q, uint32_t index, bool 
 	q->err_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 }
 
-/* Nobody looks again for want of a kick. */
+/* Nobody takes back what was lent. */
 static void open_machine(struct machine *m, struct guest *g, bool event_idx)
 {
 	int fd = memfd_create("guest", MFD_CLOEXEC), error;
@@ -71,7 +71,7 @@ static void open_machine(struct machine *m, struct guest *g, bool event_idx)
 	CHECK(m->memory != MAP_FAILED);
 	m->device = vf_device_new(g->share, FIRST + 2, &error);
 	CHECK(m->device);
-	m->device->lending.look_again_ms = -1;
+	m->device->lending.take_back_ns = 0;
 	CHECK_EQ(vf_device_set_memory(m->device, &region, &fd, 1), 0);
 	close(fd);
 	open_queue(m, &m->hiprio, HIPRIO, event_idx);
@@ -240,7 +240,7 @@ static void everything_is_answered(struct guest *g, bool event_idx)
 		uint32_t what = (uint32_t)rand_r(&seed), pause = (uint32_t)rand_r(&seed) % 64;
 
 		if (what & 3)
-			add(&m.requests[0], 1 + (what >> 8) % 4, 0);
+			add(&m.requests[0], (i % 2000 < 1500 ? 2 : 1) + (what >> 8) % 4, 0);
 		if (what & 12)
 			add(&m.hiprio, 1 + (what >> 12) % 4, 0);
 		if (what & 16)
@@ -281,7 +281,7 @@ static void *drive(void *arg)
 	unsigned int seed = traffic->queue->index;
 
 	while (!atomic_load(&traffic->stopping)) {
-		add(traffic->queue, 1 + (uint32_t)rand_r(&seed) % 3, 0);
+		add(traffic->queue, 2 + (uint32_t)rand_r(&seed) % 3, 0);
 		wait_until_used(traffic->queue);
 		pass_time((uint32_t)rand_r(&seed) % 20000);
 	}
@@ -431,7 +431,7 @@ static void who_does_not_look_is_not_trusted(struct guest *g)
 	struct machine m;
 
 	open_machine(&m, g, true);
-	m.device->lending.look_again_ms = 1;
+	m.device->lending.take_back_ns = 1000000;
 	start_lent_to(&m, &stuck);
 	add(&m.hiprio, 1, 0);
 	wait_until_used(&m.hiprio);
@@ -453,7 +453,7 @@ static void a_broken_hiprio_queue_is_reported_and_the_other_goes_on(struct guest
 		struct machine m;
 
 		open_machine(&m, g, true);
-		m.device->lending.look_again_ms = 1;
+		m.device->lending.take_back_ns = 1000000;
 		start(&m.hiprio);
 		begin_traffic(&traffic, &m.requests[0]);
 		for (int k = 0; k < i; k++) {
@@ -470,6 +470,25 @@ static void a_broken_hiprio_queue_is_reported_and_the_other_goes_on(struct guest
 	}
 }
 
+static void who_is_awake_may_break_it(struct guest *g)
+{
+	struct vf_queue me = {.index = FIRST};
+	struct pollfd reported;
+	struct machine m;
+
+	open_machine(&m, g, true);
+	m.device->lending.take_back_ns = 300000000;
+	start_lent_to(&m, &me);
+	await_lent(&m, true);
+	add(&m.hiprio, 2, 3);
+	vf_hiprio_serve(&me, &g->thread);
+	CHECK(!vf_hiprio_serve(&me, &g->thread));
+	/* By its own thread, at the latest when it takes the queue back. */
+	reported = (struct pollfd){.fd = m.hiprio.err_fd, .events = POLLIN};
+	CHECK_EQ(poll(&reported, 1, (int)(HANG_NS / 1000000)), 1);
+	close_machine(&m);
+}
+
 /* What the broken queue's thread was to see to is seen to by another. */
 static void a_broken_request_queue_gives_the_hiprio_queue_back(struct guest *g)
 {
@@ -480,8 +499,9 @@ static void a_broken_request_queue_gives_the_hiprio_queue_back(struct guest *g)
 		open_machine(&m, g, true);
 		start(&m.hiprio);
 		start(&m.requests[0]);
-		for (int k = 0; k < 20 + i; k++) {
-			add(&m.requests[0], 1, 0);
+		/* So that it is lent, where there is a second processor. */
+		for (int k = 0; k < 60 + i; k++) {
+			add(&m.requests[0], 2, 0);
 			wait_until_used(&m.requests[0]);
 			add(&m.hiprio, 1, 0);
 			wait_until_used(&m.hiprio);
@@ -511,6 +531,7 @@ int main(void)
 	RUN(one_of_two_request_queues_ends, VF_HANDLES_NEVER, 5000);
 	RUN(who_does_not_look_is_not_trusted, VF_HANDLES_NEVER, 5000);
 	RUN(a_broken_hiprio_queue_is_reported_and_the_other_goes_on, VF_HANDLES_NEVER, 5000);
+	RUN(who_is_awake_may_break_it, VF_HANDLES_NEVER, 5000);
 	RUN(a_broken_request_queue_gives_the_hiprio_queue_back, VF_HANDLES_NEVER, 5000);
 	CHECK_EQ(rmdir(base), 0);
 	return 0;

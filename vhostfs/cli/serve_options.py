@@ -159,8 +159,8 @@ def _add_connection(parser: Parser) -> None:
         "--thread-pool-size",
         metavar="N",
         type=whole_number,
-        help="threads for requests that may wait for storage, and that help with large READs; "
-        "0: the queue's own does all (default: 4)",
+        help="threads for requests that may wait for storage, and that help with large READs and the end "
+        "of large files; 0: the queue's own does all (default: 4)",
     )
 
 
