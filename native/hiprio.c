@@ -53,7 +53,6 @@ void vf_hiprio_awake(struct vf_queue *q)
 bool vf_hiprio_serve(struct vf_queue *q, struct vf_thread *t)
 {
 	struct vf_lending *l = &q->device->lending;
-
 	bool any;
 
 	if (!atomic_load_explicit(&l->lent, memory_order_relaxed) || !is_awake(q) ||
