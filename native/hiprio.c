@@ -160,12 +160,12 @@ static enum next serve_own(struct vf_queue *q, struct vf_thread *t, struct timer
 	if (atomic_exchange(&l->lent, false) && expired)
 		atomic_store(&l->awake, NULL);
 	vf_ring_disable_kicks(&q->ring);
-	if (q->broken || vf_queue_drain(q, t, UINT32_MAX))
+	if (!q->broken)
+		vf_queue_drain(q, t, UINT32_MAX);
+	if (q->broken)
 		next = BROKEN;
-	else if (lend(l, timer))
-		next = SLEEP;
 	else
-		next = vf_ring_enable_kicks(&q->ring) ? AGAIN : SLEEP;
+		next = !lend(l, timer) && vf_ring_enable_kicks(&q->ring) ? AGAIN : SLEEP;
 	pthread_mutex_unlock(&l->lock);
 	return next;
 }

@@ -84,11 +84,8 @@ void *vf_request_queue_main(void *queue);
  * What the thread of a queue of requests does first; false: it cannot, and has been told to stop.
  */
 bool vf_queue_enter(struct vf_queue *q, struct vf_thread *t);
-/*
- * Answers what is available, but no more than limit.  0; or negative, and q->broken: the ring is
- * of no use any more.
- */
-int vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit);
+/* Answers what is available, but no more than limit; or the ring is of no use: q->broken. */
+void vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit);
 
 /* ---- hiprio.c ---- */
 void vf_lending_init(struct vf_lending *lending);

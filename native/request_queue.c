@@ -29,8 +29,6 @@
  * a processor takes as long to wake up.
  */
 #define WORTH_OFFERING 262144u
-/* Such turns, less four for each with one request, before the hiprio queue is asked for. */
-#define MANY 16u
 /* So long nobody need have begun it while this thread has other requests to answer. */
 #define OFFER_NS 300000u
 
@@ -233,7 +231,7 @@ static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct v
 	return result;
 }
 
-int vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit)
+void vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit)
 {
 	const char *why = "out of memory";
 	struct vf_req *r = q->ready;
@@ -282,8 +280,10 @@ int vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit)
 	if (q->broken)
 		vf_faults_add(&q->device->faults, (int32_t)q->index, "queue %u stopped: %s",
 			      q->index, why);
-	return taken < 0 ? taken : 0;
 }
+
+/* Such turns, less four for each with one request, before the hiprio queue is asked for. */
+#define MANY 16u
 
 /*
  * The ring is empty.  Has the guest of late had several requests answered by then?  Where it waits
@@ -357,7 +357,8 @@ void *vf_request_queue_main(void *arg)
 	vf_polling_init(&polling);
 	while (!atomic_load(&q->stopping)) {
 		vf_ring_disable_kicks(&q->ring);
-		if (vf_queue_drain(q, &t, UINT32_MAX) < 0) {
+		vf_queue_drain(q, &t, UINT32_MAX);
+		if (q->broken) {
 			vf_hiprio_asleep(q);
 			/* Only a reset helps; the front end learns it by the error descriptor. */
 			vf_queue_signal_error(q);

@@ -11,6 +11,7 @@
 
 #include "../queue.h"
 #include "share.h"
+#include "vring.h"
 
 #define QUEUE_MEMORY (1u << 19)
 #define MEMORY (3 * QUEUE_MEMORY)
@@ -165,13 +166,7 @@ static void add_these(struct queue *q, uint32_t n, uint32_t header_size, uint32_
 		describe(q, slot, header_size, opcode);
 		q->ring.avail->ring[q->avail++ % SIZE] = (uint16_t)(2 * slot);
 	}
-	__atomic_store_n(&q->ring.avail->idx, q->avail, __ATOMIC_RELEASE);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	if (q->event_idx)
-		wanted = vring_need_event(*(volatile uint16_t *)&vring_avail_event(&q->ring),
-					  q->avail, old);
-	else
-		wanted = !(*(volatile uint16_t *)&q->ring.used->flags & VRING_USED_F_NO_NOTIFY);
+	wanted = vring_publish(&q->ring, q->event_idx, old, q->avail);
 	if (wanted)
 		CHECK_EQ(write(q->kick_fd, &one, sizeof(one)), sizeof(one));
 	q->n_kicks += wanted;
@@ -216,6 +211,13 @@ static void await_lent(struct machine *m, bool lent)
 	}
 	CHECK_EQ(pthread_mutex_lock(&m->device->lending.lock), 0);
 	CHECK_EQ(pthread_mutex_unlock(&m->device->lending.lock), 0);
+}
+
+static void await_error(struct queue *q)
+{
+	struct pollfd reported = {.fd = q->err_fd, .events = POLLIN};
+
+	CHECK_EQ(poll(&reported, 1, (int)(HANG_NS / 1000000)), 1);
 }
 
 static void pass_time(uint32_t ns)
@@ -448,7 +450,6 @@ static void who_does_not_look_is_not_trusted(struct guest *g)
 static void a_broken_hiprio_queue_is_reported_and_the_other_goes_on(struct guest *g)
 {
 	for (int i = 0; i < 100; i++) {
-		struct pollfd reported;
 		struct traffic traffic;
 		struct machine m;
 
@@ -461,8 +462,7 @@ static void a_broken_hiprio_queue_is_reported_and_the_other_goes_on(struct guest
 			wait_until_used(&m.hiprio);
 		}
 		add(&m.hiprio, 1, 3);
-		reported = (struct pollfd){.fd = m.hiprio.err_fd, .events = POLLIN};
-		CHECK_EQ(poll(&reported, 1, (int)(HANG_NS / 1000000)), 1);
+		await_error(&m.hiprio);
 		end_traffic(&traffic);
 		add(&m.requests[0], 3, 0);
 		wait_until_used(&m.requests[0]);
@@ -473,7 +473,6 @@ static void a_broken_hiprio_queue_is_reported_and_the_other_goes_on(struct guest
 static void who_is_awake_may_break_it(struct guest *g)
 {
 	struct vf_queue me = {.index = FIRST};
-	struct pollfd reported;
 	struct machine m;
 
 	open_machine(&m, g, true);
@@ -484,8 +483,7 @@ static void who_is_awake_may_break_it(struct guest *g)
 	vf_hiprio_serve(&me, &g->thread);
 	CHECK(!vf_hiprio_serve(&me, &g->thread));
 	/* By its own thread, at the latest when it takes the queue back. */
-	reported = (struct pollfd){.fd = m.hiprio.err_fd, .events = POLLIN};
-	CHECK_EQ(poll(&reported, 1, (int)(HANG_NS / 1000000)), 1);
+	await_error(&m.hiprio);
 	close_machine(&m);
 }
 
@@ -493,7 +491,6 @@ static void who_is_awake_may_break_it(struct guest *g)
 static void a_broken_request_queue_gives_the_hiprio_queue_back(struct guest *g)
 {
 	for (int i = 0; i < 100; i++) {
-		struct pollfd reported;
 		struct machine m;
 
 		open_machine(&m, g, true);
@@ -507,8 +504,7 @@ static void a_broken_request_queue_gives_the_hiprio_queue_back(struct guest *g)
 			wait_until_used(&m.hiprio);
 		}
 		add(&m.requests[0], 1, 3);
-		reported = (struct pollfd){.fd = m.requests[0].err_fd, .events = POLLIN};
-		CHECK_EQ(poll(&reported, 1, (int)(HANG_NS / 1000000)), 1);
+		await_error(&m.requests[0]);
 		for (int k = 0; k < 20; k++) {
 			add(&m.hiprio, 1, 0);
 			wait_until_used(&m.hiprio);

@@ -10,8 +10,8 @@
 #include <time.h>
 
 #include "../events.h"
-#include "../ring.h"
 #include "guest.h"
+#include "vring.h"
 
 /* ---- the driver ---------------------------------------------------------------- */
 
@@ -88,18 +88,10 @@ static void kick(struct driver *d)
 static void add_heads(struct driver *d, const uint16_t *heads, uint32_t n)
 {
 	uint16_t old = d->avail;
-	bool wanted;
 
 	for (uint32_t i = 0; i < n; i++)
 		d->ring.avail->ring[d->avail++ % d->size] = heads[i];
-	__atomic_store_n(&d->ring.avail->idx, d->avail, __ATOMIC_RELEASE);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	if (d->event_idx)
-		wanted = vring_need_event(*(volatile uint16_t *)&vring_avail_event(&d->ring),
-					  d->avail, old);
-	else
-		wanted = !(*(volatile uint16_t *)&d->ring.used->flags & VRING_USED_F_NO_NOTIFY);
-	if (wanted)
+	if (vring_publish(&d->ring, d->event_idx, old, d->avail))
 		kick(d);
 }
 

@@ -94,6 +94,15 @@ Grow = Callable[[Share, File, int], None]
 WAYS: list[Grow] = [write, allocate, copy, grow_on_the_host_before_lookup, grow_on_the_host_before_getattr]
 
 
+def removed(share: Share, grow: Grow, size: int) -> File:
+    """A file of that size without a name, which the guest still holds."""
+    file = File.make(share.mount())
+    grow(share, file, size)
+    file.close()
+    file.remove()
+    return file
+
+
 def closed_by_the_pool(share: Share, *files: File) -> bool:
     """Forgets them."""
     before = share.server.descriptors(), turns(share)
@@ -111,20 +120,12 @@ def closed_by_the_pool(share: Share, *files: File) -> bool:
 
 @pytest.mark.parametrize("grow", WAYS)
 def test_a_large_file_without_a_name_is_closed_by_the_pool(share: Share, grow: Grow) -> None:
-    file = File.make(share.mount())
-    grow(share, file, LARGE)
-    file.close()
-    file.remove()
-    assert closed_by_the_pool(share, file)
+    assert closed_by_the_pool(share, removed(share, grow, LARGE))
 
 
 @pytest.mark.parametrize("grow", WAYS)
 def test_a_small_one_is_not(share: Share, grow: Grow) -> None:
-    file = File.make(share.mount())
-    grow(share, file, SMALL)
-    file.close()
-    file.remove()
-    assert not closed_by_the_pool(share, file)
+    assert not closed_by_the_pool(share, removed(share, grow, SMALL))
 
 
 def test_nor_a_large_one_that_still_has_a_name(share: Share) -> None:
@@ -146,10 +147,7 @@ def test_more_than_are_kept_open_for_it(share: Share) -> None:
 
 def test_where_there_is_no_pool(make_share: MakeShare) -> None:
     share = make_share("--thread-pool-size=0", private=True)
-    file = File.make(share.mount())
-    write(share, file, LARGE)
-    file.close()
-    file.remove()
+    file = removed(share, write, LARGE)
     before = share.server.descriptors()
     file.fs.session.submit(op.forget(file.nodeid, 1)).wait()
     assert share.server.descriptors() == before - 1
