@@ -20,8 +20,11 @@
 #define MAX_FAST 256u
 /* So many are forgotten for each that did not come soon. */
 #define SLOW_COSTS 16u
-/* Waits in a row that were not vain, after which MIN_FAST are enough again. */
-#define MANY_HITS 64u
+/*
+ * Waits in a row that were not vain, after which MIN_FAST are enough again, and which pay for the
+ * vain one behind them: who asks in bursts of so many is waited for in each.
+ */
+#define MANY_HITS 16u
 /*
  * Between two turns of the loop: the processor was that of a thread that works, or (which is seen
  * from switches) nobody's.  Threads of the kernel take it for less, on a quiet machine, too.
@@ -59,39 +62,40 @@ void vf_polling_init(struct vf_polling *p)
 	    sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) > 1;
 }
 
-uint64_t vf_polling_begin(struct vf_polling *p)
+uint64_t vf_polling_begin(struct vf_polling *p, uint64_t now_ns)
 {
 	if (!p->possible)
 		return 0;
 	p->gave_up_ns = 0;
-	p->ended_ns = vf_now_ns();
+	p->ended_ns = now_ns;
 	if (p->fast < p->wanted || p->ended_ns < p->off_until_ns)
 		return 0;
 	return BUDGET_NS;
 }
 
-static void stay_off(struct vf_polling *p, uint64_t now)
+static void stay_off(struct vf_polling *p, uint64_t now_ns)
 {
 	p->fast = 0;
 	p->starved = 0;
-	p->off_until_ns = now + p->penalty_ns;
+	p->off_until_ns = now_ns + p->penalty_ns;
 	if (p->penalty_ns < MAX_PENALTY_NS)
 		p->penalty_ns *= 2;
 }
 
-bool vf_polling_goes_on(struct vf_polling *p, uint64_t budget_ns, uint64_t *last_ns)
+bool vf_polling_goes_on(struct vf_polling *p, uint64_t now_ns, uint64_t budget_ns,
+			uint64_t *last_ns)
 {
-	uint64_t now = vf_now_ns();
-	bool taken_away = *last_ns && now - *last_ns > TAKEN_AWAY_NS && was_switched(p);
+	bool taken_away = *last_ns && now_ns - *last_ns > TAKEN_AWAY_NS && was_switched(p);
 
-	*last_ns = now;
+	*last_ns = now_ns;
 	if (taken_away) {
-		stay_off(p, now);
+		stay_off(p, now_ns);
 		return false;
 	}
-	if (now - p->ended_ns < budget_ns)
+	if (now_ns - p->ended_ns < budget_ns)
 		return true;
-	p->gave_up_ns = now;
+	p->gave_up_ns = now_ns;
+	p->paid = p->hits >= MANY_HITS;
 	p->hits = 0;
 	if (++p->vain >= MAX_VAIN) {
 		p->fast = 0;
@@ -112,18 +116,18 @@ void vf_polling_hit(struct vf_polling *p)
 		p->penalty_ns -= p->penalty_ns / 1024;
 }
 
-void vf_polling_slept(struct vf_polling *p)
+void vf_polling_slept(struct vf_polling *p, uint64_t now_ns)
 {
-	uint64_t now, gave_up_ns = p->gave_up_ns;
+	uint64_t gave_up_ns = p->gave_up_ns;
+	bool paid = gave_up_ns && p->paid;
 
-	if (!p->possible)
-		return;
-	now = vf_now_ns();
 	p->gave_up_ns = 0;
-	if (gave_up_ns && now - gave_up_ns < STARVED_NS && ++p->starved >= MAX_STARVED)
-		stay_off(p, now);
-	else if (now - p->ended_ns > SOON_NS)
-		p->fast -= p->fast < SLOW_COSTS ? p->fast : SLOW_COSTS;
-	else if (p->fast < p->wanted)
+	if (gave_up_ns && now_ns - gave_up_ns < STARVED_NS && ++p->starved >= MAX_STARVED) {
+		stay_off(p, now_ns);
+	} else if (now_ns - p->ended_ns > SOON_NS) {
+		if (!paid)
+			p->fast -= p->fast < SLOW_COSTS ? p->fast : SLOW_COSTS;
+	} else if (p->fast < p->wanted) {
 		p->fast++;
+	}
 }

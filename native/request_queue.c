@@ -304,7 +304,7 @@ static bool several_at_once(struct vf_queue *q)
 /* The ring is empty, and kicks are not asked for.  True: something is there. */
 static bool wait_awake(struct vf_queue *q, struct vf_thread *t, struct vf_polling *polling)
 {
-	uint64_t budget_ns = vf_polling_begin(polling), last_ns = 0;
+	uint64_t budget_ns = vf_polling_begin(polling, vf_now_ns()), last_ns = 0;
 
 	if (!budget_ns)
 		return false;
@@ -323,7 +323,7 @@ static bool wait_awake(struct vf_queue *q, struct vf_thread *t, struct vf_pollin
 			vf_relax();
 		}
 	} while (!atomic_load_explicit(&q->stopping, memory_order_relaxed) &&
-		 vf_polling_goes_on(polling, budget_ns, &last_ns));
+		 vf_polling_goes_on(polling, vf_now_ns(), budget_ns, &last_ns));
 	return false;
 }
 
@@ -373,7 +373,7 @@ void *vf_request_queue_main(void *arg)
 		/* Edge-triggered: the kick descriptor need not be read. */
 		if (epoll_wait(q->epoll_fd, events, 2, -1) < 0 && errno != EINTR)
 			break;
-		vf_polling_slept(&polling);
+		vf_polling_slept(&polling, vf_now_ns());
 	}
 	vf_hiprio_asleep(q);
 	vf_thread_leave(&t);
