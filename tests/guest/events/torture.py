@@ -189,8 +189,9 @@ class Tree:
         fd = os.open(self._name(), os.O_RDWR | os.O_NOFOLLOW)
         try:
             size = os.fstat(fd).st_size
-            with mmap.mmap(fd, size) as memory:
-                memory[:] = bytes(self.random.choices(b"ABCDEFGH", k=size))
+            if size:
+                with mmap.mmap(fd, size) as memory:
+                    memory[:] = bytes(self.random.choices(b"ABCDEFGH", k=size))
         finally:
             os.close(fd)
 
@@ -333,12 +334,16 @@ def _sorted_names(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
-    """An answer that was not right. asked_ms: how long after the end of the last change it was asked for."""
+    """
+    An answer that was not right. asked_ms: how long after the end of the last change it was asked for;
+    asked_ns: when, by the guest's CLOCK_MONOTONIC.
+    """
 
     what: str
     seen: str
     expected: str
     asked_ms: float
+    asked_ns: int
 
     def __str__(self) -> str:
         return (
@@ -420,7 +425,13 @@ def _compare(
         outcome.answers += len(seen)
         outcome.clock_error_ms = max(outcome.clock_error_ms, clock.error_ns / 1e6)
         wrong = [
-            Wrong(what, answer.text, expected, (clock.host_ns(answer.asked_ns) - changed_ns) / 1e6)
+            Wrong(
+                what,
+                answer.text,
+                expected,
+                (clock.host_ns(answer.asked_ns) - changed_ns) / 1e6,
+                answer.asked_ns,
+            )
             for what, answer in seen.items()
             if (expected := _expected(what, seen, truth)) is not None and answer.text != expected
         ]
