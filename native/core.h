@@ -240,6 +240,7 @@ VF_DECLARE_OP(write);
 VF_DECLARE_OP(flush);
 VF_DECLARE_OP(release);
 VF_DECLARE_OP(fsync);
+VF_DECLARE_OP(fsyncdir);
 VF_DECLARE_OP(fallocate);
 VF_DECLARE_OP(lseek);
 VF_DECLARE_OP(copy_file_range); /* COPY_FILE_RANGE and COPY_FILE_RANGE_64 */
@@ -248,7 +249,6 @@ VF_DECLARE_OP(opendir);
 VF_DECLARE_OP(readdir);
 VF_DECLARE_OP(readdirplus);
 VF_DECLARE_OP(releasedir);
-VF_DECLARE_OP(fsyncdir);
 /* op_xattr.c */
 VF_DECLARE_OP(setxattr);
 VF_DECLARE_OP(getxattr);

@@ -58,11 +58,6 @@ void vf_dir_free(struct vf_share *share, struct vf_dir *dir)
 	free(dir);
 }
 
-static int use_directory(const struct vf_req *r, uint64_t fh, struct vf_file **file)
-{
-	return vf_file_use(r->share, r->header.nodeid, fh, VF_DIRECTORY, file);
-}
-
 int32_t vf_op_opendir(struct vf_thread *t, struct vf_req *r)
 {
 	struct vf_share *share = r->share;
@@ -109,26 +104,6 @@ int32_t vf_op_releasedir(struct vf_thread *t, struct vf_req *r)
 	vf_file_put(r->share, file);
 	vf_deferred_close(r->share, in->fh);
 	return error;
-}
-
-int32_t vf_op_fsyncdir(struct vf_thread *t, struct vf_req *r)
-{
-	const struct fuse_fsync_in *in = vf_arg(r, sizeof(*in));
-	struct vf_file *file;
-	int32_t result;
-	int fd;
-
-	(void)t;
-	if (!in)
-		return -EINVAL;
-	result = use_directory(r, in->fh, &file);
-	if (result)
-		return result;
-	fd = vf_file_fd(file);
-	result =
-	    (in->fsync_flags & FUSE_FSYNC_FDATASYNC ? fdatasync(fd) : fsync(fd)) < 0 ? -errno : 0;
-	vf_file_put(r->share, file);
-	return result;
 }
 
 /* ---- READDIR and READDIRPLUS -------------------------------------------- */
@@ -324,7 +299,7 @@ static int32_t read_directory(struct vf_thread *t, struct vf_req *r, bool plus)
 		l.room = in->size;
 	if (l.room > VF_MAX_REPLY)
 		l.room = VF_MAX_REPLY;
-	result = use_directory(r, in->fh, &l.file);
+	result = vf_file_use(r->share, r->header.nodeid, in->fh, VF_DIRECTORY, &l.file);
 	if (result)
 		return result;
 	result = -ENOMEM;

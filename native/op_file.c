@@ -132,19 +132,18 @@ int32_t vf_op_flush(struct vf_thread *t, struct vf_req *r)
 	return error;
 }
 
-/* ---- FSYNC, FALLOCATE, LSEEK, COPY_FILE_RANGE --------------------------- */
+/* ---- FSYNC and FSYNCDIR, FALLOCATE, LSEEK, COPY_FILE_RANGE --------------- */
 
-int32_t vf_op_fsync(struct vf_thread *t, struct vf_req *r)
+static int32_t sync_file(const struct vf_req *r, enum vf_file_kind kind)
 {
 	const struct fuse_fsync_in *in = vf_arg(r, sizeof(*in));
 	struct vf_file *file;
 	int32_t result;
 	int fd;
 
-	(void)t;
 	if (!in)
 		return -EINVAL;
-	result = use_regular(r, in->fh, &file);
+	result = vf_file_use(r->share, r->header.nodeid, in->fh, kind, &file);
 	if (result)
 		return result;
 	fd = vf_file_fd(file);
@@ -152,6 +151,18 @@ int32_t vf_op_fsync(struct vf_thread *t, struct vf_req *r)
 	    (in->fsync_flags & FUSE_FSYNC_FDATASYNC ? fdatasync(fd) : fsync(fd)) < 0 ? -errno : 0;
 	vf_file_put(r->share, file);
 	return result;
+}
+
+int32_t vf_op_fsync(struct vf_thread *t, struct vf_req *r)
+{
+	(void)t;
+	return sync_file(r, VF_REGULAR);
+}
+
+int32_t vf_op_fsyncdir(struct vf_thread *t, struct vf_req *r)
+{
+	(void)t;
+	return sync_file(r, VF_DIRECTORY);
 }
 
 int32_t vf_op_fallocate(struct vf_thread *t, struct vf_req *r)

@@ -57,6 +57,25 @@ static void taker_attach(struct vf_events *events)
 	CHECK_EQ(vf_outbox_attach(events->outbox, &taker.sink), 0);
 }
 
+/*
+ * Marks or watches that the kernel has in the source's group or instance, each a line of
+ * proc_pid_fdinfo(5) that begins with this.
+ */
+static inline uint32_t in_kernel(struct vf_events *events, const char *line_begins)
+{
+	char path[40], line[400];
+	uint32_t n = 0;
+	FILE *f;
+
+	sprintf(path, "/proc/self/fdinfo/%d", events->config.source_fd);
+	f = fopen(path, "r");
+	CHECK(f);
+	while (fgets(line, sizeof(line), f))
+		n += !strncmp(line, line_begins, strlen(line_begins));
+	fclose(f);
+	return n;
+}
+
 /* All that has happened so far was reported. */
 static void settle(struct vf_events *events)
 {

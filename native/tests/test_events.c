@@ -61,29 +61,13 @@ static struct vf_events *start_events(struct guest *g, enum marks marks, uint64_
 	return g->share->events;
 }
 
-/* Marks on inodes that the kernel has in the group. */
-static uint32_t kernel_marks(struct vf_events *events)
-{
-	char path[40], line[400];
-	uint32_t n = 0;
-	FILE *f;
-
-	sprintf(path, "/proc/self/fdinfo/%d", events->config.source_fd);
-	f = fopen(path, "r");
-	CHECK(f);
-	while (fgets(line, sizeof(line), f))
-		n += !strncmp(line, "fanotify ino:", 13);
-	fclose(f);
-	return n;
-}
-
 static struct vf_events_stats event_stats(struct guest *g)
 {
 	struct vf_events_stats s;
 
 	settle(g->share->events);
 	vf_share_get_events_stats(g->share, &s);
-	CHECK_EQ(s.host_marks, kernel_marks(g->share->events));
+	CHECK_EQ(s.host_marks, in_kernel(g->share->events, "fanotify ino:"));
 	return s;
 }
 

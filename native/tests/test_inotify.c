@@ -29,29 +29,13 @@ static struct vf_events *start_events(struct guest *g, uint64_t flags)
 	return g->share->events;
 }
 
-/* Watches that the kernel has in the instance. */
-static uint32_t kernel_watches(struct vf_events *events)
-{
-	char path[40], line[400];
-	uint32_t n = 0;
-	FILE *f;
-
-	sprintf(path, "/proc/self/fdinfo/%d", events->config.source_fd);
-	f = fopen(path, "r");
-	CHECK(f);
-	while (fgets(line, sizeof(line), f))
-		n += !strncmp(line, "inotify wd:", 11);
-	fclose(f);
-	return n;
-}
-
 static struct vf_events_stats event_stats(struct guest *g)
 {
 	struct vf_events_stats s;
 
 	settle(g->share->events);
 	vf_share_get_events_stats(g->share, &s);
-	CHECK_EQ(s.host_marks, kernel_watches(g->share->events));
+	CHECK_EQ(s.host_marks, in_kernel(g->share->events, "inotify wd:"));
 	return s;
 }
 

@@ -56,21 +56,6 @@ static struct vf_events *start_events(struct guest *g, int next_fd)
 	return g->share->events;
 }
 
-static uint32_t kernel_marks(struct vf_events *events)
-{
-	char path[40], line[400];
-	uint32_t n = 0;
-	FILE *f;
-
-	sprintf(path, "/proc/self/fdinfo/%d", events->config.source_fd);
-	f = fopen(path, "r");
-	CHECK(f);
-	while (fgets(line, sizeof(line), f))
-		n += !strncmp(line, "fanotify ino:", 13);
-	fclose(f);
-	return n;
-}
-
 /* Wakes the source's thread until it has said this. */
 static void await_notice(struct guest *g, const char *part)
 {
@@ -170,7 +155,7 @@ static void everything_is_told_once(struct guest *g)
 	CHECK_EQ(taker.n, 3 * FILES);
 	taker.read = taker.n;
 	/* The directory, its parent, the files. */
-	CHECK_EQ(kernel_marks(events), FILES + 2);
+	CHECK_EQ(in_kernel(events, "fanotify ino:"), FILES + 2);
 	CHECK_EQ(host_marks(g), FILES + 2);
 	for (int i = 0; i < FILES; i++)
 		CHECK_EQ(watch(g, files[i], 0), 0);
@@ -181,7 +166,7 @@ static void everything_is_told_once(struct guest *g)
 	CHECK_EQ(watch(g, must_lookup(g, 1, "files"), 0), 0);
 	CHECK_EQ(watch(g, dir, 0), 0);
 	CHECK_EQ(host_marks(g), 0);
-	CHECK_EQ(kernel_marks(events), 0);
+	CHECK_EQ(in_kernel(events, "fanotify ino:"), 0);
 }
 
 /* What cannot be marked is not given up for it. */
