@@ -22,6 +22,7 @@ from tests.limits import HANG_S
 from tests.ring.share import Share
 from vhostfs.frontend import FuseClient, Machine, NotificationQueue, ParkedRequests
 from vhostfs.frontend import fuse_abi as abi
+from vhostfs.frontend.elements import ElementSource
 from vhostfs.frontend.fsnotify import (
     ALL_EVENTS,
     CHANGES,
@@ -73,7 +74,7 @@ class EventGuest:
         direct: bool = False,
         poison: bool = True,
         mounted: FuseClient | None = None,
-        notifications: NotificationQueue | ParkedRequests | None = None,
+        notifications: ElementSource | None = None,
     ) -> None:
         """`mounted`, `notifications`: what is left of a guest before, on the same connection.
 

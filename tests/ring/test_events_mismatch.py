@@ -52,6 +52,7 @@ from vhostfs.frontend import (
 )
 from vhostfs.frontend import fsnotify as wire
 from vhostfs.frontend import operations as op
+from vhostfs.frontend.elements import ElementSource
 from vhostfs.frontend.fsnotify import ALL_EVENTS, CHANGES, HEAD_BYTES, OVERFLOW, Element, Event, Granted
 
 pytestmark = pytest.mark.usefixtures("ours")
@@ -280,7 +281,7 @@ class Visit:
         fs.watch(fence.nodeid, int(Event.CREATE), fence.generation)
         fs.watch(end.nodeid, int(Event.ATTRIB), end.generation)
         fs.call(watch)
-        elements: NotificationQueue | ParkedRequests
+        elements: ElementSource
         if flags & Granted.PARKED:
             elements = ParkedRequests(fs.session, count=min(8, self.server.max_parked), room_bytes=size - 16)
         else:

@@ -5,10 +5,11 @@ Must not import anything else of vhostfs: it repeats the protocols' numbers on p
 of the server's is not made twice. Specification: docs/protocol.md, and what each module names.
 
 Layers: vhost_user (wire), memory, ring, vmm (QEMU's part), session (FUSE over queues), client; beside the
-last two, notification (the driver of queue 1) with fsnotify (its wire).
+last two, elements with fsnotify (their wire), which come by notification (the driver of queue 1) or parked.
 """
 
 from vhostfs.frontend.client import FuseClient
+from vhostfs.frontend.elements import ElementSource
 from vhostfs.frontend.fsnotify import Element, Event
 from vhostfs.frontend.fuse_abi import ROOT, FileLock, InitFlag, Opcode, OpenReply, SetattrValid
 from vhostfs.frontend.notification import NotificationQueue
@@ -36,6 +37,7 @@ __all__ = [
     "Caller",
     "Connection",
     "Element",
+    "ElementSource",
     "Event",
     "Feature",
     "FileLock",

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..control.client import ControlError
 from ..frontend import (
     BackendGoneError,
+    ElementSource,
     FuseClient,
     FuseError,
     Machine,
@@ -63,7 +64,7 @@ class RingGuest:
         self.deadline = deadline
         self.place = place
         self.vmm = Vmm.boot(server.socket_path, machine_of(cell))
-        self.elements: NotificationQueue | ParkedRequests | None = None
+        self.elements: ElementSource | None = None
         self._directories: dict[int, str] = {}
         self._fence = frozenset[int]()
         self._fence_works = True
