@@ -168,16 +168,16 @@ void vhostfs_stale_inode(struct vhostfs_notify *n, struct inode *inode)
 	spin_unlock(&inode->i_lock);
 }
 
-struct dentry *vhostfs_lookup_cached(struct inode *dir,
-				     const struct vhostfs_event *event)
+struct dentry *vhostfs_lookup_cached(struct inode *dir, const char *text,
+				     unsigned int len)
 {
-	struct qstr name = { .name = event->name, .len = event->namelen };
+	struct qstr name = { .name = text, .len = len };
 	struct dentry *alias = d_find_any_alias(dir);
 	struct dentry *entry;
 
 	if (!alias)
 		return NULL;
-	name.hash = full_name_hash(alias, event->name, event->namelen);
+	name.hash = full_name_hash(alias, text, len);
 	entry = d_lookup(alias, &name);
 	dput(alias);
 	return entry;
@@ -208,7 +208,7 @@ void vhostfs_expire_entry(struct inode *dir, const struct vhostfs_event *event)
 	struct dentry *entry;
 
 	inode_maybe_inc_iversion(dir, false);
-	entry = vhostfs_lookup_cached(dir, event);
+	entry = vhostfs_lookup_cached(dir, event->name, event->namelen);
 	if (!entry)
 		return;
 	if (d_really_is_positive(entry))
@@ -253,7 +253,7 @@ struct inode *vhostfs_stale_entry(struct inode *dir,
 	inode_lock_nested(dir, I_MUTEX_PARENT);
 	vhostfs_stale_attr(dir, STATX_BASIC_STATS);
 	inode_maybe_inc_iversion(dir, false);
-	entry = vhostfs_lookup_cached(dir, event);
+	entry = vhostfs_lookup_cached(dir, event->name, event->namelen);
 	if (entry) {
 		inode = d_inode(entry);
 		same = inode && vhostfs_is_object(inode, event);

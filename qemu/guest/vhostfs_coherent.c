@@ -18,6 +18,8 @@
  *    is not here (yet), the element is acted on again a little later;
  *  - attributes have versions, and pages that are being read are locked. An inode
  *    that is being made has none yet: see vhostfs_doubt_news().
+ *
+ * Of what this guest changes itself no element comes: see vhostfs_own_change().
  */
 
 #include <linux/dcache.h>
@@ -206,13 +208,141 @@ static void vhostfs_shorten_listing(struct vhostfs_notify *n, u64 unique,
 	}
 }
 
+/* ---- this guest's own changes ------------------------------------------------------ */
+
+struct vhostfs_aged {
+	u64 nodeid;
+	bool hold;
+	struct inode *inode;	/* with a reference, if that was asked for */
+};
+
+static void vhostfs_age(struct inode *inode)
+{
+	struct fuse_inode *fi = get_fuse_inode(inode);
+	struct fuse_conn *fc = get_fuse_conn(inode);
+
+	spin_lock(&fi->lock);
+	fi->attr_version = atomic64_inc_return(&fc->attr_version);
+	spin_unlock(&fi->lock);
+}
+
+/* With the lock of all inodes */
+#if VHOSTFS_KERNEL < 700
+static int vhostfs_age_found(struct inode *inode, unsigned long hash, void *arg)
+#else
+static int vhostfs_age_found(struct inode *inode, u64 hash, void *arg)
+#endif
+{
+	struct vhostfs_aged *aged = arg;
+
+	if (get_node_id(inode) != aged->nodeid)
+		return 0;
+	vhostfs_age(inode);
+	if (aged->hold)
+		aged->inode = igrab(inode);
+	return -1;
+}
+
+/* Waits for nobody: who waits for that inode to go may wait for this answer */
+static struct inode *vhostfs_age_nodeid(struct fuse_conn *fc, u64 nodeid,
+					bool hold)
+{
+	struct vhostfs_aged aged = { .nodeid = nodeid, .hold = hold };
+	struct fuse_mount *fm;
+
+	lockdep_assert_held_read(&fc->killsb);
+	list_for_each_entry(fm, &fc->mounts, fc_entry)
+		if (fm->sb)
+			find_inode_nowait(fm->sb, nodeid, vhostfs_age_found,
+					  &aged);
+	return aged.inode;
+}
+
+/* What has the name, and the directory that has it */
+static void vhostfs_age_entry(struct fuse_conn *fc, u64 nodeid,
+			      const struct fuse_in_arg *name)
+{
+	struct inode *dir = vhostfs_age_nodeid(fc, nodeid, true);
+	struct dentry *entry;
+
+	if (!dir)
+		return;
+	entry = vhostfs_lookup_cached(dir, name->value, name->size - 1);
+	if (entry && d_really_is_positive(entry))
+		vhostfs_age(d_inode(entry));
+	dput(entry);
+	iput(dir);
+}
+
+/*
+ * This guest has changed what the FUSE core will ask for again. It only notes
+ * that, and a task with an answer from before the change would say otherwise, for
+ * as long as the answer lasts. So the new version comes before it is noted. Who
+ * has made the change waits for this, and all that is named here is in use.
+ */
+static void vhostfs_own_change(struct fuse_conn *fc,
+			       const struct fuse_in_header *in,
+			       const struct fuse_args *args)
+{
+	const u64 *newdir;
+
+	if (in->opcode == FUSE_RENAME || in->opcode == FUSE_RENAME2) {
+		newdir = args->in_args[0].value;	/* both begin with it */
+		vhostfs_age_entry(fc, in->nodeid, &args->in_args[1]);
+		vhostfs_age_entry(fc, *newdir, &args->in_args[2]);
+	} else {
+		vhostfs_age_nodeid(fc, in->nodeid, false);
+	}
+}
+
+/* Those after which the FUSE core only notes it */
+static bool vhostfs_is_change(u32 opcode)
+{
+	switch (opcode) {
+	case FUSE_MKNOD:
+	case FUSE_MKDIR:
+	case FUSE_SYMLINK:
+	case FUSE_LINK:
+	case FUSE_CREATE:
+	case FUSE_UNLINK:
+	case FUSE_RMDIR:
+	case FUSE_RENAME:
+	case FUSE_RENAME2:
+	case FUSE_SETXATTR:
+	case FUSE_REMOVEXATTR:
+	case FUSE_FALLOCATE:
+	case FUSE_WRITE:
+		return true;
+	default:
+		return false;
+	}
+}
+
+static void vhostfs_note_own_change(struct vhostfs_notify *n,
+				    struct fuse_conn *fc,
+				    const struct fuse_in_header *in,
+				    const struct fuse_args *args)
+{
+	if (!vhostfs_is_change(in->opcode))
+		return;
+	/* Who has it may wait for an answer behind this one */
+	if (down_read_trylock(&fc->killsb)) {
+		vhostfs_own_change(fc, in, args);
+		up_read(&fc->killsb);
+	} else {
+		WRITE_ONCE(n->lose_again, true);
+		queue_delayed_work(vhostfs_wq, &n->again_work,
+				   VHOSTFS_AGAIN_WAIT);
+	}
+}
+
 /*
  * An answer, before the FUSE core has it. It gets no time where an element may
  * have said that it is no longer right: one that was acted on since the request
  * was sent. One that comes after this look finds in the caches what was made of
  * the answer, or waits for that.
  */
-void vhostfs_notify_reply(struct vhostfs_notify *n,
+void vhostfs_notify_reply(struct vhostfs_notify *n, struct fuse_conn *fc,
 			  const struct fuse_in_header *in,
 			  struct fuse_args *args)
 {
@@ -222,8 +352,10 @@ void vhostfs_notify_reply(struct vhostfs_notify *n,
 	if (!n)
 		return;
 	vhostfs_open_answered(n, in, args);
-	if (!args->out_numargs || !vhostfs_is_coherent(n) ||
-	    unique > READ_ONCE(n->touched_any))
+	if (!vhostfs_is_coherent(n))
+		return;
+	vhostfs_note_own_change(n, fc, in, args);
+	if (!args->out_numargs || unique > READ_ONCE(n->touched_any))
 		return;
 
 	switch (in->opcode) {
@@ -351,7 +483,7 @@ static void vhostfs_expire_again(struct vhostfs_notify *n, struct inode *dir,
 
 	if (event->child_nodeid)
 		return;
-	entry = vhostfs_lookup_cached(dir, event);
+	entry = vhostfs_lookup_cached(dir, event->name, event->namelen);
 	if (entry && d_really_is_positive(entry)) {
 		inode = d_inode(entry);
 		vhostfs_later(n, get_node_id(inode), inode->i_generation,

@@ -207,7 +207,7 @@ static void vhostfs_object_event(struct vhostfs_notify *n, struct fuse_conn *fc,
 		vhostfs_stale_object(n, child, bit);
 	} else if (dir && !event->child_nodeid) {
 		/* Found since the device wrote this; caches only */
-		entry = vhostfs_lookup_cached(dir, event);
+		entry = vhostfs_lookup_cached(dir, event->name, event->namelen);
 		if (entry && d_really_is_positive(entry))
 			vhostfs_stale_object(n, d_inode(entry), bit);
 		dput(entry);

@@ -381,8 +381,8 @@ void vhostfs_expire_dentry(struct dentry *dentry);
 void vhostfs_expire_entry(struct inode *dir, const struct vhostfs_event *event);
 void vhostfs_expire_object(struct inode *inode, u32 mask);
 void vhostfs_stale_inode(struct vhostfs_notify *n, struct inode *inode);
-struct dentry *vhostfs_lookup_cached(struct inode *dir,
-				     const struct vhostfs_event *event);
+struct dentry *vhostfs_lookup_cached(struct inode *dir, const char *text,
+				     unsigned int len);
 struct inode *vhostfs_stale_entry(struct inode *dir,
 				  const struct vhostfs_event *event);
 

@@ -74,7 +74,7 @@ void vhostfs_notify_free(struct vhostfs_notify *notify);
 bool vhostfs_notify_sent(struct vhostfs_notify *notify,
 			 const struct fuse_in_header *in,
 			 struct fuse_args *args, bool background);
-void vhostfs_notify_reply(struct vhostfs_notify *notify,
+void vhostfs_notify_reply(struct vhostfs_notify *notify, struct fuse_conn *fc,
 			  const struct fuse_in_header *in,
 			  struct fuse_args *args);
 

@@ -353,7 +353,7 @@ void vhostfs_keep_former(struct vhostfs_notify *n, struct inode *dir,
 
 	if (!(event->mask & FS_MOVED_TO) || !READ_ONCE(n->fid_wanted))
 		return;
-	entry = vhostfs_lookup_cached(dir, event);
+	entry = vhostfs_lookup_cached(dir, event->name, event->namelen);
 	if (entry && d_really_is_positive(entry) &&
 	    !vhostfs_is_object(d_inode(entry), event))
 		inode = d_inode(entry);

@@ -39,6 +39,7 @@ from vhostfs.vm.qemu import Qemu, find_qemu
 from vhostfs.vm.server import ServerSpec, ShareServer
 
 HOLDER_PROGRAM = "/usr/bin/hold-directory"
+CHANGER_PROGRAM = "/usr/bin/change-file"
 CACHE_MODES = {
     "auto": (),
     "never": ("--cache=never",),
@@ -105,12 +106,15 @@ class Parts:
     """Says what it sees of a tree, for the guest."""
     holder: Path
     """Holds the lock of a directory, for the guest."""
+    changer: Path
+    """Changes a file as no shell can, for the guest."""
 
     def image_spec(self, kernel: str, packages: tuple[str, ...] = ()) -> ImageSpec:
         """An image with the driver and the watchers."""
         files = {PROGRAM: self.program, following.PROGRAM: self.follower, FANOTIFY_PROGRAM: self.marker}
         files[torture.PROGRAM] = self.comparer
         files[HOLDER_PROGRAM] = self.holder
+        files[CHANGER_PROGRAM] = self.changer
         return ImageSpec(kernel, packages, files=files, driver=True)
 
 
@@ -129,7 +133,8 @@ def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Par
     marker = compile_static(Path(__file__).with_name("watch-fanotify.c"), folder / "watch-fanotify")
     comparer = compile_static(Path(__file__).with_name("compare-tree.c"), folder / "compare-tree")
     holder = compile_static(Path(__file__).with_name("hold-directory.c"), folder / "hold-directory")
-    return Parts(launchpad, qemu, program, follower, marker, comparer, holder)
+    changer = compile_static(Path(__file__).with_name("change-file.c"), folder / "change-file")
+    return Parts(launchpad, qemu, program, follower, marker, comparer, holder, changer)
 
 
 def watchdog_files() -> dict[str, Path]:

@@ -19,14 +19,17 @@ _BUFFER_KIB = 4096
 # Of struct fuse_in_header and struct vhostfs_event (vhostfs_internal.h), arguments of these functions.
 _REQUEST = "opcode=+4(%si):u32 unique=+8(%si):u64 nodeid=+16(%si):x64"
 _EVENT = "mask=+24(%dx):x32 nodeid=+0(%dx):x64 child=+8(%dx):x64 name=+40(%dx):string"
-_PROBES = {
-    "interrupt": "vhostfs_notify_received",
-    "look": f"vhostfs_expire_caches {_EVENT}",
-    "act": f"vhostfs_invalidate {_EVENT}",
-    "sent": f"vhostfs_notify_sent {_REQUEST}",
-    "answered": f"vhostfs_notify_reply {_REQUEST}",
-}
-"""By name: the driver's function, and what is recorded when it is called (x86-64)."""
+_PROBES = (
+    "p:vhostfs/interrupt vhostfs_notify_received",
+    f"p:vhostfs/look vhostfs_expire_caches {_EVENT}",
+    "r:vhostfs/looked vhostfs_expire_caches",
+    f"p:vhostfs/act vhostfs_invalidate {_EVENT}",
+    f"p:vhostfs/sent vhostfs_notify_sent {_REQUEST}",
+    f"p:vhostfs/answered vhostfs_notify_reply {_REQUEST}",
+    "p:vhostfs/set fuse_change_attributes inode=%di mtime=+32(%si):u64 nsec=+52(%si):u32",
+    "r:vhostfs/been_set fuse_change_attributes",
+)
+"""Calls (p) and returns (r) of the driver's functions and the FUSE core's, and what is recorded (x86-64)."""
 _RECORD = re.compile(
     r"^\s*(?P<task>.+)-(?P<pid>\d+)\s+\[(?P<cpu>\d+)\]\s+\S+\s+(?P<s>\d+)\.(?P<us>\d{6}): (?P<name>\w+): "
     r"\([^)]*\)\s*(?P<text>.*)$"
@@ -54,7 +57,7 @@ class DriverTrace:
             f"cd {_TRACING}",
             "echo mono > trace_clock",
             f"echo {_BUFFER_KIB} > buffer_size_kb",
-            *(f"echo 'p:vhostfs/{name} {what}' >> kprobe_events" for name, what in _PROBES.items()),
+            *(f"echo '{probe}' >> kprobe_events" for probe in _PROBES),
             "echo 1 > events/vhostfs/enable",
             "echo 1 > tracing_on",
         ]
@@ -68,7 +71,9 @@ class DriverTrace:
 
     def records(self) -> Iterator[TraceRecord]:
         """All that is kept, the oldest first, which are cleared."""
-        text = self._run(f"cd {_TRACING} && cat trace && echo > trace")
+        # What is written meanwhile would get in the way of the reader.
+        read = "echo 0 > tracing_on && cat trace && echo > trace && echo 1 > tracing_on"
+        text = self._run(f"cd {_TRACING} && {read}")
         for line in text.splitlines():
             if found := _RECORD.match(line):
                 at_ns = int(found["s"]) * 1_000_000_000 + int(found["us"]) * 1000

@@ -13,7 +13,13 @@ import time
 import pytest
 
 from tests.conftest import lacking
-from tests.guest.events.conftest import HOLDER_PROGRAM, EventSession, MakeWatchedPlace, WatchedPlace
+from tests.guest.events.conftest import (
+    CHANGER_PROGRAM,
+    HOLDER_PROGRAM,
+    EventSession,
+    MakeWatchedPlace,
+    WatchedPlace,
+)
 from tests.guest.events.torture import Conversation, Tree, torture
 from tests.guest.place import awaited
 from tests.limits import HANG_S
@@ -114,6 +120,49 @@ def test_an_answer_is_in_somebodys_hands_for_long_while_the_host_changes_what_it
         holder.close_stdin()
         holder.wait(HANG_S).check()
     assert coherent.place.sh("stat -c %a dir/file") == "600\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (f"{CHANGER_PROGRAM} map other/link", "%Y other/link"),
+        (f"{CHANGER_PROGRAM} reserve other/link", "%Z other/link"),
+        ("mv other/link other/renamed", "%Z other/renamed"),
+        ("touch dir/entry/made", "%Y dir/entry"),
+        ("ln -s target dir/entry/made", "%Y dir/entry"),
+        ("mknod dir/entry/made p", "%Y dir/entry"),
+        ("mkdir dir/entry/made", "%Y dir/entry"),
+        ("rmdir dir/entry/old", "%Y dir/entry"),
+        ("rm dir/entry/file", "%Y dir/entry"),
+        ("mv dir/entry/old other/moved", "%Y dir/entry"),
+        ("mv other/known dir/entry/moved", "%Y dir/entry"),
+        ("ln other/known dir/entry/linked", "%Y dir/entry"),
+    ],
+)
+def test_an_answer_is_in_somebodys_hands_for_long_while_the_guest_changes_what_it_says(
+    coherent: WatchedPlace, change: str, what: str
+) -> None:
+    directory, other = coherent.host / "dir", coherent.host / "other"
+    (directory / "entry" / "old").mkdir(parents=True)
+    (directory / "entry" / "file").write_text("")
+    (directory / "file").write_text("text")
+    other.mkdir()
+    (other / "link").hardlink_to(directory / "file")
+    (other / "known").write_text("")
+    look = "stat dir/entry dir/entry/old dir/entry/file other other/link other/known >/dev/null"
+    coherent.place.sh(f"{look}; {look}; {look}")
+    time.sleep(1.1)  # the times shown have no fractions
+    holder = coherent.place.start(f"exec {HOLDER_PROGRAM} dir")
+    try:
+        holder.wait_for_output("held", HANG_S)
+        coherent.place.sh(change)
+    finally:
+        holder.close_stdin()
+        holder.wait(HANG_S).check()
+    form, name = what.split()
+    status = (coherent.host / name).stat()
+    expected = int(status.st_ctime if form == "%Z" else status.st_mtime)
+    assert coherent.place.sh(f"stat -c {what}") == f"{expected}\n"
 
 
 def test_a_tree_that_is_changed_at_random_is_right(coherent: WatchedPlace) -> None:
