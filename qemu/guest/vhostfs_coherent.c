@@ -213,7 +213,8 @@ static void vhostfs_shorten_listing(struct vhostfs_notify *n, u64 unique,
 struct vhostfs_aged {
 	u64 nodeid;
 	bool hold;
-	struct inode *inode;	/* with a reference, if that was asked for */
+	unsigned int count;	/* superblocks that have it */
+	struct inode *inode;	/* the first, with a reference, if that was asked for */
 };
 
 static void vhostfs_age(struct inode *inode)
@@ -238,40 +239,53 @@ static int vhostfs_age_found(struct inode *inode, u64 hash, void *arg)
 	if (get_node_id(inode) != aged->nodeid)
 		return 0;
 	vhostfs_age(inode);
-	if (aged->hold)
+	if (aged->hold && !aged->count++)
 		aged->inode = igrab(inode);
 	return -1;
 }
 
 /* Waits for nobody: who waits for that inode to go may wait for this answer */
-static struct inode *vhostfs_age_nodeid(struct fuse_conn *fc, u64 nodeid,
-					bool hold)
+static void vhostfs_age_all(struct fuse_conn *fc, struct vhostfs_aged *aged)
 {
-	struct vhostfs_aged aged = { .nodeid = nodeid, .hold = hold };
 	struct fuse_mount *fm;
 
 	lockdep_assert_held_read(&fc->killsb);
 	list_for_each_entry(fm, &fc->mounts, fc_entry)
 		if (fm->sb)
-			find_inode_nowait(fm->sb, nodeid, vhostfs_age_found,
-					  &aged);
-	return aged.inode;
+			find_inode_nowait(fm->sb, aged->nodeid,
+					  vhostfs_age_found, aged);
 }
 
-/* What has the name, and the directory that has it */
-static void vhostfs_age_entry(struct fuse_conn *fc, u64 nodeid,
+static void vhostfs_age_nodeid(struct fuse_conn *fc, u64 nodeid)
+{
+	struct vhostfs_aged aged = { .nodeid = nodeid };
+
+	vhostfs_age_all(fc, &aged);
+}
+
+/*
+ * What has the name that is being changed, and its directory. False: it is not
+ * known what that is. A submount may be mounted twice, and only what is in use
+ * by who makes the change may be let go of here: a reference that is the last
+ * waits for pages, and these for answers.
+ */
+static bool vhostfs_age_entry(struct fuse_conn *fc, u64 nodeid,
 			      const struct fuse_in_arg *name)
 {
-	struct inode *dir = vhostfs_age_nodeid(fc, nodeid, true);
-	struct dentry *entry;
+	struct vhostfs_aged aged = { .nodeid = nodeid, .hold = true };
+	struct dentry *entry = NULL;
+	bool known;
 
-	if (!dir)
-		return;
-	entry = vhostfs_lookup_cached(dir, name->value, name->size - 1);
-	if (entry && d_really_is_positive(entry))
+	vhostfs_age_all(fc, &aged);
+	if (aged.inode && aged.count == 1)
+		entry = vhostfs_lookup_cached(aged.inode, name->value,
+					      name->size - 1);
+	known = entry && d_really_is_positive(entry);
+	if (known)
 		vhostfs_age(d_inode(entry));
 	dput(entry);
-	iput(dir);
+	iput(aged.inode);
+	return known;
 }
 
 /*
@@ -280,19 +294,23 @@ static void vhostfs_age_entry(struct fuse_conn *fc, u64 nodeid,
  * as long as the answer lasts. So the new version comes before it is noted. Who
  * has made the change waits for this, and all that is named here is in use.
  */
-static void vhostfs_own_change(struct fuse_conn *fc,
+static bool vhostfs_own_change(struct fuse_conn *fc,
 			       const struct fuse_in_header *in,
 			       const struct fuse_args *args)
 {
-	const u64 *newdir;
+	const struct fuse_rename2_in *rename = args->in_args[0].value;
+	bool known;
 
-	if (in->opcode == FUSE_RENAME || in->opcode == FUSE_RENAME2) {
-		newdir = args->in_args[0].value;	/* both begin with it */
-		vhostfs_age_entry(fc, in->nodeid, &args->in_args[1]);
-		vhostfs_age_entry(fc, *newdir, &args->in_args[2]);
-	} else {
-		vhostfs_age_nodeid(fc, in->nodeid, false);
+	if (in->opcode != FUSE_RENAME && in->opcode != FUSE_RENAME2) {
+		vhostfs_age_nodeid(fc, in->nodeid);
+		return true;
 	}
+	known = vhostfs_age_entry(fc, in->nodeid, &args->in_args[1]);
+	if (in->opcode == FUSE_RENAME2 && (rename->flags & RENAME_EXCHANGE))
+		return vhostfs_age_entry(fc, rename->newdir,
+					 &args->in_args[2]) && known;
+	vhostfs_age_nodeid(fc, rename->newdir);
+	return known;
 }
 
 /* Those after which the FUSE core only notes it */
@@ -323,13 +341,16 @@ static void vhostfs_note_own_change(struct vhostfs_notify *n,
 				    const struct fuse_in_header *in,
 				    const struct fuse_args *args)
 {
+	bool known = false;
+
 	if (!vhostfs_is_change(in->opcode))
 		return;
 	/* Who has it may wait for an answer behind this one */
 	if (down_read_trylock(&fc->killsb)) {
-		vhostfs_own_change(fc, in, args);
+		known = vhostfs_own_change(fc, in, args);
 		up_read(&fc->killsb);
-	} else {
+	}
+	if (!known) {
 		WRITE_ONCE(n->lose_again, true);
 		queue_delayed_work(vhostfs_wq, &n->again_work,
 				   VHOSTFS_AGAIN_WAIT);
@@ -347,6 +368,7 @@ void vhostfs_notify_reply(struct vhostfs_notify *n, struct fuse_conn *fc,
 			  struct fuse_args *args)
 {
 	u64 unique = in->unique;
+	struct fuse_entry_out *entry;
 	struct fuse_attr_out *attr;
 
 	if (!n)
@@ -355,6 +377,19 @@ void vhostfs_notify_reply(struct vhostfs_notify *n, struct fuse_conn *fc,
 	if (!vhostfs_is_coherent(n))
 		return;
 	vhostfs_note_own_change(n, fc, in, args);
+	/* Of an object that is there, and the FUSE core takes it however old it is */
+	if (in->opcode == FUSE_LINK) {
+		entry = args->out_args[0].value;
+		entry->attr_valid = 0;
+		entry->attr_valid_nsec = 0;
+	}
+#if VHOSTFS_KERNEL < 612
+	if (in->opcode == FUSE_SETATTR) {
+		attr = args->out_args[0].value;
+		attr->attr_valid = 0;
+		attr->attr_valid_nsec = 0;
+	}
+#endif
 	if (!args->out_numargs || unique > READ_ONCE(n->touched_any))
 		return;
 

@@ -2,10 +2,12 @@
 /*
  * Changes a file in ways that no tool of the guest's image has.
  *
- *   map      writes its first page by a mapping, until the device has it
- *   reserve  has blocks reserved behind its end, which stays where it is
+ *   map       writes its first page by a mapping, until the device has it
+ *   reserve   has blocks reserved behind its end, which stays where it is
+ *   exchange  gives it the name of another, and that one its own
  *
  * usage: change-file map|reserve FILE
+ *        change-file exchange FILE OTHER
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -37,10 +39,16 @@ static void map(int fd)
 
 int main(int argc, char **argv)
 {
-	int fd = argc == 3 ? open(argv[2], O_RDWR) : -1;
+	int fd;
 
+	if (argc == 4 && !strcmp(argv[1], "exchange")) {
+		if (renameat2(AT_FDCWD, argv[2], AT_FDCWD, argv[3], RENAME_EXCHANGE))
+			fail("renameat2");
+		return 0;
+	}
+	fd = argc == 3 ? open(argv[2], O_RDWR) : -1;
 	if (fd < 0)
-		fail("usage: change-file map|reserve FILE");
+		fail("opening it; usage: change-file map|reserve FILE");
 	if (!strcmp(argv[1], "map"))
 		map(fd);
 	else if (fallocate(fd, FALLOC_FL_KEEP_SIZE, SIZE, SIZE))

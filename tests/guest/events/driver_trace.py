@@ -17,15 +17,15 @@ from vhostfs.vm.guest import Guest
 _TRACING = "/sys/kernel/tracing"
 _BUFFER_KIB = 4096
 # Of struct fuse_in_header and struct vhostfs_event (vhostfs_internal.h), arguments of these functions.
-_REQUEST = "opcode=+4(%si):u32 unique=+8(%si):u64 nodeid=+16(%si):x64"
+_REQUEST = "opcode=+4({0}):u32 unique=+8({0}):u64 nodeid=+16({0}):x64"
 _EVENT = "mask=+24(%dx):x32 nodeid=+0(%dx):x64 child=+8(%dx):x64 name=+40(%dx):string"
 _PROBES = (
     "p:vhostfs/interrupt vhostfs_notify_received",
     f"p:vhostfs/look vhostfs_expire_caches {_EVENT}",
     "r:vhostfs/looked vhostfs_expire_caches",
     f"p:vhostfs/act vhostfs_invalidate {_EVENT}",
-    f"p:vhostfs/sent vhostfs_notify_sent {_REQUEST}",
-    f"p:vhostfs/answered vhostfs_notify_reply {_REQUEST}",
+    "p:vhostfs/sent vhostfs_notify_sent " + _REQUEST.format("%si"),
+    "p:vhostfs/answered vhostfs_notify_reply " + _REQUEST.format("%dx"),
     "p:vhostfs/set fuse_change_attributes inode=%di mtime=+32(%si):u64 nsec=+52(%si):u32",
     "r:vhostfs/been_set fuse_change_attributes",
 )

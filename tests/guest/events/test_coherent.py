@@ -54,6 +54,18 @@ def test_what_was_looked_at_costs_no_request(coherent: WatchedPlace) -> None:
     assert requests(coherent) - before < 5, "names and attributes were asked for again"
 
 
+def test_a_rename_costs_nothing_of_what_it_is_not_about(coherent: WatchedPlace) -> None:
+    for number in range(30):
+        (coherent.host / f"f{number}").write_text("text")
+    look = "stat -t f1 f2 f3 f4 f5 f6 f7 f8 f9 f10 f11 f12 f13 f14 f15 f16 f17 f18 f19"
+    coherent.place.sh(f"{look}; {look}; {look}")
+    before = requests(coherent)
+    coherent.place.sh("mv f0 renamed")
+    time.sleep(LOOKS_AGAIN_FOR_S)
+    coherent.place.sh(look)
+    assert requests(coherent) - before < 15, "everything was asked for again"
+
+
 @pytest.mark.parametrize("change", ["write", "remove", "make", "mode"])
 def test_what_the_host_changes_is_seen_although_it_was_kept(coherent: WatchedPlace, change: str) -> None:
     file = coherent.host / "file"
@@ -128,6 +140,8 @@ def test_an_answer_is_in_somebodys_hands_for_long_while_the_host_changes_what_it
         (f"{CHANGER_PROGRAM} map other/link", "%Y other/link"),
         (f"{CHANGER_PROGRAM} reserve other/link", "%Z other/link"),
         ("mv other/link other/renamed", "%Z other/renamed"),
+        (f"{CHANGER_PROGRAM} exchange other/link other/known", "%Z other/known"),
+        (f"{CHANGER_PROGRAM} exchange other/known other/link", "%Z other/known"),
         ("touch dir/entry/made", "%Y dir/entry"),
         ("ln -s target dir/entry/made", "%Y dir/entry"),
         ("mknod dir/entry/made p", "%Y dir/entry"),
