@@ -14,11 +14,10 @@
 #include "vhostfs_internal.h"
 
 /*
- * Attributes. The new version makes the FUSE core drop the attributes in
- * replies to requests that were sent before now, which may be older than the
- * event.
+ * A new version makes the FUSE core drop the attributes in replies to requests
+ * that were sent before now, which may be older than an event, or a change.
  */
-void vhostfs_stale_attr(struct inode *inode, u32 mask)
+void vhostfs_age(struct inode *inode)
 {
 	struct fuse_inode *fi = get_fuse_inode(inode);
 	struct fuse_conn *fc = get_fuse_conn(inode);
@@ -26,7 +25,12 @@ void vhostfs_stale_attr(struct inode *inode, u32 mask)
 	spin_lock(&fi->lock);
 	fi->attr_version = atomic64_inc_return(&fc->attr_version);
 	spin_unlock(&fi->lock);
-	set_mask_bits(&fi->inval_mask, 0, mask);
+}
+
+void vhostfs_stale_attr(struct inode *inode, u32 mask)
+{
+	vhostfs_age(inode);
+	set_mask_bits(&get_fuse_inode(inode)->inval_mask, 0, mask);
 	forget_all_cached_acls(inode);
 }
 

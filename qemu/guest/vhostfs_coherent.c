@@ -139,6 +139,18 @@ bool vhostfs_notify_sent(struct vhostfs_notify *n,
 	return false;
 }
 
+static void vhostfs_no_entry_attr_time(struct fuse_entry_out *out)
+{
+	out->attr_valid = 0;
+	out->attr_valid_nsec = 0;
+}
+
+static void vhostfs_no_attr_time(struct fuse_attr_out *out)
+{
+	out->attr_valid = 0;
+	out->attr_valid_nsec = 0;
+}
+
 static void vhostfs_shorten_entry(struct vhostfs_notify *n, u64 unique,
 				  u64 dir, struct fuse_entry_out *out)
 {
@@ -146,10 +158,8 @@ static void vhostfs_shorten_entry(struct vhostfs_notify *n, u64 unique,
 		out->entry_valid = 0;
 		out->entry_valid_nsec = 0;
 	}
-	if (out->nodeid && vhostfs_is_old(n, unique, out->nodeid)) {
-		out->attr_valid = 0;
-		out->attr_valid_nsec = 0;
-	}
+	if (out->nodeid && vhostfs_is_old(n, unique, out->nodeid))
+		vhostfs_no_entry_attr_time(out);
 }
 
 static struct page *vhostfs_reply_page(struct fuse_args_pages *ap,
@@ -208,6 +218,13 @@ static void vhostfs_shorten_listing(struct vhostfs_notify *n, u64 unique,
 	}
 }
 
+/* All that is kept, a little later */
+static void vhostfs_lose_later(struct vhostfs_notify *n)
+{
+	WRITE_ONCE(n->lose_again, true);
+	queue_delayed_work(vhostfs_wq, &n->again_work, VHOSTFS_AGAIN_WAIT);
+}
+
 /* ---- this guest's own changes ------------------------------------------------------ */
 
 struct vhostfs_aged {
@@ -216,16 +233,6 @@ struct vhostfs_aged {
 	unsigned int count;	/* superblocks that have it */
 	struct inode *inode;	/* the first, with a reference, if that was asked for */
 };
-
-static void vhostfs_age(struct inode *inode)
-{
-	struct fuse_inode *fi = get_fuse_inode(inode);
-	struct fuse_conn *fc = get_fuse_conn(inode);
-
-	spin_lock(&fi->lock);
-	fi->attr_version = atomic64_inc_return(&fc->attr_version);
-	spin_unlock(&fi->lock);
-}
 
 /* With the lock of all inodes */
 #if VHOSTFS_KERNEL < 700
@@ -239,7 +246,7 @@ static int vhostfs_age_found(struct inode *inode, u64 hash, void *arg)
 	if (get_node_id(inode) != aged->nodeid)
 		return 0;
 	vhostfs_age(inode);
-	if (aged->hold && !aged->count++)
+	if (!aged->count++ && aged->hold)
 		aged->inode = igrab(inode);
 	return -1;
 }
@@ -350,11 +357,8 @@ static void vhostfs_note_own_change(struct vhostfs_notify *n,
 		known = vhostfs_own_change(fc, in, args);
 		up_read(&fc->killsb);
 	}
-	if (!known) {
-		WRITE_ONCE(n->lose_again, true);
-		queue_delayed_work(vhostfs_wq, &n->again_work,
-				   VHOSTFS_AGAIN_WAIT);
-	}
+	if (!known)
+		vhostfs_lose_later(n);
 }
 
 /*
@@ -368,8 +372,6 @@ void vhostfs_notify_reply(struct vhostfs_notify *n, struct fuse_conn *fc,
 			  struct fuse_args *args)
 {
 	u64 unique = in->unique;
-	struct fuse_entry_out *entry;
-	struct fuse_attr_out *attr;
 
 	if (!n)
 		return;
@@ -377,18 +379,12 @@ void vhostfs_notify_reply(struct vhostfs_notify *n, struct fuse_conn *fc,
 	if (!vhostfs_is_coherent(n))
 		return;
 	vhostfs_note_own_change(n, fc, in, args);
-	/* Of an object that is there, and the FUSE core takes it however old it is */
-	if (in->opcode == FUSE_LINK) {
-		entry = args->out_args[0].value;
-		entry->attr_valid = 0;
-		entry->attr_valid_nsec = 0;
-	}
+	/* Of an object that is there, and the FUSE core takes these however old they are */
+	if (in->opcode == FUSE_LINK)
+		vhostfs_no_entry_attr_time(args->out_args[0].value);
 #if VHOSTFS_KERNEL < 612
-	if (in->opcode == FUSE_SETATTR) {
-		attr = args->out_args[0].value;
-		attr->attr_valid = 0;
-		attr->attr_valid_nsec = 0;
-	}
+	if (in->opcode == FUSE_SETATTR)
+		vhostfs_no_attr_time(args->out_args[0].value);
 #endif
 	if (!args->out_numargs || unique > READ_ONCE(n->touched_any))
 		return;
@@ -409,11 +405,8 @@ void vhostfs_notify_reply(struct vhostfs_notify *n, struct fuse_conn *fc,
 #if VHOSTFS_KERNEL >= 606
 	case FUSE_STATX:	/* both begin with the time */
 #endif
-		attr = args->out_args[0].value;
-		if (vhostfs_is_old(n, unique, in->nodeid)) {
-			attr->attr_valid = 0;
-			attr->attr_valid_nsec = 0;
-		}
+		if (vhostfs_is_old(n, unique, in->nodeid))
+			vhostfs_no_attr_time(args->out_args[0].value);
 		break;
 	case FUSE_READDIRPLUS:
 		if (args->out_pages)
@@ -653,8 +646,7 @@ void vhostfs_lose_all(struct vhostfs_notify *n, struct fuse_conn *fc)
 	vhostfs_lose_caches(n, fc);
 	if (!vhostfs_is_coherent(n))
 		return;
-	n->lose_again = true;
-	queue_delayed_work(vhostfs_wq, &n->again_work, VHOSTFS_AGAIN_WAIT);
+	vhostfs_lose_later(n);
 }
 
 /*

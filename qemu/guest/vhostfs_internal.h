@@ -371,6 +371,7 @@ void vhostfs_follow(struct inode *dir, const struct inode *child,
 		    const struct vhostfs_event *event);
 
 /* vhostfs_cache.c */
+void vhostfs_age(struct inode *inode);
 void vhostfs_stale_attr(struct inode *inode, u32 mask);
 void vhostfs_wake(struct vhostfs_request *req, int error);
 struct vhostfs_request *vhostfs_getattr(struct vhostfs_notify *n,
