@@ -72,9 +72,9 @@ static void push(struct vf_events *events, const struct vf_change *change, uint6
 		out.element.child_generation = vf_inode_generation(change->child);
 	}
 	if (VF_ELEMENT_MIN + out.element.namelen > atomic_load(&events->max_element))
-		vf_outbox_push_overflow(events->outbox);
+		vf_events_push_overflow(events);
 	else
-		vf_outbox_push(events->outbox, &out, 1);
+		vf_events_push(events, &out, 1);
 }
 
 void vf_coherent_tell(struct vf_events *events, const struct vf_change *change)

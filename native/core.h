@@ -128,6 +128,9 @@ struct vf_thread {
 	/* coherent.c: as it was when the operation began */
 	bool told_all;
 	uint32_t n_indexed;
+	/* op_dir.c: more of this directory is likely to be asked for next; nodeid 0: of none */
+	uint64_t listed_nodeid, listed_fh;
+	bool begun;		       /* it was looked up, not long ago */
 	atomic_uint_fast64_t requests; /* answered by this thread */
 };
 #define VF_REPLY_MIN 4096u
@@ -188,11 +191,12 @@ struct iovec *vf_req_out_iov(struct vf_req *r, uint32_t offset, uint32_t size, u
 enum vf_op_flags {
 	VF_OP_SLOW = 1,	  /* may block for long (storage): goes to the pool where there is one */
 	VF_OP_MODIFY = 2, /* refused with EROFS on a read-only share */
-	VF_OP_NO_SESSION = 4, /* allowed before FUSE_INIT */
-	VF_OP_UPCALL = 8,     /* decided in Python */
-	VF_OP_QUICK = 16,     /* hardly ever has to wait: see vf_is_quick() */
-	VF_OP_COPIES = 32,    /* where its answer is large, to write that is all its work */
-	VF_OP_REMOVES = 64,   /* may take an object's last name */
+	VF_OP_NO_SESSION = 4,  /* allowed before FUSE_INIT */
+	VF_OP_UPCALL = 8,      /* decided in Python */
+	VF_OP_QUICK = 16,      /* hardly ever has to wait: see vf_is_quick() */
+	VF_OP_COPIES = 32,     /* where its answer is large, to write that is all its work */
+	VF_OP_REMOVES = 64,    /* may take an object's last name */
+	VF_OP_TRUNCATES = 128, /* may change something although it is not refused with EROFS */
 };
 struct vf_op_entry {
 	vf_op run;
@@ -287,9 +291,48 @@ struct vf_share {
 	struct vf_events *events; /* NULL: off */
 	pthread_mutex_t threads_lock;
 	struct vf_thread *threads;
-	atomic_uint visitors;	/* others at work on what a session owns */
-	uint64_t requests_done; /* by threads that have ended */
+	atomic_uint visitors;		    /* others at work on what a session owns */
+	atomic_uint n_keep_ahead, n_shown;  /* see vf_show() */
+	atomic_uint_fast64_t entries_ahead; /* see vf_share_stats */
+	uint64_t requests_done;		    /* by threads that have ended */
 };
+
+/*
+ * What is looked up before it is asked for must not be older than what the guest has been shown
+ * meanwhile.  Who keeps such a thing says so, remembers the count, looks, and compares the count
+ * when he is asked.
+ */
+static inline void vf_keeps_ahead(struct vf_share *share, bool yes)
+{
+	atomic_fetch_add(&share->n_keep_ahead, yes ? 1u : -1u);
+}
+static inline uint32_t vf_n_shown(struct vf_share *share)
+{
+	return atomic_load(&share->n_shown);
+}
+/*
+ * Something was looked at or changed on the host; now the guest is shown it, by an answer or an
+ * element.  Either this finds that somebody keeps what he has looked up, or he says so later, and
+ * looks after that.  So what was done on the host must come before the load.
+ */
+static inline void vf_show(struct vf_share *share, bool changed)
+{
+	if (changed)
+		atomic_thread_fence(memory_order_seq_cst);
+	else
+		atomic_thread_fence(memory_order_acquire);
+	if (atomic_load_explicit(&share->n_keep_ahead, memory_order_relaxed))
+		atomic_fetch_add(&share->n_shown, 1);
+}
+/* op_dir.c: begins what is likely to be asked for next, until stop(arg) is true. */
+void vf_dir_look_ahead(struct vf_thread *t, bool (*stop)(const void *), const void *arg);
+/* What this thread has begun, and nobody has asked for: forgotten. */
+void vf_dir_drop_ahead(struct vf_thread *t);
+/* dispatch.c: each of them, as a request. */
+void vf_dispatch_ahead(struct vf_thread *t, bool (*stop)(const void *), const void *arg);
+void vf_dispatch_drop_ahead(struct vf_thread *t);
+/* After that much time, in ms, what was begun is of no use. */
+#define VF_AHEAD_MS 10
 
 /* share.c: what each thread that executes operations does first and last. */
 int vf_thread_enter(struct vf_thread *t, struct vf_share *share, const char *name);

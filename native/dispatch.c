@@ -27,7 +27,7 @@ const struct vf_op_entry vf_ops[] = {
     [FUSE_ACCESS] = {vf_op_access, 0},
     [FUSE_STATFS] = {vf_op_statfs, VF_OP_QUICK},
     [FUSE_SYNCFS] = {vf_op_syncfs, VF_OP_SLOW},
-    [FUSE_OPEN] = {vf_op_open, 0},
+    [FUSE_OPEN] = {vf_op_open, VF_OP_TRUNCATES},
     [FUSE_READ] = {vf_op_read, VF_OP_QUICK | VF_OP_COPIES},
     [FUSE_WRITE] = {vf_op_write, VF_OP_MODIFY | VF_OP_QUICK},
     [FUSE_FLUSH] = {vf_op_flush, 0},
@@ -130,7 +130,43 @@ int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
 	} else {
 		vf_lasting_begin(t);
 		result = run_noted(t, r, op->run);
+		if (result != VF_NO_REPLY)
+			vf_show(r->share, op->flags & (VF_OP_MODIFY | VF_OP_TRUNCATES));
 	}
 	atomic_store_explicit(&t->busy, false, memory_order_release);
 	return result;
+}
+
+/* Between requests of this thread: not while a new session begins, as in vf_dispatch(). */
+static bool enter(struct vf_thread *t)
+{
+	atomic_store(&t->busy, true);
+	return atomic_load(&t->share->init_flags);
+}
+
+static void leave(struct vf_thread *t)
+{
+	atomic_store_explicit(&t->busy, false, memory_order_release);
+}
+
+void vf_dispatch_ahead(struct vf_thread *t, bool (*stop)(const void *), const void *arg)
+{
+	if (enter(t)) {
+		vf_lasting_begin(t);
+		vf_dir_look_ahead(t, stop, arg);
+	}
+	if (!t->begun)
+		t->listed_nodeid = 0;
+	leave(t);
+}
+
+void vf_dispatch_drop_ahead(struct vf_thread *t)
+{
+	if (t->begun) {
+		if (enter(t))
+			vf_dir_drop_ahead(t);
+		t->begun = false;
+		leave(t);
+	}
+	t->listed_nodeid = 0;
 }

@@ -436,6 +436,19 @@ void vf_outbox_use(struct vf_outbox *outbox, struct vf_sink *sink);
 /* Fills in what it counts: merged to max_depth but host_overflows, buffers, latency. */
 void vf_outbox_get_stats(struct vf_outbox *outbox, struct vf_events_stats *stats);
 
+/* By these elements come to the outbox: the guest is shown what they tell of. */
+static inline void vf_events_push(struct vf_events *events, const struct vf_outgoing *elements,
+				  uint32_t n)
+{
+	vf_show(events->share, true);
+	vf_outbox_push(events->outbox, elements, n);
+}
+static inline void vf_events_push_overflow(struct vf_events *events)
+{
+	vf_show(events->share, true);
+	vf_outbox_push_overflow(events->outbox);
+}
+
 /* ---- parked.c -------------------------------------------------------------------- */
 
 /* max: requests that may wait at a time. */

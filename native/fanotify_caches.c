@@ -52,7 +52,7 @@ void vf_fanotify_tell_caches(struct vf_events *events, const struct vf_fanotify_
 	/* There may be more than were found. */
 	if (dirs->n == VF_FANOTIFY_PLACES || found->to.n == VF_FANOTIFY_PLACES ||
 	    objects->n == VF_FANOTIFY_PLACES) {
-		vf_outbox_push_overflow(events->outbox);
+		vf_events_push_overflow(events);
 		return;
 	}
 	if (record->mask & VF_FS_RENAME) {

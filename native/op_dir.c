@@ -3,16 +3,33 @@
  * Open directories.  Entries are read ahead of the guest into a buffer of the
  * handle's own, so that one getdents64(2) serves many replies; the offsets
  * that the guest sees are the host's.
+ *
+ * A guest that lists with attributes asks for one reply after the other, and
+ * its way to the next takes longer than the reply itself.  So when there is
+ * nothing else to do the next one is begun before it is asked for.  It is used
+ * only if the guest was shown nothing else since (vf_show()): then the reply is
+ * as if the request had come sooner, by VF_AHEAD_MS at most.
  */
 #include "core.h"
 
 #include <dirent.h>
 #include <sys/syscall.h>
 
+#include "events.h"
 #include "file.h"
 #include "inode.h"
 
 #define READ_AHEAD (64u * 1024)
+/* Bytes of a reply that is begun before it is asked for. */
+#define MAX_AHEAD (16u * 1024)
+/* And no longer than such a part of the time for which the guest may keep it. */
+#define KEPT_PART 100u
+/*
+ * A directory is not looked into ahead where that may hold up other requests: an entry took so
+ * long, or a reply so long for each of its bytes (some 160 for an entry) and that much more.
+ */
+#define SLOW_ENTRY_NS 50000u
+#define SLOW_BYTE_NS 100u
 
 /* What getdents64(2) writes; the C library's struct dirent64 has a fixed-size name. */
 struct host_dirent {
@@ -23,6 +40,19 @@ struct host_dirent {
 	char name[];
 };
 
+/* How the next reply to READDIRPLUS begins; what it names is counted as looked up by the guest. */
+struct ahead {
+	uint8_t *reply;	    /* MAX_AHEAD bytes, or NULL */
+	uint32_t used;	    /* 0: nothing is there */
+	uint32_t n;	    /* entries */
+	uint32_t room;	    /* of the last reply, for which the guest will ask again */
+	uint32_t begin;	    /* of its first entry, in the buffer */
+	int64_t offset;	    /* the same for the guest */
+	uint32_t n_shown;   /* vf_n_shown() before anything was looked at */
+	uint64_t looked_ns; /* and the time */
+	bool off;	    /* it is not worth it here */
+};
+
 struct vf_dir {
 	pthread_mutex_t lock; /* one READDIR of a handle at a time */
 	uint8_t *buffer;
@@ -30,6 +60,7 @@ struct vf_dir {
 	int64_t next;	     /* offset of the first of them */
 	int64_t host_next;   /* where the descriptor stands; -1: not known */
 	uint64_t root_ino;   /* what ".." of the share's root is shown as; 0: not asked yet */
+	struct ahead ahead;
 };
 
 struct vf_dir *vf_dir_new(void)
@@ -41,10 +72,35 @@ struct vf_dir *vf_dir_new(void)
 	return dir;
 }
 
+/* The guest is not told of it, and so will not forget it.  The buffer is as it was before. */
+static void drop_ahead(struct vf_share *share, struct vf_dir *dir)
+{
+	struct ahead *ahead = &dir->ahead;
+	uint32_t at = 0;
+
+	if (!ahead->used)
+		return;
+	vf_keeps_ahead(share, false);
+	while (at < ahead->used) {
+		const struct fuse_direntplus *d = (const void *)(ahead->reply + at);
+
+		if (d->entry_out.nodeid)
+			vf_inode_forget(share, d->entry_out.nodeid, 1);
+		at += (uint32_t)FUSE_DIRENTPLUS_SIZE(d);
+	}
+	ahead->used = 0;
+	ahead->off = true;
+	dir->begin = ahead->begin;
+	dir->next = ahead->offset;
+}
+
 static void drop_buffer(struct vf_share *share, struct vf_dir *dir)
 {
 	if (!dir->buffer)
 		return;
+	drop_ahead(share, dir);
+	free(dir->ahead.reply);
+	dir->ahead.reply = NULL;
 	free(dir->buffer);
 	dir->buffer = NULL;
 	dir->begin = dir->end = 0;
@@ -111,7 +167,8 @@ int32_t vf_op_releasedir(struct vf_thread *t, struct vf_req *r)
 /* One reply under construction. */
 struct listing {
 	struct vf_thread *t;
-	struct vf_req *r;
+	struct vf_share *share;
+	uint64_t nodeid;
 	struct vf_file *file;
 	struct vf_dir *dir;
 	struct vf_inode *inode; /* READDIRPLUS: the directory; NULL for READDIR */
@@ -187,7 +244,7 @@ static uint64_t shown_ino(struct listing *l, const struct host_dirent *d)
 {
 	struct stat st;
 
-	if (l->r->header.nodeid != FUSE_ROOT_ID || !is_dot_dot(d->name))
+	if (l->nodeid != FUSE_ROOT_ID || !is_dot_dot(d->name))
 		return d->ino;
 	if (!l->dir->root_ino)
 		l->dir->root_ino = fstat(vf_file_fd(l->file), &st) == 0 ? st.st_ino : FUSE_ROOT_ID;
@@ -238,11 +295,69 @@ static bool emit(struct listing *l, const struct host_dirent *d)
 	return true;
 }
 
+/* Appends the next entry of the buffer, which is not empty.  false: it does not fit. */
+static bool emit_next(struct listing *l)
+{
+	struct vf_dir *dir = l->dir;
+	const struct host_dirent *d = (const struct host_dirent *)(dir->buffer + dir->begin);
+
+	if (!emit(l, d))
+		return false;
+	dir->begin += d->reclen;
+	dir->next = d->off;
+	return true;
+}
+
+/*
+ * How old the beginning of a reply may be; 0: it must not be begun before it is asked for.  So it
+ * is where the guest keeps things until it is told otherwise, which counts from its request.
+ */
+static uint64_t max_age_ns(const struct vf_share *share)
+{
+	const struct vf_share_config *config = &share->config;
+	uint64_t kept_ns = config->attr_timeout_ns < config->entry_timeout_ns
+			       ? config->attr_timeout_ns
+			       : config->entry_timeout_ns;
+	const uint64_t max_ns = VF_AHEAD_MS * 1000000ull;
+
+	if (config->cache_mode == VF_CACHE_COHERENT)
+		return 0;
+	return kept_ns / KEPT_PART < max_ns ? kept_ns / KEPT_PART : max_ns;
+}
+
+/* Where the guest goes on, if it does. */
+static int64_t next_offset(const struct vf_dir *dir)
+{
+	return dir->ahead.used ? dir->ahead.offset : dir->next;
+}
+
+/* True: the reply begins with what was begun before, and the directory is read on behind that. */
+static bool use_ahead(struct listing *l, int64_t offset)
+{
+	struct vf_share *share = l->share;
+	struct ahead *ahead = &l->dir->ahead;
+
+	if (!ahead->used)
+		return false;
+	if (!l->inode || offset != ahead->offset || ahead->used > l->room ||
+	    vf_n_shown(share) != ahead->n_shown ||
+	    vf_now_ns() - ahead->looked_ns > max_age_ns(share)) {
+		drop_ahead(share, l->dir);
+		return false;
+	}
+	vf_keeps_ahead(share, false);
+	memcpy(l->out, ahead->reply, ahead->used);
+	l->used = ahead->used;
+	ahead->used = 0;
+	atomic_fetch_add_explicit(&share->entries_ahead, ahead->n, memory_order_relaxed);
+	return true;
+}
+
 static int32_t list(struct listing *l, int64_t offset)
 {
 	struct vf_dir *dir = l->dir;
 	uint8_t *borrowed = NULL;
-	int result;
+	int result = 0;
 
 	if (!dir->buffer) {
 		uint8_t *memory = malloc(READ_AHEAD);
@@ -251,25 +366,21 @@ static int32_t list(struct listing *l, int64_t offset)
 			return -ENOMEM;
 		dir->buffer = memory;
 		/* Past the limit the buffer is for this request only. */
-		if (!vf_dir_buffer_take(l->r->share))
+		if (!vf_dir_buffer_take(l->share))
 			borrowed = memory;
 	}
-	result = seek_to(l, offset);
+	if (!use_ahead(l, offset))
+		result = seek_to(l, offset);
 	while (result >= 0) {
-		const struct host_dirent *d;
-
 		result = fill(l);
 		if (result <= 0)
 			break;
-		d = (const struct host_dirent *)(dir->buffer + dir->begin);
-		if (!emit(l, d)) {
+		if (!emit_next(l)) {
 			/* Not even one: the guest's buffer is smaller than a name may be. */
 			if (!l->used)
 				result = -EINVAL;
 			break;
 		}
-		dir->begin += d->reclen;
-		dir->next = d->off;
 	}
 	if (borrowed) {
 		if (dir->begin < dir->end)
@@ -278,16 +389,136 @@ static int32_t list(struct listing *l, int64_t offset)
 		dir->buffer = NULL;
 		free(borrowed);
 	} else if (result == 0) {
-		drop_buffer(l->r->share, dir);
+		drop_buffer(l->share, dir);
 	}
 	/* What was delivered has been counted; an error comes back with the next request. */
 	return l->used ? (int32_t)l->used : result < 0 ? result : 0;
 }
 
+/* ---- the next reply, before it is asked for -------------------------------- */
+
+/* As many entries as there are in the buffer and is room for, until stop() is true. */
+static void look_ahead(struct listing *l, bool (*stop)(const void *), const void *arg)
+{
+	struct vf_dir *dir = l->dir;
+	struct ahead *ahead = &dir->ahead;
+	uint64_t before_ns, now_ns;
+
+	/* From the start on it must be what is there when the guest asks: rewinddir(3). */
+	if (ahead->used || ahead->off || !dir->buffer || dir->begin == dir->end || !dir->next)
+		return;
+	if (!ahead->reply)
+		ahead->reply = malloc(MAX_AHEAD);
+	if (!ahead->reply)
+		return;
+	vf_keeps_ahead(l->share, true);
+	now_ns = vf_now_ns();
+	ahead->n_shown = vf_n_shown(l->share);
+	ahead->looked_ns = now_ns;
+	ahead->offset = dir->next;
+	ahead->begin = dir->begin;
+	ahead->n = 0;
+	l->out = ahead->reply;
+	l->room = ahead->room;
+	while (dir->begin < dir->end && !ahead->off && !stop(arg) && emit_next(l)) {
+		before_ns = now_ns;
+		now_ns = vf_now_ns();
+		ahead->off = now_ns - before_ns > SLOW_ENTRY_NS;
+		ahead->n += ahead->used < l->used;
+		ahead->used = l->used;
+	}
+	l->t->begun = ahead->used;
+	if (ahead->used)
+		return;
+	vf_keeps_ahead(l->share, false);
+	dir->begin = ahead->begin;
+	dir->next = ahead->offset;
+}
+
+/* The directory that this thread has listed last; locked, or NULL: it is not open any more. */
+static struct vf_dir *take_listed(struct vf_thread *t, struct vf_file **file)
+{
+	struct vf_dir *dir = NULL;
+
+	*file = vf_file_get_kind(t->share, t->listed_nodeid, t->listed_fh, true);
+	if (*file)
+		dir = vf_file_dir(t->share, *file);
+	if (dir)
+		pthread_mutex_lock(&dir->lock);
+	return dir;
+}
+
+static void give_listed(struct vf_thread *t, struct vf_dir *dir, struct vf_file *file)
+{
+	if (dir)
+		pthread_mutex_unlock(&dir->lock);
+	if (file)
+		vf_file_put(t->share, file);
+}
+
+void vf_dir_look_ahead(struct vf_thread *t, bool (*stop)(const void *), const void *arg)
+{
+	struct listing l = {.t = t, .share = t->share, .nodeid = t->listed_nodeid};
+
+	l.dir = take_listed(t, &l.file);
+	l.inode = l.dir ? vf_inode_get(t->share, l.nodeid) : NULL;
+	if (l.inode) {
+		look_ahead(&l, stop, arg);
+		vf_inode_put(t->share, l.inode);
+	}
+	give_listed(t, l.dir, l.file);
+}
+
+void vf_dir_drop_ahead(struct vf_thread *t)
+{
+	struct vf_file *file;
+	struct vf_dir *dir = take_listed(t, &file);
+
+	if (dir)
+		drop_ahead(t->share, dir);
+	give_listed(t, dir, file);
+}
+
+/*
+ * A reply was made.  Is another one like it likely to be asked for?  Only of who has asked with
+ * attributes before: the guest's kernel begins every listing so, to see what becomes of them.
+ */
+static void note_listed(struct listing *l, uint64_t fh, uint64_t took_ns)
+{
+	struct vf_dir *dir = l->dir;
+
+	if (dir->ahead.off || !dir->buffer || dir->begin == dir->end || !max_age_ns(l->share))
+		return;
+	/* Whether the guest holds an object that it was told of is asked there (watch_share.c). */
+	if (l->share->events && atomic_load(&l->share->events->everywhere))
+		return;
+	if (took_ns > SLOW_ENTRY_NS + (uint64_t)l->used * SLOW_BYTE_NS) {
+		dir->ahead.off = true;
+		return;
+	}
+	dir->ahead.room = l->room < MAX_AHEAD ? l->room : MAX_AHEAD;
+	l->t->listed_nodeid = l->nodeid;
+	l->t->listed_fh = fh;
+}
+
+/* ---- READDIR and READDIRPLUS, the operations -------------------------------- */
+
+static int32_t list_next(struct listing *l, const struct fuse_read_in *in)
+{
+	int64_t offset = (int64_t)in->offset;
+	bool goes_on = l->inode && offset && offset == next_offset(l->dir);
+	uint64_t begun_ns = goes_on ? vf_now_ns() : 0;
+	int32_t result = list(l, offset);
+
+	if (goes_on)
+		note_listed(l, in->fh, vf_now_ns() - begun_ns);
+	return result;
+}
+
 static int32_t read_directory(struct vf_thread *t, struct vf_req *r, bool plus)
 {
 	const struct fuse_read_in *in = vf_arg(r, sizeof(*in));
-	struct listing l = {.t = t, .r = r};
+	struct listing l = {.t = t, .share = r->share, .nodeid = r->header.nodeid};
 	int32_t result;
 
 	if (!in)
@@ -314,7 +545,7 @@ static int32_t read_directory(struct vf_thread *t, struct vf_req *r, bool plus)
 	l.out = vf_thread_reply(t, l.room);
 	if (l.dir && l.out) {
 		pthread_mutex_lock(&l.dir->lock);
-		result = list(&l, (int64_t)in->offset);
+		result = list_next(&l, in);
 		pthread_mutex_unlock(&l.dir->lock);
 	}
 	if (l.inode)

@@ -71,6 +71,7 @@ static void finish(struct vf_req *r, int32_t result, const void *payload, bool e
 void vf_req_complete(struct vf_req *r, int error, const void *payload, uint32_t size)
 {
 	r->in_place = false;
+	vf_show(r->share, true); /* what an IOCTL has done, say */
 	finish(r, error ? error : (int32_t)size, payload, true);
 }
 
@@ -204,6 +205,27 @@ static void see_to_offered(struct vf_queue *q, struct vf_thread *t)
 	}
 }
 
+/* Does it ask for what this thread has begun? */
+static bool asks_for_begun(const struct vf_thread *t, const struct vf_req *r)
+{
+	const struct fuse_read_in *in = vf_arg(r, sizeof(*in));
+
+	return r->header.opcode == FUSE_READDIRPLUS && r->header.nodeid == t->listed_nodeid && in &&
+	       in->fh == t->listed_fh;
+}
+
+/*
+ * This request comes next.  What was begun is of no use after any other than the one that asks for
+ * it, but for those that show the guest nothing.
+ */
+static void see_to_begun(struct vf_thread *t, const struct vf_req *r)
+{
+	if (asks_for_begun(t, r))
+		t->begun = false;
+	else if (r->header.opcode != FUSE_FORGET && r->header.opcode != FUSE_BATCH_FORGET)
+		vf_dispatch_drop_ahead(t);
+}
+
 /* vf_dispatch(), for a request that may have to wait. */
 static int32_t dispatch_unsure(struct vf_queue *q, struct vf_thread *t, struct vf_req *r)
 {
@@ -256,6 +278,8 @@ void vf_queue_drain(struct vf_queue *q, struct vf_thread *t, uint32_t limit)
 		r->mem = vf_mem_get(q->mem);
 		q->taken++;
 		error = vf_req_parse(r);
+		if (t->begun && !error)
+			see_to_begun(t, r);
 		if (error == -EBADMSG) {
 			why = "a request shorter than a FUSE header";
 			finish(r, VF_NO_REPLY, NULL, false);
@@ -299,6 +323,23 @@ static bool several_at_once(struct vf_queue *q)
 	else if (n == 1)
 		q->n_several -= q->n_several < 4 ? q->n_several : 4;
 	return q->n_several >= MANY;
+}
+
+static bool has_other_work(const void *arg)
+{
+	const struct vf_queue *q = arg;
+
+	return vf_ring_has_work(&q->ring) ||
+	       atomic_load_explicit(&q->stopping, memory_order_relaxed);
+}
+
+/* The ring is empty: begins what is likely to be asked for next. */
+static void look_ahead(struct vf_queue *q, struct vf_thread *t)
+{
+	if (!t->listed_nodeid || t->begun)
+		return;
+	vf_hiprio_asleep(q);
+	vf_dispatch_ahead(t, has_other_work, q);
 }
 
 /* The ring is empty, and kicks are not asked for.  True: something is there. */
@@ -351,6 +392,7 @@ void *vf_request_queue_main(void *arg)
 	struct vf_thread t;
 	struct epoll_event events[2];
 	struct vf_polling polling;
+	int woken;
 
 	if (!vf_queue_enter(q, &t))
 		return NULL;
@@ -360,22 +402,29 @@ void *vf_request_queue_main(void *arg)
 		vf_queue_drain(q, &t, UINT32_MAX);
 		if (q->broken) {
 			vf_hiprio_asleep(q);
+			vf_dispatch_drop_ahead(&t);
 			/* Only a reset helps; the front end learns it by the error descriptor. */
 			vf_queue_signal_error(q);
 			vf_queue_wait_for_stop(q);
 			break;
 		}
+		look_ahead(q, &t);
 		if (wait_awake(q, &t, &polling))
 			continue;
 		vf_hiprio_asleep(q);
 		if (vf_ring_enable_kicks(&q->ring))
 			continue;
 		/* Edge-triggered: the kick descriptor need not be read. */
-		if (epoll_wait(q->epoll_fd, events, 2, -1) < 0 && errno != EINTR)
+		woken = epoll_wait(q->epoll_fd, events, 2, t.begun ? VF_AHEAD_MS : -1);
+		if (woken < 0 && errno != EINTR)
 			break;
-		vf_polling_slept(&polling, vf_now_ns());
+		if (woken)
+			vf_polling_slept(&polling, vf_now_ns());
+		else
+			vf_dispatch_drop_ahead(&t);
 	}
 	vf_hiprio_asleep(q);
+	vf_dispatch_drop_ahead(&t);
 	vf_thread_leave(&t);
 	return NULL;
 }

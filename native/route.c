@@ -153,7 +153,7 @@ static void report_end(struct vf_events *events, uint64_t flags, const struct vf
 	    !vf_inode_tell_deleted(change->child))
 		return;
 	out = element_of(flags, &end);
-	vf_outbox_push(events->outbox, &out, 1);
+	vf_events_push(events, &out, 1);
 }
 
 /* ---- names that do not fit ------------------------------------------------------------- */
@@ -179,12 +179,12 @@ static void report_nameless(struct vf_events *events, uint64_t flags,
 	    (everywhere || watched(events, change->child, event))) {
 		own.dir = NULL;
 		out = element_of(flags, &own);
-		vf_outbox_push(events->outbox, &out, 1);
+		vf_events_push(events, &out, 1);
 		if (!everywhere && !watched_as_child(events, change->dir, event))
 			return;
 	}
 	if (!(flags & VF_FSNOTIFY_DIRECTORY_LOSS)) {
-		vf_outbox_push_overflow(events->outbox);
+		vf_events_push_overflow(events);
 		return;
 	}
 	own = (struct vf_change){.mask = VF_FS_Q_OVERFLOW,
@@ -192,7 +192,7 @@ static void report_nameless(struct vf_events *events, uint64_t flags,
 				 .pid = change->pid,
 				 .seen_ns = change->seen_ns};
 	out = element_of(flags, &own);
-	vf_outbox_push(events->outbox, &out, 1);
+	vf_events_push(events, &out, 1);
 }
 
 /* ---- names that are gone ------------------------------------------------------------ */
@@ -251,10 +251,10 @@ void vf_events_report(struct vf_events *events, const struct vf_change *changes,
 		}
 	}
 	if (wanted_n && all_fit)
-		vf_outbox_push(events->outbox, out, wanted_n);
+		vf_events_push(events, out, wanted_n);
 	for (uint32_t i = 0; i < wanted_n && !all_fit; i++) {
 		if (fits(events, &out[i]))
-			vf_outbox_push(events->outbox, &out[i], 1);
+			vf_events_push(events, &out[i], 1);
 		else
 			report_nameless(events, flags, source[i]);
 	}
@@ -289,5 +289,5 @@ void vf_events_report_overflow(struct vf_events *events)
 {
 	vf_count(&events->host_overflows);
 	if (atomic_load(&events->flags))
-		vf_outbox_push_overflow(events->outbox);
+		vf_events_push_overflow(events);
 }

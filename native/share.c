@@ -256,6 +256,7 @@ void vf_share_get_stats(vf_share *share, struct vf_share_stats *stats)
 	memset(stats, 0, sizeof(*stats));
 	vf_inode_get_stats(share, stats);
 	vf_file_get_stats(share, stats);
+	stats->entries_ahead = atomic_load(&share->entries_ahead);
 	pthread_mutex_lock(&share->threads_lock);
 	stats->requests = share->requests_done;
 	for (struct vf_thread *t = share->threads; t; t = t->next)

@@ -112,7 +112,7 @@ static void give_up(struct vf_events *events, uint64_t nodeid)
 	vf_inode_forget(events->share, nodeid, 1);
 	vf_inode_put(events->share, inode);
 	if (waited_for && atomic_load(&events->everywhere))
-		vf_outbox_push_overflow(events->outbox);
+		vf_events_push_overflow(events);
 }
 
 static void keep(struct vf_events *events, uint64_t nodeid)
@@ -249,7 +249,7 @@ void vf_watch_share_tell_unseen(struct vf_events *events, const struct vf_change
 	if (noted)
 		vf_own_changes_end(own, noted);
 	if (!events->unseen_depth && !events->unseen_left)
-		vf_outbox_push_overflow(events->outbox);
+		vf_events_push_overflow(events);
 }
 
 /* ---- the watch ------------------------------------------------------------------- */

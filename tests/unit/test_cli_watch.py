@@ -39,7 +39,7 @@ STATS = stats_message(
     ServerState(
         uptime_s=7300,
         tag="share",
-        share=ShareStats(1, 2, 3, 4, 1_234_567_890),
+        share=ShareStats(1, 2, 3, 4, 1_234_567_890, 5),
         source="fanotify:filesystem",
         reason="fanotify, one mark on the file system of the share",
         events=EventsStats(

@@ -224,7 +224,7 @@ def test_times_are_utc_with_microseconds() -> None:
 STATE = ServerState(
     uptime_s=1.5,
     tag="share",
-    share=ShareStats(1, 2, 3, 4, 5),
+    share=ShareStats(1, 2, 3, 4, 5, 6),
     source="inotify",
     reason="inotify (asked for)",
     events=EventsStats(received=9, latency=(0, 0, 3, *[0] * 21)),

@@ -29,6 +29,7 @@ _SHARE = {
     "inode_fds": "descriptors kept for them now",
     "open_files": "files and directories open for the guest now",
     "lock_waiters": "lock requests that wait now",
+    "entries_ahead": "directory entries looked up before they were asked for",
 }
 _EVENTS = {
     "received": "events read from the host",

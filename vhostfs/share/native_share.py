@@ -53,6 +53,7 @@ class ShareStats(Record):
     open_files: int
     lock_waiters: int
     requests: int
+    entries_ahead: int
 
 
 class Upcall(Record):
@@ -144,7 +145,12 @@ class Share:
         native = ffi.new("struct vf_share_stats *")
         lib.vf_share_get_stats(self.native, native)
         return ShareStats(
-            native.inodes, native.inode_fds, native.open_files, native.lock_waiters, native.requests
+            native.inodes,
+            native.inode_fds,
+            native.open_files,
+            native.lock_waiters,
+            native.requests,
+            native.entries_ahead,
         )
 
     # ---- events
