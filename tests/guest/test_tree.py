@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import lacking
-from tests.guest.conftest import Launchpad, MakePlace
+from tests.guest.conftest import Launchpad, MakePlace, Session
 from tests.guest.place import Place, described_tree, sha256, tree_hashes
 from tests.limits import LONG_HANG_S
+from vhostfs.control.client import ControlClient, find_control_socket
 from vhostfs.vm.debian import Release, open_root, package_files
+from vhostfs.vm.server import TEMPLATE_VARIABLE
 
 HASH_ALL = "find . -type f -print0 | xargs -0 sha256sum"
 _HEX_DIGITS = 64
@@ -152,6 +154,51 @@ print(json.dumps(sorted(os.listdir("many"))))
     )
     assert left == [f"file-{number:05}" for number in range(0, 50_000, 2)]
     assert sorted(os.listdir(folder)) == left
+
+
+def begun_ahead(session: Session, tag: str) -> int:
+    """Entries that the server looked up before the guest asked for them."""
+    with ControlClient(find_control_socket(str(session.servers[tag].spec.socket_path))) as control:
+        return int(control.stats()["share"]["entries_ahead"])
+
+
+def test_attributes_that_come_with_names_are_right_whoever_changes_them(
+    place: Place, session: Session
+) -> None:
+    """The answers to a listing are begun before they are asked for, where the guest asks for nothing else."""
+    foreign = TEMPLATE_VARIABLE in os.environ
+    many = place.child("many")
+    for number in range(2000):
+        (many.host / f"file-{number:04}").write_bytes(bytes(number))
+    before = 0 if foreign else begun_ahead(session, "share")
+    assert int(many.sh("find . -type f -size +1999c | wc -l")) == 0
+    assert int(many.sh("find . -type f -size -1000c | wc -l")) == 1000
+    assert foreign or begun_ahead(session, "share") > before
+    # An answer has some 24 of these names; while the guest looks at one it changes what the next tells.
+    wrong = many.python(
+        """
+import json, os
+order = os.listdir(".")
+expected = {name: int(name[5:]) for name in order}
+wrong = []
+for size in range(5000, 5030):
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("2")
+    with os.scandir(".") as entries:
+        for i, entry in enumerate(entries):
+            if i == 26:
+                os.truncate(order[60], size)
+                expected[order[60]] = size
+            seen = entry.stat().st_size
+            if seen != expected[entry.name]:
+                wrong.append([entry.name, seen])
+            if i == 100:
+                break
+print(json.dumps(wrong))
+""",
+        timeout_s=LONG_HANG_S,
+    )
+    assert wrong == []
 
 
 ODD_NAMES = [
