@@ -23,7 +23,8 @@ static uint16_t mount_of(struct vf_inode_table *table, const struct vf_inode *di
 
 /*
  * The inode of this number, referenced.  As in entry.c, an inode with a descriptor is the object
- * when it had it before the object was looked at, and one without only when its handle is the same.
+ * when it had it before the object was looked at; else only its handle can tell, which one that was
+ * given its descriptor back since has, too.
  */
 static struct vf_inode *find(struct vf_inode_table *table, uint16_t mount, uint64_t ino,
 			     uint32_t seen_at, const struct handle *handle, bool *need_handle)
@@ -35,13 +36,12 @@ static struct vf_inode *find(struct vf_inode_table *table, uint16_t mount, uint6
 	*need_handle = false;
 	pthread_mutex_lock(&shard->lock);
 	while ((i = inode_find(table, shard, hash, mount, ino, i))) {
-		bool has_fd = atomic_load(&i->fd) >= 0;
+		bool pinned = atomic_load(&i->fd) >= 0 &&
+			      (int32_t)(seen_at - atomic_load(&i->pinned_since)) >= 0;
 
-		if (has_fd && (int32_t)(seen_at - atomic_load(&i->pinned_since)) < 0)
-			continue;
-		if (!has_fd && !handle)
+		if (!pinned && !handle)
 			*need_handle = true;
-		else if ((has_fd || inode_handle_is(i, handle)) && inode_try_ref(i))
+		else if ((pinned || inode_handle_is(i, handle)) && inode_try_ref(i))
 			break;
 	}
 	pthread_mutex_unlock(&shard->lock);

@@ -230,6 +230,49 @@ static void many_inodes_live_with_few_descriptors(struct guest *g)
 	CHECK(count_fds() - before <= 1);
 }
 
+struct players {
+	struct vf_share *share;
+	uint64_t nodeids[2];
+	atomic_bool stop;
+};
+
+/* Gives each of two inodes its descriptor back in turn, which takes the other's. */
+static void *use_in_turn(void *arg_)
+{
+	struct players *p = arg_;
+
+	while (!atomic_load(&p->stop))
+		for (int i = 0; i < 2; i++) {
+			struct vf_inode *inode = vf_inode_get(p->share, p->nodeids[i]);
+
+			CHECK(inode && vf_inode_path_fd(p->share, inode) >= 0);
+			vf_inode_put(p->share, inode);
+		}
+	return NULL;
+}
+
+static void a_name_is_known_whoever_needs_descriptors(struct guest *g)
+{
+	struct players p = {.share = g->share};
+	struct vf_inode *root = vf_inode_get(g->share, FUSE_ROOT_ID);
+	pthread_t thread;
+
+	host_write("a", "");
+	host_write("b", "");
+	p.nodeids[0] = must_lookup(g, 1, "a");
+	p.nodeids[1] = must_lookup(g, 1, "b");
+	CHECK_EQ(pthread_create(&thread, NULL, use_in_turn, &p), 0);
+	for (int i = 0; i < 20000; i++) {
+		struct vf_inode *known = vf_inode_known(g->share, root, i % 2 ? "a" : "b");
+
+		CHECK(known && vf_inode_nodeid(known) == p.nodeids[!(i % 2)]);
+		vf_inode_put(g->share, known);
+	}
+	atomic_store(&p.stop, true);
+	pthread_join(thread, NULL);
+	vf_inode_put(g->share, root);
+}
+
 static void a_reused_inode_number_is_another_object(struct guest *g)
 {
 	struct stat old, new;
@@ -481,6 +524,7 @@ int main(void)
 	RUN_ALL_MODES(the_parent_of_a_directory_never_leaves_the_share);
 	RUN(many_inodes_live_with_few_descriptors, VF_HANDLES_PREFER, 50);
 	RUN(many_inodes_live_with_few_descriptors, VF_HANDLES_MANDATORY, 50);
+	RUN_ALL_MODES(a_name_is_known_whoever_needs_descriptors);
 	RUN(a_reused_inode_number_is_another_object, VF_HANDLES_PREFER, 50);
 	RUN(a_reused_inode_number_is_another_object, VF_HANDLES_PREFER, 5000);
 	RUN(what_the_guest_removes_it_still_holds, VF_HANDLES_PREFER, 50);
