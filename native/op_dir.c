@@ -407,6 +407,9 @@ static void look_ahead(struct listing *l, bool (*stop)(const void *), const void
 	/* From the start on it must be what is there when the guest asks: rewinddir(3). */
 	if (ahead->used || ahead->off || !dir->buffer || dir->begin == dir->end || !dir->next)
 		return;
+	/* Whether the guest holds an object that it was told of is asked there (watch_share.c). */
+	if (l->share->events && atomic_load(&l->share->events->everywhere))
+		return;
 	if (!ahead->reply)
 		ahead->reply = malloc(MAX_AHEAD);
 	if (!ahead->reply)
@@ -435,7 +438,10 @@ static void look_ahead(struct listing *l, bool (*stop)(const void *), const void
 	dir->next = ahead->offset;
 }
 
-/* The directory that this thread has listed last; locked, or NULL: it is not open any more. */
+/*
+ * The directory that this thread has listed last, locked.  NULL: it is not open any more, or
+ * another thread lists it, which may take long, and has used or dropped what was begun.
+ */
 static struct vf_dir *take_listed(struct vf_thread *t, struct vf_file **file)
 {
 	struct vf_dir *dir = NULL;
@@ -443,9 +449,7 @@ static struct vf_dir *take_listed(struct vf_thread *t, struct vf_file **file)
 	*file = vf_file_get_kind(t->share, t->listed_nodeid, t->listed_fh, true);
 	if (*file)
 		dir = vf_file_dir(t->share, *file);
-	if (dir)
-		pthread_mutex_lock(&dir->lock);
-	return dir;
+	return dir && !pthread_mutex_trylock(&dir->lock) ? dir : NULL;
 }
 
 static void give_listed(struct vf_thread *t, struct vf_dir *dir, struct vf_file *file)
@@ -489,9 +493,6 @@ static void note_listed(struct listing *l, uint64_t fh, uint64_t took_ns)
 
 	if (dir->ahead.off || !dir->buffer || dir->begin == dir->end || !max_age_ns(l->share))
 		return;
-	/* Whether the guest holds an object that it was told of is asked there (watch_share.c). */
-	if (l->share->events && atomic_load(&l->share->events->everywhere))
-		return;
 	if (took_ns > SLOW_ENTRY_NS + (uint64_t)l->used * SLOW_BYTE_NS) {
 		dir->ahead.off = true;
 		return;
@@ -505,11 +506,17 @@ static void note_listed(struct listing *l, uint64_t fh, uint64_t took_ns)
 
 static int32_t list_next(struct listing *l, const struct fuse_read_in *in)
 {
+	struct vf_thread *t = l->t;
 	int64_t offset = (int64_t)in->offset;
 	bool goes_on = l->inode && offset && offset == next_offset(l->dir);
 	uint64_t begun_ns = goes_on ? vf_now_ns() : 0;
 	int32_t result = list(l, offset);
 
+	/* It was used or dropped, by this thread or before by another. */
+	if (t->listed_nodeid == l->nodeid && t->listed_fh == in->fh)
+		t->begun = false;
+	if (!t->begun)
+		t->listed_nodeid = 0;
 	if (goes_on)
 		note_listed(l, in->fh, vf_now_ns() - begun_ns);
 	return result;

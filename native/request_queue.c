@@ -220,9 +220,8 @@ static bool asks_for_begun(const struct vf_thread *t, const struct vf_req *r)
  */
 static void see_to_begun(struct vf_thread *t, const struct vf_req *r)
 {
-	if (asks_for_begun(t, r))
-		t->begun = false;
-	else if (r->header.opcode != FUSE_FORGET && r->header.opcode != FUSE_BATCH_FORGET)
+	if (!asks_for_begun(t, r) && r->header.opcode != FUSE_FORGET &&
+	    r->header.opcode != FUSE_BATCH_FORGET)
 		vf_dispatch_drop_ahead(t);
 }
 
@@ -368,6 +367,18 @@ static bool wait_awake(struct vf_queue *q, struct vf_thread *t, struct vf_pollin
 	return false;
 }
 
+/* False: it cannot. */
+static bool sleep_until_kicked(struct vf_queue *q, struct vf_thread *t)
+{
+	struct epoll_event events[2];
+	int woken;
+
+	/* Edge-triggered: the kick descriptor need not be read. */
+	while (!(woken = epoll_wait(q->epoll_fd, events, 2, t->begun ? VF_AHEAD_MS : -1)))
+		vf_dispatch_drop_ahead(t);
+	return woken > 0 || errno == EINTR;
+}
+
 bool vf_queue_enter(struct vf_queue *q, struct vf_thread *t)
 {
 	struct vf_share *share = q->device->share;
@@ -390,9 +401,7 @@ void *vf_request_queue_main(void *arg)
 {
 	struct vf_queue *q = arg;
 	struct vf_thread t;
-	struct epoll_event events[2];
 	struct vf_polling polling;
-	int woken;
 
 	if (!vf_queue_enter(q, &t))
 		return NULL;
@@ -414,14 +423,9 @@ void *vf_request_queue_main(void *arg)
 		vf_hiprio_asleep(q);
 		if (vf_ring_enable_kicks(&q->ring))
 			continue;
-		/* Edge-triggered: the kick descriptor need not be read. */
-		woken = epoll_wait(q->epoll_fd, events, 2, t.begun ? VF_AHEAD_MS : -1);
-		if (woken < 0 && errno != EINTR)
+		if (!sleep_until_kicked(q, &t))
 			break;
-		if (woken)
-			vf_polling_slept(&polling, vf_now_ns());
-		else
-			vf_dispatch_drop_ahead(&t);
+		vf_polling_slept(&polling, vf_now_ns());
 	}
 	vf_hiprio_asleep(q);
 	vf_dispatch_drop_ahead(&t);
