@@ -4,9 +4,11 @@
  *
  *   map       writes its first page by a mapping, until the device has it
  *   reserve   has blocks reserved behind its end, which stays where it is
+ *   label     gives it the attribute user.new
+ *   unlabel   takes user.old from it
  *   exchange  gives it the name of another, and that one its own
  *
- * usage: change-file map|reserve FILE
+ * usage: change-file map|reserve|label|unlabel FILE
  *        change-file exchange FILE OTHER
  */
 #define _GNU_SOURCE
@@ -16,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 enum { SIZE = 4096 };
@@ -48,10 +51,14 @@ int main(int argc, char **argv)
 	}
 	fd = argc == 3 ? open(argv[2], O_RDWR) : -1;
 	if (fd < 0)
-		fail("opening it; usage: change-file map|reserve FILE");
+		fail("opening it; usage: change-file map|reserve|label|unlabel FILE");
 	if (!strcmp(argv[1], "map"))
 		map(fd);
-	else if (fallocate(fd, FALLOC_FL_KEEP_SIZE, SIZE, SIZE))
+	else if (!strcmp(argv[1], "label") && fsetxattr(fd, "user.new", "", 0, XATTR_CREATE))
+		fail("fsetxattr");
+	else if (!strcmp(argv[1], "unlabel") && fremovexattr(fd, "user.old"))
+		fail("fremovexattr");
+	else if (!strcmp(argv[1], "reserve") && fallocate(fd, FALLOC_FL_KEEP_SIZE, SIZE, SIZE))
 		fail("fallocate");
 	return 0;
 }

@@ -40,11 +40,21 @@ from vhostfs.vm.server import ServerSpec, ShareServer
 
 HOLDER_PROGRAM = "/usr/bin/hold-directory"
 CHANGER_PROGRAM = "/usr/bin/change-file"
+_HERE = Path(__file__).parent
+PROGRAM_SOURCES = {
+    PROGRAM: _HERE / "watch-events.c",
+    FANOTIFY_PROGRAM: _HERE / "watch-fanotify.c",
+    following.PROGRAM: Path(following.__file__).with_name("follow-events.c"),
+    torture.PROGRAM: _HERE / "compare-tree.c",
+    HOLDER_PROGRAM: _HERE / "hold-directory.c",
+    CHANGER_PROGRAM: _HERE / "change-file.c",
+}
+"""What guests with events run, by their path there."""
 CACHE_MODES = {
     "auto": (),
     "never": ("--cache=never",),
     "always": ("--cache=always", "--writeback"),
-    "coherent": ("--cache=coherent",),
+    "coherent": ("--cache=coherent", "--xattr"),
 }
 PARKED = "--delivery=parked"
 """Of a server: its share has the device of every QEMU."""
@@ -96,26 +106,12 @@ class Parts:
 
     launchpad: Launchpad
     qemu: Qemu
-    program: Path
-    """The watcher, for host and guest."""
-    follower: Path
-    """The recursive watcher, for both."""
-    marker: Path
-    """The watcher with a mark of fanotify's, for both."""
-    comparer: Path
-    """Says what it sees of a tree, for the guest."""
-    holder: Path
-    """Holds the lock of a directory, for the guest."""
-    changer: Path
-    """Changes a file as no shell can, for the guest."""
+    programs: dict[str, Path]
+    """Of PROGRAM_SOURCES, by their path in the guest. Static: those that watch are for the host, too."""
 
     def image_spec(self, kernel: str, packages: tuple[str, ...] = ()) -> ImageSpec:
-        """An image with the driver and the watchers."""
-        files = {PROGRAM: self.program, following.PROGRAM: self.follower, FANOTIFY_PROGRAM: self.marker}
-        files[torture.PROGRAM] = self.comparer
-        files[HOLDER_PROGRAM] = self.holder
-        files[CHANGER_PROGRAM] = self.changer
-        return ImageSpec(kernel, packages, files=files, driver=True)
+        """An image with the driver and the programs."""
+        return ImageSpec(kernel, packages, files=dict(self.programs), driver=True)
 
 
 @pytest.fixture(scope="package")
@@ -127,14 +123,11 @@ def parts(launchpad: Launchpad, tmp_path_factory: pytest.TempPathFactory) -> Par
         lacking(f"a QEMU that passes the notification queue: {error}")
     if PARKED not in DELIVERY and not qemu.passes_queue:
         lacking(f"a QEMU that passes the notification queue: {qemu.version_text} does not")
-    folder = tmp_path_factory.mktemp("watchers")
-    program = compile_static(Path(__file__).with_name("watch-events.c"), folder / "watch-events")
-    follower = compile_static(Path(following.__file__).with_name("follow-events.c"), folder / "follow-events")
-    marker = compile_static(Path(__file__).with_name("watch-fanotify.c"), folder / "watch-fanotify")
-    comparer = compile_static(Path(__file__).with_name("compare-tree.c"), folder / "compare-tree")
-    holder = compile_static(Path(__file__).with_name("hold-directory.c"), folder / "hold-directory")
-    changer = compile_static(Path(__file__).with_name("change-file.c"), folder / "change-file")
-    return Parts(launchpad, qemu, program, follower, marker, comparer, holder, changer)
+    folder = tmp_path_factory.mktemp("programs")
+    programs = {
+        path: compile_static(source, folder / source.stem) for path, source in PROGRAM_SOURCES.items()
+    }
+    return Parts(launchpad, qemu, programs)
 
 
 def watchdog_files() -> dict[str, Path]:
@@ -275,7 +268,7 @@ class WatchedPlace:
         self.host = directory
         self.place = Place(session.guest, directory, f"/{tag}/{directory.name}")
         self.control = share.control
-        self._program = session.parts.program
+        self._program = session.parts.programs[PROGRAM]
         self._watches: list[Watch] = []
 
     def watch(

@@ -139,6 +139,8 @@ def test_an_answer_is_in_somebodys_hands_for_long_while_the_host_changes_what_it
     [
         (f"{CHANGER_PROGRAM} map other/link", "%Y other/link"),
         (f"{CHANGER_PROGRAM} reserve other/link", "%Z other/link"),
+        (f"{CHANGER_PROGRAM} label other/link", "%Z other/link"),
+        (f"{CHANGER_PROGRAM} unlabel other/link", "%Z other/link"),
         ("mv other/link other/renamed", "%Z other/renamed"),
         (f"{CHANGER_PROGRAM} exchange other/link other/known", "%Z other/known"),
         (f"{CHANGER_PROGRAM} exchange other/known other/link", "%Z other/known"),
@@ -162,6 +164,7 @@ def test_an_answer_is_in_somebodys_hands_for_long_while_the_guest_changes_what_i
     (directory / "file").write_text("text")
     other.mkdir()
     (other / "link").hardlink_to(directory / "file")
+    os.setxattr(other / "link", "user.old", b"")
     (other / "known").write_text("")
     look = "stat dir/entry dir/entry/old dir/entry/file other other/link other/known >/dev/null"
     coherent.place.sh(f"{look}; {look}; {look}")

@@ -122,7 +122,7 @@ class Twins:
 def twins(
     session: EventSession, watched_on: MakeWatchedPlace, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Twins]:
-    found = Twins(watched_on(request.param), tmp_path, session.parts.program)
+    found = Twins(watched_on(request.param), tmp_path, session.parts.programs[PROGRAM])
     for directory in (found.twin, found.watched.host):
         (directory / "d").mkdir()
         for name in ("f", "d/f", "d/g"):

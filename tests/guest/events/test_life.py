@@ -27,7 +27,7 @@ from tests.guest.events.conftest import (
     start_share,
 )
 from tests.guest.events.scenario import a_day
-from tests.guest.events.watching import ALL, CHANGES, Watch
+from tests.guest.events.watching import ALL, CHANGES, PROGRAM, Watch
 from tests.guest.place import Place
 from tests.limits import HANG_S
 from vhostfs.vm.guest import Guest
@@ -237,7 +237,7 @@ def test_a_day_s_work_is_seen_by_guests_of_the_other_kernels(
             release = guest.run("uname -r", HANG_S).check().text
             assert release.startswith(kernel)
             place = Place(guest, directory, "/share")
-            watch = Watch(place, share.control, parts.program, CHANGES, (".", "sub"))
+            watch = Watch(place, share.control, parts.programs[PROGRAM], CHANGES, (".", "sub"))
             a_day(watch)
             watch.close()
             recursive = place.start("exec inotifywait -m -r -e create --format %w%f .")

@@ -177,7 +177,7 @@ def marked(session: EventSession) -> Iterator[MakeMarked]:
     made: list[Marked] = []
 
     def make(watched: WatchedPlace, options: str, mask: Fan = CHANGES, *, with_twin: bool = True) -> Marked:
-        program = session.parts.marker if with_twin else None
+        program = session.parts.programs[FANOTIFY_PROGRAM] if with_twin else None
         made.append(Marked(watched.place, watched.control, program, mask, options))
         return made[-1]
 
@@ -567,14 +567,14 @@ def test_guests_of_the_other_kernels_see_it_too(parts: Parts, real_directory: Pa
         machine = parts.launchpad.machine(image, (as_share(share, parts.qemu),), qemu=parts.qemu)
         with Guest(machine, lifeline=lifeline) as guest:
             place = Place(guest, directory, "/share")
-            names = Marked(place, share.control, parts.marker, CHANGES, NAMES)
+            names = Marked(place, share.control, parts.programs[FANOTIFY_PROGRAM], CHANGES, NAMES)
             deep_changes(directory, names)
             names.close()
             assert share_watches(share.control, 0) == 0
             target = Marked(
                 place,
                 share.control,
-                parts.marker,
+                parts.programs[FANOTIFY_PROGRAM],
                 Fan.RENAME | Fan.MODIFY,
                 "--report=target --mark=filesystem",
             )

@@ -25,7 +25,7 @@ from tests.guest.events.conftest import (
 )
 from tests.guest.events.qmp import Monitor
 from tests.guest.events.scenario import a_day
-from tests.guest.events.watching import Watch
+from tests.guest.events.watching import PROGRAM, Watch
 from tests.guest.place import Place, awaited
 from tests.limits import AT_ONCE_S, HANG_S
 from vhostfs.cli.run_events import delivered
@@ -54,7 +54,7 @@ class Stock:
         return Place(self.guest, self.share.directory, "/share").child(name)
 
     def watch(self, place: Place, *names: str) -> Watch:
-        return Watch(place, self.share.control, self.parts.program, names=names or (".",))
+        return Watch(place, self.share.control, self.parts.programs[PROGRAM], names=names or (".",))
 
     @property
     def parked(self) -> int:
@@ -232,7 +232,7 @@ def test_the_smallest_ring_has_room_for_requests_of_every_size(session: EventSes
     assert awaited(lambda: share.control.counters()["buffers"] == min(64, size // 8))
     top = Place(session.guest, share.directory, "/tiny")
     place, watched = top.child("data"), top.child("watched")
-    watch = Watch(watched, share.control, session.parts.program)
+    watch = Watch(watched, share.control, session.parts.programs[PROGRAM])
     write = (
         "head -c 1000000 /dev/urandom >/tmp/data; for i in 1 2 3 4; do cat /tmp/data >$i & done; wait; sync"
     )
