@@ -120,8 +120,7 @@ struct vf_share_stats {
 	uint64_t open_files;   /* files and directories open for the guest */
 	uint64_t lock_waiters; /* blocking lock requests waiting now */
 	uint64_t requests;     /* FUSE requests answered since the start */
-	/* Of READDIRPLUS, looked up before they were asked for, while there was nothing else to do.
-	 */
+	/* Entries of READDIRPLUS that were looked up before they were asked for. */
 	uint64_t entries_ahead;
 };
 void vf_share_get_stats(vf_share *share, struct vf_share_stats *stats);

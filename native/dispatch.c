@@ -105,6 +105,22 @@ static int32_t run_noted(struct vf_thread *t, struct vf_req *r, vf_op run)
 	return result;
 }
 
+/*
+ * Before what works on a session; false: there is none.  Pairs with vf_share_start_session(): it
+ * takes the flags away, then waits for busy threads; this thread says that it is busy, then looks
+ * at the flags.
+ */
+static bool enter(struct vf_thread *t)
+{
+	atomic_store(&t->busy, true);
+	return atomic_load(&t->share->init_flags);
+}
+
+static void leave(struct vf_thread *t)
+{
+	atomic_store_explicit(&t->busy, false, memory_order_release);
+}
+
 int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
 {
 	const struct vf_op_entry *op = find_op(r->header.opcode);
@@ -120,12 +136,7 @@ int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
 		return VF_TO_POOL;
 	if ((op->flags & VF_OP_MODIFY) && r->share->config.readonly)
 		return -EROFS;
-	/*
-	 * Pairs with vf_share_start_session(): it takes the flags away, then waits for
-	 * busy threads; this thread says that it is busy, then looks at the flags.
-	 */
-	atomic_store(&t->busy, true);
-	if (!atomic_load(&r->share->init_flags)) {
+	if (!enter(t)) {
 		result = -EIO;
 	} else {
 		vf_lasting_begin(t);
@@ -133,20 +144,8 @@ int32_t vf_dispatch(struct vf_thread *t, struct vf_req *r)
 		if (result != VF_NO_REPLY)
 			vf_show(r->share, op->flags & (VF_OP_MODIFY | VF_OP_TRUNCATES));
 	}
-	atomic_store_explicit(&t->busy, false, memory_order_release);
+	leave(t);
 	return result;
-}
-
-/* Between requests of this thread: not while a new session begins, as in vf_dispatch(). */
-static bool enter(struct vf_thread *t)
-{
-	atomic_store(&t->busy, true);
-	return atomic_load(&t->share->init_flags);
-}
-
-static void leave(struct vf_thread *t)
-{
-	atomic_store_explicit(&t->busy, false, memory_order_release);
 }
 
 void vf_dispatch_ahead(struct vf_thread *t, bool (*stop)(const void *), const void *arg)

@@ -105,8 +105,7 @@ static enum match match_known(struct vf_inode_table *table, struct shard *shard,
 	while ((i = inode_find(table, shard, hash, c->mount, c->ino, i))) {
 		bool has_fd = atomic_load(&i->fd) >= 0;
 
-		if (has_fd && !c->pinned &&
-		    (int32_t)(c->seen_at - atomic_load(&i->pinned_since)) < 0) {
+		if (has_fd && !c->pinned && !inode_was_pinned(i, c->seen_at)) {
 			result = NOT_SURE;
 			continue;
 		}

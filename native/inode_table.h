@@ -143,6 +143,14 @@ struct vf_inode_table {
 /* What statx(2) tells and a lookup needs. */
 #define INODE_STATX_MASK (STATX_BASIC_STATS | STATX_MNT_ID)
 
+/* Did its descriptor pin its number when something was looked at, after the clock had shown that?
+ */
+static inline bool inode_was_pinned(struct vf_inode *inode, uint32_t seen_at)
+{
+	return atomic_load(&inode->fd) >= 0 &&
+	       (int32_t)(seen_at - atomic_load(&inode->pinned_since)) >= 0;
+}
+
 static inline uint64_t statx_dev(const struct statx *sx)
 {
 	return (uint64_t)sx->stx_dev_major << 32 | sx->stx_dev_minor;

@@ -36,8 +36,7 @@ static struct vf_inode *find(struct vf_inode_table *table, uint16_t mount, uint6
 	*need_handle = false;
 	pthread_mutex_lock(&shard->lock);
 	while ((i = inode_find(table, shard, hash, mount, ino, i))) {
-		bool pinned = atomic_load(&i->fd) >= 0 &&
-			      (int32_t)(seen_at - atomic_load(&i->pinned_since)) >= 0;
+		bool pinned = inode_was_pinned(i, seen_at);
 
 		if (!pinned && !handle)
 			*need_handle = true;

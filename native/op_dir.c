@@ -72,7 +72,15 @@ struct vf_dir *vf_dir_new(void)
 	return dir;
 }
 
-/* The guest is not told of it, and so will not forget it.  The buffer is as it was before. */
+/* The buffer is as it was before anything of it was looked up. */
+static void undo_ahead(struct vf_share *share, struct vf_dir *dir)
+{
+	vf_keeps_ahead(share, false);
+	dir->begin = dir->ahead.begin;
+	dir->next = dir->ahead.offset;
+}
+
+/* The guest is not told of it, and so will not forget it. */
 static void drop_ahead(struct vf_share *share, struct vf_dir *dir)
 {
 	struct ahead *ahead = &dir->ahead;
@@ -80,7 +88,6 @@ static void drop_ahead(struct vf_share *share, struct vf_dir *dir)
 
 	if (!ahead->used)
 		return;
-	vf_keeps_ahead(share, false);
 	while (at < ahead->used) {
 		const struct fuse_direntplus *d = (const void *)(ahead->reply + at);
 
@@ -90,8 +97,7 @@ static void drop_ahead(struct vf_share *share, struct vf_dir *dir)
 	}
 	ahead->used = 0;
 	ahead->off = true;
-	dir->begin = ahead->begin;
-	dir->next = ahead->offset;
+	undo_ahead(share, dir);
 }
 
 static void drop_buffer(struct vf_share *share, struct vf_dir *dir)
@@ -167,7 +173,6 @@ int32_t vf_op_releasedir(struct vf_thread *t, struct vf_req *r)
 /* One reply under construction. */
 struct listing {
 	struct vf_thread *t;
-	struct vf_share *share;
 	uint64_t nodeid;
 	struct vf_file *file;
 	struct vf_dir *dir;
@@ -334,7 +339,7 @@ static int64_t next_offset(const struct vf_dir *dir)
 /* True: the reply begins with what was begun before, and the directory is read on behind that. */
 static bool use_ahead(struct listing *l, int64_t offset)
 {
-	struct vf_share *share = l->share;
+	struct vf_share *share = l->t->share;
 	struct ahead *ahead = &l->dir->ahead;
 
 	if (!ahead->used)
@@ -366,7 +371,7 @@ static int32_t list(struct listing *l, int64_t offset)
 			return -ENOMEM;
 		dir->buffer = memory;
 		/* Past the limit the buffer is for this request only. */
-		if (!vf_dir_buffer_take(l->share))
+		if (!vf_dir_buffer_take(l->t->share))
 			borrowed = memory;
 	}
 	if (!use_ahead(l, offset))
@@ -389,7 +394,7 @@ static int32_t list(struct listing *l, int64_t offset)
 		dir->buffer = NULL;
 		free(borrowed);
 	} else if (result == 0) {
-		drop_buffer(l->share, dir);
+		drop_buffer(l->t->share, dir);
 	}
 	/* What was delivered has been counted; an error comes back with the next request. */
 	return l->used ? (int32_t)l->used : result < 0 ? result : 0;
@@ -408,15 +413,15 @@ static void look_ahead(struct listing *l, bool (*stop)(const void *), const void
 	if (ahead->used || ahead->off || !dir->buffer || dir->begin == dir->end || !dir->next)
 		return;
 	/* Whether the guest holds an object that it was told of is asked there (watch_share.c). */
-	if (l->share->events && atomic_load(&l->share->events->everywhere))
+	if (l->t->share->events && atomic_load(&l->t->share->events->everywhere))
 		return;
 	if (!ahead->reply)
 		ahead->reply = malloc(MAX_AHEAD);
 	if (!ahead->reply)
 		return;
-	vf_keeps_ahead(l->share, true);
+	vf_keeps_ahead(l->t->share, true);
 	now_ns = vf_now_ns();
-	ahead->n_shown = vf_n_shown(l->share);
+	ahead->n_shown = vf_n_shown(l->t->share);
 	ahead->looked_ns = now_ns;
 	ahead->offset = dir->next;
 	ahead->begin = dir->begin;
@@ -431,11 +436,8 @@ static void look_ahead(struct listing *l, bool (*stop)(const void *), const void
 		ahead->used = l->used;
 	}
 	l->t->begun = ahead->used;
-	if (ahead->used)
-		return;
-	vf_keeps_ahead(l->share, false);
-	dir->begin = ahead->begin;
-	dir->next = ahead->offset;
+	if (!ahead->used)
+		undo_ahead(l->t->share, dir);
 }
 
 /*
@@ -462,7 +464,7 @@ static void give_listed(struct vf_thread *t, struct vf_dir *dir, struct vf_file 
 
 void vf_dir_look_ahead(struct vf_thread *t, bool (*stop)(const void *), const void *arg)
 {
-	struct listing l = {.t = t, .share = t->share, .nodeid = t->listed_nodeid};
+	struct listing l = {.t = t, .nodeid = t->listed_nodeid};
 
 	l.dir = take_listed(t, &l.file);
 	l.inode = l.dir ? vf_inode_get(t->share, l.nodeid) : NULL;
@@ -491,7 +493,7 @@ static void note_listed(struct listing *l, uint64_t fh, uint64_t took_ns)
 {
 	struct vf_dir *dir = l->dir;
 
-	if (dir->ahead.off || !dir->buffer || dir->begin == dir->end || !max_age_ns(l->share))
+	if (dir->ahead.off || !dir->buffer || dir->begin == dir->end || !max_age_ns(l->t->share))
 		return;
 	if (took_ns > SLOW_ENTRY_NS + (uint64_t)l->used * SLOW_BYTE_NS) {
 		dir->ahead.off = true;
@@ -525,7 +527,7 @@ static int32_t list_next(struct listing *l, const struct fuse_read_in *in)
 static int32_t read_directory(struct vf_thread *t, struct vf_req *r, bool plus)
 {
 	const struct fuse_read_in *in = vf_arg(r, sizeof(*in));
-	struct listing l = {.t = t, .share = r->share, .nodeid = r->header.nodeid};
+	struct listing l = {.t = t, .nodeid = r->header.nodeid};
 	int32_t result;
 
 	if (!in)

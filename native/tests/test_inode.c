@@ -230,7 +230,7 @@ static void many_inodes_live_with_few_descriptors(struct guest *g)
 	CHECK(count_fds() - before <= 1);
 }
 
-struct players {
+struct in_turn {
 	struct vf_share *share;
 	uint64_t nodeids[2];
 	atomic_bool stop;
@@ -239,7 +239,7 @@ struct players {
 /* Gives each of two inodes its descriptor back in turn, which takes the other's. */
 static void *use_in_turn(void *arg_)
 {
-	struct players *p = arg_;
+	struct in_turn *p = arg_;
 
 	while (!atomic_load(&p->stop))
 		for (int i = 0; i < 2; i++) {
@@ -253,19 +253,20 @@ static void *use_in_turn(void *arg_)
 
 static void a_name_is_known_whoever_needs_descriptors(struct guest *g)
 {
-	struct players p = {.share = g->share};
+	static const char *const names[] = {"a", "b"};
+	struct in_turn p = {.share = g->share};
 	struct vf_inode *root = vf_inode_get(g->share, FUSE_ROOT_ID);
 	pthread_t thread;
 
-	host_write("a", "");
-	host_write("b", "");
-	p.nodeids[0] = must_lookup(g, 1, "a");
-	p.nodeids[1] = must_lookup(g, 1, "b");
+	for (int i = 0; i < 2; i++) {
+		host_write(names[i], "");
+		p.nodeids[i] = must_lookup(g, 1, names[i]);
+	}
 	CHECK_EQ(pthread_create(&thread, NULL, use_in_turn, &p), 0);
 	for (int i = 0; i < 20000; i++) {
-		struct vf_inode *known = vf_inode_known(g->share, root, i % 2 ? "a" : "b");
+		struct vf_inode *known = vf_inode_known(g->share, root, names[i % 2]);
 
-		CHECK(known && vf_inode_nodeid(known) == p.nodeids[!(i % 2)]);
+		CHECK(known && vf_inode_nodeid(known) == p.nodeids[i % 2]);
 		vf_inode_put(g->share, known);
 	}
 	atomic_store(&p.stop, true);

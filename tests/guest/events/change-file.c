@@ -42,6 +42,7 @@ static void map(int fd)
 
 int main(int argc, char **argv)
 {
+	const char *change = argc == 3 ? argv[1] : "";
 	int fd;
 
 	if (argc == 4 && !strcmp(argv[1], "exchange")) {
@@ -52,13 +53,13 @@ int main(int argc, char **argv)
 	fd = argc == 3 ? open(argv[2], O_RDWR) : -1;
 	if (fd < 0)
 		fail("opening it; usage: change-file map|reserve|label|unlabel FILE");
-	if (!strcmp(argv[1], "map"))
+	errno = EINVAL; /* for a change that is none of these */
+	if (!strcmp(change, "map"))
 		map(fd);
-	else if (!strcmp(argv[1], "label") && fsetxattr(fd, "user.new", "", 0, XATTR_CREATE))
-		fail("fsetxattr");
-	else if (!strcmp(argv[1], "unlabel") && fremovexattr(fd, "user.old"))
-		fail("fremovexattr");
-	else if (!strcmp(argv[1], "reserve") && fallocate(fd, FALLOC_FL_KEEP_SIZE, SIZE, SIZE))
-		fail("fallocate");
+	else if (!strcmp(change, "label") ? fsetxattr(fd, "user.new", "", 0, XATTR_CREATE)
+		 : !strcmp(change, "unlabel") ? fremovexattr(fd, "user.old")
+		 : !strcmp(change, "reserve") ? fallocate(fd, FALLOC_FL_KEEP_SIZE, SIZE, SIZE)
+					      : -1)
+		fail(change);
 	return 0;
 }

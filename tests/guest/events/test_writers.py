@@ -20,7 +20,7 @@ from tests.guest.events.conftest import WRITTEN, EventSession
 from tests.guest.events.watching import CHANGES, HostWatcher
 from tests.guest.place import python_command
 from tests.limits import LONG_HANG_S
-from tests.writers import following, trees
+from tests.writers import trees
 from tests.writers.following import (
     PROGRAM,
     Pacer,
@@ -79,7 +79,7 @@ def test_a_recursive_watcher_in_the_guest_sees_what_one_on_the_host_sees(
     # What is cached now must not be what is read in the end.
     assert all(not trees.differing(before, reader.described(path)) for path in inside.values())
     with contextlib.ExitStack() as cleanup:
-        native_watcher = HostWatcher(session.parts.programs[following.PROGRAM], CHANGES, [tree])
+        native_watcher = HostWatcher(session.parts.programs[PROGRAM], CHANGES, [tree])
         cleanup.callback(native_watcher.close)
         native = ProgramFollower(native_watcher)
         guests = {}
